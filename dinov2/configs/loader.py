@@ -1,0 +1,137 @@
+"""Defaults <- YAML <- `key=value`: the merge, its explanations, and where a configuration named by a word is found."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from dinov2.configs.errors import ConfigError, nearest
+from dinov2.configs.schema import Config
+
+_HERE = Path(__file__).resolve().parent  # dinov2/configs
+
+
+def recipe_folders() -> list[Path]:
+    """Folders in which a name is looked up: the package's own, then the recipes (installed, or beside the package)."""
+    installed, checkout = _HERE.parent / "recipes", _HERE.parent.parent / "configs"
+    return [_HERE, *(p for p in (installed, checkout) if p.is_dir())]
+
+
+def find_config(name_or_path: str | Path) -> Path:
+    """The YAML file for a path, or for a name relative to the package's configurations or recipes, without `.yaml`.
+
+    Raises:
+        ConfigError: Neither a file nor a known name; the message lists the nearest name.
+    """
+    if Path(name_or_path).is_file():
+        return Path(name_or_path)
+    known = {p.relative_to(folder).with_suffix("").as_posix(): p for folder in recipe_folders() for p in folder.rglob("*.yaml")}
+    name = str(name_or_path).removeprefix("configs/").removesuffix(".yaml")
+    if name not in known:
+        raise ConfigError(f"{name_or_path}: no such file, and no configuration of that name{nearest(name, known)}")
+    return known[name]
+
+
+def config_keys(node: Any = Config, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field]]:
+    """All (dotted key, dataclass field) pairs of the schema, leaves only, in order."""
+    for f in dataclasses.fields(node):
+        default = f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default
+        if dataclasses.is_dataclass(default):
+            yield from config_keys(default, f"{prefix}{f.name}.")
+        else:
+            yield prefix + f.name, f
+
+
+def _explain(err: OmegaConfBaseException, source: str) -> ConfigError:
+    """One line from OmegaConf's several, with the nearest valid key where the key is what is wrong."""
+    problem = str(err).splitlines()[0].rstrip(".")
+    full_key = getattr(err, "full_key", "") or ""
+    leaves = [k for k, _ in config_keys()]
+    known = leaves + list(dict.fromkeys(k[:i] for k in leaves for i, c in enumerate(k) if c == "."))
+    if full_key and full_key not in known:
+        return ConfigError(f"{source}: unknown key {full_key!r}{nearest(full_key, known)}")
+    if "Merge error" in problem:
+        return ConfigError(f"{source}: a section was given a plain value where it needs keys ({problem})")
+    return ConfigError(f"{source}: {full_key}: {problem}")
+
+
+def _read_yaml(path: Path) -> DictConfig:
+    try:
+        node = OmegaConf.load(path)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException) as err:
+        raise ConfigError(f"{path}: not a readable YAML file: {' '.join(str(err).split())}") from err
+    if isinstance(node, ListConfig):
+        raise ConfigError(f"{path}: holds a list, expected `key: value` pairs")
+    return node
+
+
+def _read_overrides(overrides: Sequence[str]) -> DictConfig:
+    for word in overrides:
+        if "=" not in word:
+            raise ConfigError(f"override {word!r} is not of the form key=value")
+    try:
+        return OmegaConf.from_dotlist(list(overrides))
+    except (yaml.YAMLError, OmegaConfBaseException) as err:
+        raise ConfigError(f"overrides {list(overrides)}: {' '.join(str(err).split())}") from err
+
+
+def load_and_merge_config_3d(name_or_path: str | Path | None = None, overrides: Sequence[str] | None = None) -> DictConfig:
+    """The merged configuration, typed, checked and read-only.
+
+    Args:
+        name_or_path: YAML file, or a name such as ``train/vit3d_highres`` or ``pretrain/tiny_cpu``; None: the defaults.
+        overrides: ``key=value`` words, applied last.
+
+    Raises:
+        ConfigError: Unknown file, key or value, wrong type, or keys that do not go together; one line.
+    """
+    cfg, source = OmegaConf.structured(Config), "defaults"
+    layers = []
+    if name_or_path is not None:
+        path = find_config(name_or_path)
+        layers.append((str(path), _read_yaml(path)))
+    if overrides:
+        layers.append(("command line", _read_overrides(overrides)))
+    for source, layer in layers:
+        try:
+            cfg = OmegaConf.merge(cfg, layer)
+            OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)  # finds bad interpolations
+        except OmegaConfBaseException as err:
+            raise _explain(err, source) from err
+    try:
+        OmegaConf.to_object(cfg)  # builds the dataclasses, whose __post_init__ hold the rules
+    except ConfigError as err:
+        raise ConfigError(f"{err} ({' + '.join(s for s, _ in layers) or source})") from err
+    OmegaConf.set_readonly(cfg, True)
+    return cfg
+
+
+def _yaml_value(value: Any) -> str:
+    return json.dumps(value) if value is None or isinstance(value, (bool, list, str)) else repr(value)
+
+
+def default_yaml(cfg: DictConfig | None = None) -> str:
+    """The schema (with a configuration's values) as YAML, every key with its meaning as a comment."""
+    lines: list[str] = []
+
+    def write(node: Any, values: Any, depth: int) -> None:
+        for f in dataclasses.fields(node):
+            default = f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default
+            value, meaning = values[f.name], f.metadata.get("meaning", "")
+            comment = f"  # {meaning}" if meaning else ""
+            if dataclasses.is_dataclass(default):
+                lines.append(f"{'  ' * depth}{f.name}:{comment}")
+                write(default, value, depth + 1)
+            else:
+                lines.append(f"{'  ' * depth}{f.name}: {_yaml_value(value)}{comment}")
+
+    values = OmegaConf.to_container(OmegaConf.structured(Config) if cfg is None else cfg)
+    write(Config(), values, 0)
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,199 @@
+"""What is done to one volume, decided: boxes, turns and intensity changes of every crop, as plain numbers.
+
+Drawing a plan is apart from applying it (`augmentations.py`), so that one plan can be applied by different back ends.
+Sizes and boxes are (H, W, D), slice axis last. Ranges without a source are MONAI's defaults for its random transforms.
+
+Source: 3DINO paper, Methods, "3DINO".
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+Size3 = tuple[int, int, int]
+Range = tuple[float, float]
+
+ASPECT_RATIO = (0.9, 1 / 0.9)
+FLIP_P = 0.3
+ROTATE_P = 0.3
+ROTATION_PLANES = ((0, 1), (1, 2), (0, 2))
+HISTOGRAM_POINTS = 10
+
+
+@dataclass(frozen=True)
+class Box:
+    """Half-open box in voxels, inside the volume, never empty."""
+
+    start: Size3
+    stop: Size3
+
+    @property
+    def size(self) -> Size3:
+        return tuple(b - a for a, b in zip(self.start, self.stop, strict=True))
+
+    def shifted(self, by: Size3) -> Box:
+        start, stop = (tuple(x + o for x, o in zip(edge, by, strict=True)) for edge in (self.start, self.stop))
+        return Box(start, stop)
+
+
+@dataclass(frozen=True)
+class Gamma:
+    gamma: float
+
+
+@dataclass(frozen=True)
+class Noise:
+    std: float
+    seed: int
+
+
+@dataclass(frozen=True)
+class HistogramShift:
+    """Piecewise-linear map of [min, max] onto itself through equally spaced points and these values (from 0 to 1)."""
+
+    points: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Smooth:
+    """Gaussian, sigma in voxels of the crop."""
+
+    sigma: tuple[float, float, float]
+
+
+@dataclass(frozen=True)
+class Sharpen:
+    """blur1 + alpha * (blur1 - blur2(blur1)), sigmas in voxels of the crop."""
+
+    sigma1: tuple[float, float, float]
+    sigma2: tuple[float, float, float]
+    alpha: float
+
+
+@dataclass(frozen=True)
+class Gibbs:
+    """Frequencies beyond (1 - alpha) of the largest radius are cut."""
+
+    alpha: float
+
+
+Intensity = Gamma | Noise | HistogramShift | Smooth | Sharpen | Gibbs
+
+
+@dataclass(frozen=True)
+class CropPlan:
+    """One crop: cut `box`, resize to `size` cubed, flip, rotate by quarter turns, then change intensities in order."""
+
+    box: Box
+    size: int
+    flips: tuple[int, ...]  # spatial axes
+    rotations: tuple[tuple[tuple[int, int], int], ...]  # (plane, quarter turns)
+    intensity: tuple[Intensity, ...]
+
+
+@dataclass(frozen=True)
+class SamplePlan:
+    """All crops of one draw, boxes relative to the whole volume."""
+
+    global_crops: tuple[CropPlan, ...]
+    local_crops: tuple[CropPlan, ...]
+
+
+def plan_crop(shape_hwd: Size3, in_slice_scale: Range, cross_slice_scale: Range, rng: np.random.Generator) -> Box:
+    """Choose the box of one random crop: 2D RandomResizedCrop in-plane, an independent extent across slices.
+
+    The box may be stretched across slices; the method intends it.
+
+    Args:
+        shape_hwd: Volume size (H, W, D) in voxels, slice axis last.
+        in_slice_scale: Range of the in-plane area fraction, within (0, 1].
+        cross_slice_scale: Range of the fraction of D, within (0, 1].
+        rng: Stream of this sample, the only source of randomness.
+
+    Returns:
+        Box inside the volume, never empty.
+
+    Source: 3DINO paper, Methods, "3DINO", on RandomResizedCrop.
+    """
+    height, width, depth = shape_hwd
+    top, left, h, w = _in_slice_box(height, width, in_slice_scale, rng)
+    d = max(1, round(depth * rng.uniform(*cross_slice_scale)))
+    front = int(rng.integers(depth - d + 1))
+    return Box((top, left, front), (top + h, left + w, front + d))
+
+
+def _in_slice_box(height: int, width: int, scale: Range, rng: np.random.Generator) -> tuple[int, int, int, int]:
+    """(top, left, h, w) as torchvision's RandomResizedCrop chooses them: ten tries, then a central box."""
+    log_ratio = tuple(math.log(r) for r in ASPECT_RATIO)
+    for _ in range(10):
+        area = height * width * rng.uniform(*scale)
+        aspect = math.exp(rng.uniform(*log_ratio))
+        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            return int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1)), h, w
+    ratio = min(max(width / height, ASPECT_RATIO[0]), ASPECT_RATIO[1])
+    w, h = min(width, max(1, round(height * ratio))), min(height, max(1, round(width / ratio)))
+    return (height - h) // 2, (width - w) // 2, h, w
+
+
+def plan_region(
+    shape_hwd: Size3, spacing_mm: tuple[float, float, float], region_mm: float | None, rng: np.random.Generator
+) -> Box:
+    """The part of the volume that all crops of a draw come from: a cube of `region_mm` at a random place, or all."""
+    if region_mm is None:
+        return Box((0, 0, 0), shape_hwd)
+    sizes = [min(n, max(1, round(region_mm / s))) for n, s in zip(shape_hwd, spacing_mm, strict=True)]
+    start = tuple(int(rng.integers(n - size + 1)) for n, size in zip(shape_hwd, sizes, strict=True))
+    return Box(start, tuple(a + size for a, size in zip(start, sizes, strict=True)))
+
+
+def plan_turns(rng: np.random.Generator) -> tuple[tuple[int, ...], tuple[tuple[tuple[int, int], int], ...]]:
+    """Flips (axes) and quarter turns ((plane, k), ...), each with its own probability."""
+    flips = tuple(axis for axis in range(3) if rng.random() < FLIP_P)
+    rotations = tuple((plane, int(rng.integers(1, 4))) for plane in ROTATION_PLANES if rng.random() < ROTATE_P)
+    return flips, rotations
+
+
+def _contrast(rng: np.random.Generator) -> list[Intensity]:
+    """One of gamma, noise and histogram shift, applied with p = 0.8."""
+    kind, applied = int(rng.integers(3)), rng.random() < 0.8
+    if not applied:
+        return []
+    if kind == 0:
+        return [Gamma(rng.uniform(0.5, 2.0))]
+    if kind == 1:
+        return [Noise(rng.uniform(0.0, 0.002), int(rng.integers(2**31)))]
+    points = np.linspace(0.0, 1.0, HISTOGRAM_POINTS)
+    for i in range(1, HISTOGRAM_POINTS - 1):
+        points[i] = rng.uniform(points[i - 1], points[i + 1])
+    return [HistogramShift(tuple(points.tolist()))]
+
+
+def _smooth(rng: np.random.Generator) -> Smooth:
+    return Smooth(tuple(rng.uniform(0.25, 1.5, 3).tolist()))
+
+
+def _smooth_or_sharpen(rng: np.random.Generator) -> Intensity:
+    if rng.random() < 0.5:
+        return _smooth(rng)
+    sigma1 = rng.uniform(0.5, 1.0, 3)
+    sigma2 = rng.uniform(0.5, sigma1)
+    return Sharpen(tuple(sigma1.tolist()), tuple(sigma2.tolist()), rng.uniform(10.0, 30.0))
+
+
+def plan_intensity(crop_index: int, num_global: int, rng: np.random.Generator) -> tuple[Intensity, ...]:
+    """Intensity changes by the crop's role: first global, second global, local."""
+    steps = _contrast(rng)
+    if crop_index == 0:
+        steps.append(_smooth_or_sharpen(rng))
+    elif crop_index < num_global:
+        if rng.random() < 0.1:
+            steps.append(_smooth_or_sharpen(rng))
+        if rng.random() < 0.2:
+            steps.append(Gibbs(rng.uniform(0.0, 1.0)))
+    elif rng.random() < 0.5:
+        steps.append(_smooth(rng))
+    return tuple(steps)

@@ -1,0 +1,146 @@
+"""Datalists: which volumes to train on, with their shape and spacing, checked when read."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dinov2.errors import BadInput
+
+logger = logging.getLogger(__name__)
+
+FOURTH_AXES = ("xyzt", "xyzc")
+_KNOWN = ("image", "shape", "spacing", "axes", "channel")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One volume of a datalist.
+
+    Attributes:
+        image: Absolute path.
+        shape: [x, y, z] or [x, y, z, t] in voxels, as stored.
+        spacing_mm: (sx, sy, sz); None takes the file's.
+        axes: What a fourth axis is: `xyzt` time, `xyzc` channels; None: time where the header gives it a spacing.
+        channel: Which channel of an `xyzc` volume.
+        extra: Other keys of the list (modality, organ, dataset, patient, ...).
+    """
+
+    image: str
+    shape: tuple[int, ...]
+    spacing_mm: tuple[float, float, float] | None = None
+    axes: str | None = None
+    channel: int | None = None
+    extra: dict[str, Any] = field(default_factory=dict, compare=False)
+
+
+@dataclass(frozen=True)
+class Datalist:
+    """Entries in list order and the hash of the list they came from (before any filter)."""
+
+    entries: list[Entry]
+    sha256: str
+    path: str
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def larger_than(self, min_axis: int) -> Datalist:
+        """The entries whose smallest spatial axis is greater than `min_axis` voxels.
+
+        Raises:
+            BadInput: None is.
+        """
+        kept = [e for e in self.entries if min(e.shape[:3]) > min_axis]
+        if not kept:
+            raise BadInput(
+                f"{self.path}: none of its {len(self)} volumes has more than train.data_min_axis_size={min_axis} voxels "
+                "along its smallest axis: lower that key or use larger volumes"
+            )
+        if len(kept) < len(self):
+            logger.info(
+                "%d of %d volumes have more than %d voxels along every axis", len(kept), len(self), min_axis
+            )
+        return Datalist(kept, self.sha256, self.path)
+
+
+def read_datalist(path: str | Path) -> Datalist:
+    """Read and check a pretraining datalist (JSON list of objects); relative paths resolve against its folder.
+
+    Whether the volumes themselves are usable shows when they are loaded.
+
+    Raises:
+        BadInput: Missing, not JSON, not a list, empty, or an entry of the wrong form, by number.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+        items = json.loads(text)
+    except OSError as err:
+        raise BadInput(f"datalist {path}: {err.strerror}: set train.dataset_path to a JSON list of volumes") from err
+    except ValueError as err:
+        raise BadInput(f"datalist {path} is not valid JSON: {err}") from err
+    if not isinstance(items, list):
+        raise BadInput(f"datalist {path} holds a {type(items).__name__}, expected a list of {{image, shape, spacing}}")
+    if not items:
+        raise BadInput(f"datalist {path} is empty")
+    entries = [_entry(item, path, i) for i, item in enumerate(items)]
+    return Datalist(entries, hashlib.sha256(json.dumps(items, sort_keys=True).encode()).hexdigest(), str(path))
+
+
+def _entry(item: Any, path: Path, i: int) -> Entry:
+    where = f"datalist {path}, entry {i}"
+    if not isinstance(item, dict) or not isinstance(item.get("image"), str) or not item["image"]:
+        raise BadInput(f'{where}: expected an object with "image": path, got {json.dumps(item)[:80]}')
+    where = f"{where} ({item['image']})"
+    shape, spacing = item.get("shape"), item.get("spacing")
+    numbers = (int, float)
+    whole = isinstance(shape, list) and len(shape) in (3, 4) and all(isinstance(s, int) and s > 0 for s in shape)
+    if not whole:
+        raise BadInput(f"{where}: shape must be three or four positive integers, got {json.dumps(shape)}")
+    ok = isinstance(spacing, list) and len(spacing) >= 3 and all(isinstance(s, numbers) for s in spacing[:3])
+    if spacing is not None and not ok:
+        raise BadInput(f"{where}: spacing must be three numbers (mm), got {json.dumps(spacing)}")
+    axes, channel = item.get("axes"), item.get("channel")
+    if axes not in (None, *FOURTH_AXES):
+        raise BadInput(f'{where}: axes must be "xyzt" or "xyzc", got {json.dumps(axes)}')
+    if channel is not None and not (isinstance(channel, int) and channel >= 0):
+        raise BadInput(f"{where}: channel must be a whole number from 0, got {json.dumps(channel)}")
+    return Entry(
+        image=os.path.normpath(path.parent.absolute() / item["image"]),
+        shape=tuple(shape),
+        spacing_mm=tuple(float(s) for s in spacing[:3]) if usable_spacing(spacing) else None,
+        axes=axes,
+        channel=channel,
+        extra={k: v for k, v in item.items() if k not in _KNOWN},
+    )
+
+
+def usable_spacing(spacing: Any) -> bool:
+    """Whether three spacings are positive and finite."""
+    return spacing is not None and all(math.isfinite(s) and s > 0 for s in spacing[:3])
+
+
+def write_datalist(path: str | Path, items: Iterable[dict[str, Any]]) -> int:
+    """Write a datalist atomically; `image` paths become relative to its folder where they lie below it.
+
+    Returns:
+        The number of entries.
+    """
+    path = Path(path)
+    folder = Path(os.path.abspath(path.parent))
+    rows = []
+    for item in items:
+        image = Path(os.path.abspath(item["image"]))
+        rows.append({**item, "image": str(image.relative_to(folder) if image.is_relative_to(folder) else image)})
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text("[\n" + ",\n".join(json.dumps(r) for r in rows) + "\n]\n", encoding="utf-8")
+    os.replace(temporary, path)
+    return len(rows)

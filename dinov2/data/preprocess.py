@@ -1,0 +1,95 @@
+"""Raw voxels to what is trained on: finite, mapped to [-1, 1] by percentiles, slice axis last, cropped to the foreground.
+
+Source: 3DINO paper, Methods, "3DINO" (percentiles), "3D" RandomResizedCrop (slice axis).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dinov2.errors import BadVolume
+
+PERCENTILES = (0.05, 99.95)
+SPACING_TOLERANCE = 1e-2  # mm, within which two axes count as equally spaced
+PREPROCESSING = {  # recorded with the weights
+    "percentiles": list(PERCENTILES),
+    "range": [-1.0, 1.0],
+    "non_finite": "mean of the finite voxels",
+    "slice_axis": "last",
+    "foreground": "bounding box of voxels > -1",
+}
+
+
+@dataclass(frozen=True)
+class Volume:
+    """A preprocessed volume.
+
+    Attributes:
+        data: [1, H, W, D] float32 in [-1, 1], slice axis last, cropped to the foreground.
+        spacing_mm: Along H, W, D.
+    """
+
+    data: Tensor
+    spacing_mm: tuple[float, float, float]
+
+
+def slice_axis(spacing_mm: tuple[float, float, float]) -> int:
+    """Which axis runs across slices: the one beside the two equally spaced ones.
+
+    All equal: the last. Several pairs within the tolerance: the closest pair is in-plane. None: the coarsest axis.
+    """
+    others = {0: (1, 2), 1: (0, 2), 2: (0, 1)}
+    gaps = {axis: abs(spacing_mm[a] - spacing_mm[b]) for axis, (a, b) in others.items()}
+    within = [axis for axis, gap in gaps.items() if gap <= SPACING_TOLERANCE]
+    if len(within) == 3:
+        return 2
+    if within:
+        return min(within, key=lambda axis: gaps[axis])
+    return int(np.argmax(spacing_mm))
+
+
+def preprocess(voxels: np.ndarray, spacing_mm: tuple[float, float, float], name: str) -> Volume:
+    """Preprocess one time point.
+
+    Args:
+        voxels: [X, Y, Z] float32, as stored; may be changed in place.
+        spacing_mm: Along X, Y, Z.
+        name: Path for messages.
+
+    Raises:
+        BadVolume: No finite voxel, or (nearly) constant.
+    """
+    finite = np.isfinite(voxels)
+    if not finite.all():
+        if not finite.any():
+            raise BadVolume(f"{name}: no finite voxel")
+        voxels = np.where(finite, voxels, voxels[finite].mean(dtype=np.float64)).astype(np.float32)
+    low, high = np.percentile(voxels, PERCENTILES)
+    if not high > low:
+        same = "constant" if voxels.min() == voxels.max() else "constant but for less than 0.1 % of its voxels"
+        raise BadVolume(f"{name}: {same} (value {low:g})")
+    voxels -= np.float32(low)
+    voxels *= np.float32(2.0 / (high - low))
+    voxels -= np.float32(1.0)
+    np.clip(voxels, -1.0, 1.0, out=voxels)
+
+    axis = slice_axis(spacing_mm)
+    voxels = np.moveaxis(voxels, axis, -1)
+    spacing = [s for i, s in enumerate(spacing_mm) if i != axis] + [spacing_mm[axis]]
+    box = foreground_box(voxels)
+    data = torch.from_numpy(np.ascontiguousarray(voxels[box]))[None]
+    return Volume(data, tuple(spacing))
+
+
+def foreground_box(voxels: np.ndarray) -> tuple[slice, slice, slice]:
+    """Bounding box of the voxels > -1 of [H, W, D]."""
+    inside = voxels > -1
+    box = []
+    for axis in range(3):
+        along = inside.any(axis=tuple(a for a in range(3) if a != axis)).nonzero()[0]
+        box.append(slice(int(along[0]), int(along[-1]) + 1))
+    return tuple(box)

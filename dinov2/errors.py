@@ -1,0 +1,15 @@
+"""Errors that a user can cause, and their exit codes (docs/architecture.md, "Errors")."""
+
+from __future__ import annotations
+
+EXIT_OK = 0
+EXIT_BAD_INPUT = 2
+EXIT_RESUMABLE = 75  # stopped on request, start the same command again to continue
+
+
+class BadInput(ValueError):
+    """Input that cannot be used; the message is one line: what, where, what to do. Programs exit with 2."""
+
+
+class BadVolume(BadInput):
+    """One volume of a list that cannot be used; it is named, counted and replaced, the run goes on."""

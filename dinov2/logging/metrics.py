@@ -1,0 +1,55 @@
+"""`training_metrics.json` (one JSON object a line) and TensorBoard, continued on resume as if nothing had happened."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from types import TracebackType
+
+from torch.utils.tensorboard import SummaryWriter
+
+METRICS_FILE = "training_metrics.json"
+
+
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """The objects of a metrics file; a last line cut short by a kill is left out."""
+    rows = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
+    return rows
+
+
+class MetricWriter:
+    """Appends metrics from an iteration on; what an earlier, killed run wrote beyond it is cut first.
+
+    Args:
+        output_dir: Folder of the run.
+        start_iteration: First iteration that will be written.
+    """
+
+    def __init__(self, output_dir: Path, start_iteration: int) -> None:
+        path = output_dir / METRICS_FILE
+        kept = [row for row in read_metrics(path) if row["iteration"] < start_iteration]
+        temporary = path.with_name(f".{path.name}.tmp")
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        os.replace(temporary, path)
+        self._file = path.open("a", buffering=1)  # a line at a time
+        self._board = SummaryWriter(str(output_dir / "tensorboard"), purge_step=start_iteration)
+
+    def write(self, metrics: dict[str, float]) -> None:
+        """One line; `iteration` is the step on TensorBoard's axis."""
+        self._file.write(json.dumps(metrics) + "\n")
+        for name, value in metrics.items():
+            if name != "iteration":
+                self._board.add_scalar(f"train/{name}", value, int(metrics["iteration"]))
+
+    def __enter__(self) -> MetricWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, err: BaseException | None, tb: TracebackType | None) -> None:
+        self._file.close()
+        self._board.close()

@@ -1,0 +1,80 @@
+"""Teacher scores to target distributions: Sinkhorn-Knopp or centring. Both work over the tokens of all ranks.
+
+Shapes: R rows (class tokens or masked patches of this rank), K prototypes.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from dinov2.distributed import all_reduce_max, all_reduce_sum, global_count
+
+
+def at_least_fp32(x: Tensor) -> Tensor:
+    """Half precisions become float32; float32 and float64 stay."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+@torch.no_grad()
+def sinkhorn_knopp(scores: Tensor, temp: float, num_iters: int = 3) -> Tensor:
+    """Targets whose prototypes are used equally often over all rows of all ranks.
+
+    Args:
+        scores: [R, K] teacher outputs; R may be 0 on a rank.
+        temp: Teacher temperature.
+        num_iters: Rounds of normalising prototypes, then rows.
+
+    Returns:
+        [R, K] in at least float32; rows sum to 1.
+
+    The largest score is taken off first, which leaves the result as it is and keeps the exponential from overflowing.
+
+    Source: SwAV's Sinkhorn-Knopp as used by DINOv2; 3DINO paper, "DINOv2".
+    """
+    x = at_least_fp32(scores) / temp
+    lowest = x.new_tensor(torch.finfo(x.dtype).min)
+    largest = all_reduce_max(x.max() if x.numel() else lowest)
+    q = torch.exp(x - largest)  # [R, K]
+    num_rows = global_count(q.shape[0], q)
+    num_prototypes = q.shape[1]
+    tiny = torch.finfo(q.dtype).tiny
+    q /= all_reduce_sum(q.sum()).clamp_min(tiny)
+    for _ in range(num_iters):
+        q /= (all_reduce_sum(q.sum(0, keepdim=True)) * num_prototypes).clamp_min(tiny)
+        q /= (q.sum(1, keepdim=True) * num_rows).clamp_min(tiny)
+    return q * num_rows
+
+
+class TeacherCenter(nn.Module):
+    """Centring: softmax of the scores less a running mean, which is updated at its next use (DINO, eq. 4).
+
+    Args:
+        out_dim: Prototypes K.
+        momentum: Of the running mean.
+    """
+
+    def __init__(self, out_dim: int, momentum: float = 0.9) -> None:
+        super().__init__()
+        self.momentum = momentum
+        self.register_buffer("center", torch.zeros(1, out_dim))
+        self.register_buffer("pending", torch.zeros(1, out_dim))  # batch mean not yet applied
+        self.register_buffer("has_pending", torch.tensor(False))
+
+    @torch.no_grad()
+    def forward(self, scores: Tensor, temp: float) -> Tensor:
+        """[R, K] scores -> [R, K] targets in at least float32; remembers this batch's mean for the next call."""
+        self.apply_center_update()
+        targets = torch.softmax((at_least_fp32(scores) - self.center) / temp, -1)
+        total = all_reduce_sum(at_least_fp32(scores).sum(0, keepdim=True))
+        num_rows = global_count(scores.shape[0], total)
+        self.pending.copy_(total / num_rows.clamp_min(1))
+        self.has_pending.copy_((num_rows > 0) & total.isfinite().all())  # a non-finite step leaves no trace
+        return targets
+
+    @torch.no_grad()
+    def apply_center_update(self) -> None:
+        """Move the centre towards the remembered mean, once."""
+        moved = self.center * self.momentum + self.pending * (1 - self.momentum)
+        self.center.copy_(torch.where(self.has_pending, moved, self.center))
+        self.has_pending.fill_(False)

@@ -1,0 +1,101 @@
+"""Weights from files into modules: whatever layout they were saved in, strict about what is missing."""
+
+from __future__ import annotations
+
+import logging
+import re
+from pathlib import Path
+from pickle import UnpicklingError
+
+import torch
+from torch import Tensor, nn
+
+from dinov2.errors import BadInput
+from dinov2.models.vision_transformer import DinoVisionTransformer3d, resize_pos_embed
+
+logger = logging.getLogger(__name__)
+
+StateDict = dict[str, Tensor]
+_PREFIXES = ("module.", "_orig_mod.", "teacher.")
+
+
+def read_weights(path: str | Path) -> StateDict:
+    """The tensors of a teacher checkpoint or bare state dict, without wrappers' prefixes, blocks named flat.
+
+    Only tensors are unpickled (`weights_only=True`).
+
+    Raises:
+        BadInput: Missing, not a checkpoint, or one that holds more than tensors and plain values.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as err:
+        raise BadInput(f"weights {path}: no such file") from err
+    except (OSError, EOFError, UnpicklingError, RuntimeError, ValueError, KeyError, AttributeError) as err:
+        reason = " ".join(str(err).split())[:120]
+        raise BadInput(f"weights {path}: not a checkpoint of tensors that is safe to open ({reason})") from err
+    for wrapper in ("teacher", "model", "state_dict"):
+        if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
+            content = content[wrapper]
+            break
+    if not isinstance(content, dict) or not any(isinstance(v, Tensor) for v in content.values()):
+        raise BadInput(f"weights {path}: holds no state dict")
+    return {_plain_name(k): v for k, v in content.items() if isinstance(v, Tensor)}
+
+
+def _plain_name(name: str) -> str:
+    while name.startswith(_PREFIXES):
+        name = name.split(".", 1)[1]
+    return re.sub(r"\bblocks\.\d+\.(\d+)\.", r"blocks.\1.", name)
+
+
+def load_backbone(backbone: DinoVisionTransformer3d, weights: StateDict, source: str | Path) -> None:
+    """Load a backbone; learned positions of another grid are interpolated, which is logged.
+
+    Args:
+        backbone: Filled in place, chunked or flat.
+        weights: From `read_weights`, with or without the `backbone.` prefix; other modules' entries are not read.
+        source: Named in messages.
+
+    Raises:
+        BadInput: Keys are missing, unexpected or of another shape; all are counted, the first few listed.
+    """
+    prefixed = {k.removeprefix("backbone."): v for k, v in weights.items() if k.startswith("backbone.")}
+    state = prefixed or {k: v for k, v in weights.items() if not k.split(".")[0].endswith("_head")}
+    state = _fit_positions(backbone, state, source)
+    _load_strictly(backbone, state, f"weights {source}, backbone")
+
+
+def load_heads(heads: dict[str, nn.Module], weights: StateDict, source: str | Path) -> None:
+    """Load projection heads (`dino_head`, `ibot_head`) by name, strictly."""
+    for name, head in heads.items():
+        state = {k.removeprefix(f"{name}."): v for k, v in weights.items() if k.startswith(f"{name}.")}
+        _load_strictly(head, state, f"weights {source}, {name}")
+
+
+def _fit_positions(backbone: DinoVisionTransformer3d, state: StateDict, source: str | Path) -> StateDict:
+    saved, own = state.get("pos_embed"), backbone.pos_embed
+    if saved is None or own is None or saved.ndim != 3 or saved.shape == own.shape or saved.shape[2] != own.shape[2]:
+        return state
+    edge = round((saved.shape[1] - 1) ** (1 / 3))
+    if edge**3 + 1 != saved.shape[1]:
+        return state
+    new = resize_pos_embed(saved, (edge,) * 3, backbone.grid_hwd, backbone.interpolate_offset)
+    logger.info("%s: positions of a grid of %d cubed interpolated to %s", source, edge, backbone.grid_hwd)
+    return {**state, "pos_embed": new}
+
+
+def _load_strictly(module: nn.Module, state: StateDict, what: str) -> None:
+    own = {_plain_name(k): k for k in module.state_dict()}
+    shapes = {plain: tuple(v.shape) for plain, v in zip(own, module.state_dict().values(), strict=True)}
+    missing = [k for k in own if k not in state]
+    unexpected = [k for k in state if k not in own]
+    reshaped = [f"{k} {tuple(state[k].shape)} for {shapes[k]}" for k in own if k in state and tuple(state[k].shape) != shapes[k]]
+    problems = [
+        f"{len(keys)} {kind} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
+        for kind, keys in (("missing", missing), ("unexpected", unexpected), ("of another shape", reshaped))
+        if keys
+    ]
+    if problems:
+        raise BadInput(f"{what}: does not fit this network: {'; '.join(problems)}: check student.arch and patch_size")
+    module.load_state_dict({own[k]: v for k, v in state.items()})

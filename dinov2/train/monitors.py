@@ -1,0 +1,56 @@
+"""Numbers that tell a collapse within a hundred steps, from tensors that the step has anyway.
+
+Shapes: X class tokens (all global crops of the step), E embedding, K prototypes.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dinov2.loss.dino_clstoken_loss import STUDENT_TEMP
+from dinov2.loss.targets import at_least_fp32
+
+
+def mean_entropy(scores: Tensor) -> Tensor:
+    """Mean entropy (nats) of softmax(scores / student temperature), [..., K] -> scalar."""
+    log_p = torch.log_softmax(at_least_fp32(scores) / STUDENT_TEMP, -1)
+    return -(log_p.exp() * log_p).sum(-1).mean()
+
+
+def effective_rank(x: Tensor) -> Tensor:
+    """exp of the entropy of the normalised singular values of the centred rows: 1 (a line) to min(X - 1, E)."""
+    s = torch.linalg.svdvals(x - x.mean(0, keepdim=True))
+    p = s / s.sum().clamp_min(torch.finfo(s.dtype).tiny)
+    return torch.exp(torch.special.entr(p).sum())
+
+
+def mean_cosine(x: Tensor) -> Tensor:
+    """Mean cosine between different rows: near 1 means that all inputs look alike."""
+    unit = F.normalize(x, dim=-1)
+    n = x.shape[0]
+    total = unit.sum(0).square().sum() - unit.square().sum()
+    return total / max(n * (n - 1), 1)
+
+
+@torch.no_grad()
+def collapse_monitors(cls_tokens: Tensor, cls_scores: Tensor, cls_target: Tensor) -> dict[str, Tensor]:
+    """Monitors of the teacher.
+
+    Args:
+        cls_tokens: [X, E] normed class tokens.
+        cls_scores: [X, K] head outputs.
+        cls_target: [X, K] target distributions.
+
+    Returns:
+        `teacher_entropy` (nats, mean over targets; log K is a collapse to uniform), `prototypes_used` (different best
+        prototypes among the scores; at most min(X, K), 1 is a collapse), `feature_rank`, `mean_cosine`.
+    """
+    tokens = at_least_fp32(cls_tokens)
+    return {
+        "teacher_entropy": torch.special.entr(cls_target).sum(-1).mean(),
+        "prototypes_used": cls_scores.argmax(-1).unique().numel() * torch.ones((), device=tokens.device),
+        "feature_rank": effective_rank(tokens),
+        "mean_cosine": mean_cosine(tokens),
+    }

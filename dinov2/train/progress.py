@@ -1,0 +1,79 @@
+"""How fast a run goes: step and data times, throughput, utilisation, memory, time left."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from dinov2.distributed.runtime import Runtime
+
+
+class Progress:
+    """Timings since the last report.
+
+    Args:
+        runtime: Device whose memory and rate are reported.
+        volumes_per_step: Effective batch.
+        dtype: Compute dtype, for the rate that utilisation refers to.
+    """
+
+    def __init__(self, runtime: Runtime, volumes_per_step: int, dtype: torch.dtype) -> None:
+        self.runtime = runtime
+        self.volumes_per_step = volumes_per_step
+        self.peak_flops = runtime.matmul_flops_per_s(dtype)
+        self.flops_per_step = 0
+        self._steps, self._waited = 0, 0.0
+        self._since = time.perf_counter()
+
+    @contextmanager
+    def waiting_for_data(self) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - start
+
+    @contextmanager
+    def counting_flops(self) -> Iterator[None]:
+        """Count the matrix products of the enclosed step (once; masks change the number a little from step to step)."""
+        if self.flops_per_step:
+            yield
+            return
+        with FlopCounterMode(display=False) as counter:
+            yield
+        self.flops_per_step = counter.get_total_flops()
+
+    def step_done(self) -> None:
+        self._steps += 1
+
+    def report(self) -> dict[str, float]:
+        """Means over the steps since the last report: `iter_time`, `data_time` (s), `volumes_per_s`, `data_wait`
+        (share), `mfu` (model flops over the measured matrix-product rate), `memory_gib`."""
+        self.runtime.synchronize()
+        now = time.perf_counter()
+        iter_time = (now - self._since) / max(self._steps, 1)
+        data_time = self._waited / max(self._steps, 1)
+        self._steps, self._waited, self._since = 0, 0.0, now
+        return {
+            "iter_time": iter_time,
+            "data_time": data_time,
+            "volumes_per_s": self.volumes_per_step / iter_time,
+            "data_wait": data_time / iter_time,
+            "mfu": self.flops_per_step / iter_time / self.peak_flops,
+            "memory_gib": self.runtime.peak_memory_gib(),
+        }
+
+
+def progress_line(iteration: int, total: int, m: dict[str, float]) -> str:
+    """One line a person reads while waiting."""
+    left = timedelta(seconds=round((total - iteration - 1) * m["iter_time"]))
+    return (
+        f"[{iteration + 1}/{total}] loss {m['total_loss']:.3f} (dino {m['dino_cross_entropy']:.3f}, ibot "
+        f"{m['ibot_cross_entropy']:.3f} nats) lr {m['lr']:.2e} | teacher entropy {m['teacher_entropy']:.2f}, prototypes "
+        f"{m['prototypes_used']:.0f}, cosine {m['mean_cosine']:.2f} | {m['iter_time']:.2f} s/step, "
+        f"{m['volumes_per_s']:.1f} volumes/s, data wait {m['data_wait']:.0%}, mfu {m['mfu']:.0%}, "
+        f"{m['memory_gib']:.1f} GiB | ETA {left}"
+    )

@@ -1,0 +1,222 @@
+"""One step of 3DINO: the teacher makes targets, the student predicts them, the losses leave their gradients.
+
+Shapes: G global crops (2), L local crops, B volumes, N patches of a global crop, M masked patches, K prototypes,
+E embedding, A micro-batches of one update. Crops are crop-major: [G*B, ...] holds all volumes' first crop, then all second.
+"""
+
+from __future__ import annotations
+
+import logging
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple
+
+import torch
+from omegaconf import DictConfig
+from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from dinov2.layers import DINOHead
+from dinov2.loss import TeacherCenter, dino_loss, ibot_loss, koleo_loss, sinkhorn_knopp
+from dinov2.models import build_backbone
+from dinov2.train.monitors import collapse_monitors, mean_entropy
+from dinov2.train.param_groups import fuse_groups, param_groups_with_decay
+
+logger = logging.getLogger(__name__)
+
+NUM_GLOBAL_CROPS = 2
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
+Batch = dict[str, Any]
+
+
+class Targets(NamedTuple):
+    """What the student has to predict in one micro-batch."""
+
+    cls: Tensor  # [G, B, K] distributions, one per global crop, summing to 1 over K
+    patch: Tensor  # [M, K] distributions at the masked patches
+
+
+class StudentOutputs(NamedTuple):
+    """Student scores of one micro-batch, before any softmax."""
+
+    global_cls: Tensor  # [G, B, K]
+    local_cls: Tensor  # [L, B, K]
+    patch: Tensor  # [M, K]
+    global_cls_before_head: Tensor  # [G, B, E]
+
+
+class SSLMetaArch(nn.Module):
+    """Student, its moving average the teacher, and one training step.
+
+    Args:
+        cfg: A merged configuration (`load_and_merge_config_3d`).
+        attention: `sdpa` or `xformers`, as resolved for the device.
+
+    `student` and `teacher` are ModuleDicts with `backbone`, `dino_head` and, unless shared, `ibot_head`.
+    """
+
+    def __init__(self, cfg: DictConfig, attention: str = "sdpa") -> None:
+        super().__init__()
+        self.cfg = cfg
+        self.separate_ibot_head = cfg.ibot.separate_head
+        self.student = nn.ModuleDict(self._build_side(attention, teacher=False))
+        self.teacher = nn.ModuleDict(self._build_side(attention, teacher=True)).requires_grad_(False)
+        self.dino_center = TeacherCenter(cfg.dino.head_n_prototypes)
+        self.ibot_center = TeacherCenter(self._ibot_head_cfg().head_n_prototypes)
+        self.grad_scaler = torch.amp.GradScaler(enabled=False)  # the loop replaces it where fp16 needs one
+        if cfg.compute_precision.student.backbone.mixed_precision.param_dtype == "fp64":
+            self.double()
+        self.start_teacher_from_student()
+        self.train()
+
+    def _ibot_head_cfg(self) -> DictConfig:
+        return self.cfg.ibot if self.separate_ibot_head else self.cfg.dino
+
+    def _build_side(self, attention: str, teacher: bool) -> dict[str, nn.Module]:
+        backbone = build_backbone(self.cfg, teacher, attention)
+        heads = {"dino_head": self.cfg.dino} | ({"ibot_head": self.cfg.ibot} if self.separate_ibot_head else {})
+        make = {
+            name: DINOHead(
+                backbone.embed_dim, h.head_n_prototypes, h.head_nlayers, h.head_hidden_dim, h.head_bottleneck_dim
+            )
+            for name, h in heads.items()
+        }
+        return {"backbone": backbone, **make}
+
+    def start_teacher_from_student(self) -> None:
+        """Copy the student's weights into the teacher."""
+        self.teacher.load_state_dict(self.student.state_dict())
+
+    def train(self, mode: bool = True) -> SSLMetaArch:
+        super().train(mode)
+        self.teacher.eval()
+        return self
+
+    # ------------------------------------------------------------------ the step
+
+    def forward_backward(self, batch: Batch | list[Batch], teacher_temp: float, monitor: bool = False) -> dict[str, Tensor]:
+        """Losses by name; the gradients are left on the student.
+
+        Args:
+            batch: A collated batch, or the micro-batches of one update: targets are made for all of them together
+                (Sinkhorn and centring see the effective batch), then each is passed and differentiated in turn.
+            teacher_temp: Temperature of the teacher's softmax.
+            monitor: Add the collapse monitors (entropies, prototype use, rank, cosine) to the returned dict.
+
+        Returns:
+            Scalars on the device: `dino_local_crops_loss`, `dino_global_crops_loss`, `koleo_loss`, `ibot_loss` scaled
+            as 3DINO logs them, `total_loss` their sum, and `dino_cross_entropy` (mean over all pairs) and
+            `ibot_cross_entropy` (mean over masked patches), both comparable with log K.
+        """
+        batches = [batch] if isinstance(batch, dict) else batch
+        targets, teacher_report = self.teacher_targets(batches, teacher_temp, monitor)  # no gradient
+        logged: list[dict[str, Tensor]] = []
+        for micro_batch, target in zip(batches, targets, strict=True):
+            student = self.student_outputs(micro_batch)
+            losses, weighted_total = self.losses(student, target, micro_batch)
+            self.grad_scaler.scale(weighted_total / len(batches)).backward()
+            if monitor:
+                losses["student_entropy"] = mean_entropy(student.global_cls.detach())
+            logged.append({k: v.detach() for k, v in losses.items()})
+        return {k: torch.stack([d[k] for d in logged]).mean() for k in logged[0]} | teacher_report
+
+    @torch.no_grad()
+    def teacher_targets(
+        self, batches: list[Batch], teacher_temp: float, monitor: bool = False
+    ) -> tuple[list[Targets], dict[str, Tensor]]:
+        """Targets of every micro-batch, normalised over all of them (and all ranks) at once."""
+        tokens, cls_scores, patch_scores = [], [], []
+        for batch in batches:
+            out = self._run("teacher", "backbone", batch["collated_global_crops"], is_training=True)
+            patches = out["x_norm_patchtokens"].flatten(0, 1).index_select(0, batch["mask_indices_list"])  # [M, E]
+            cls, patch = self._project("teacher", out["x_norm_clstoken"], patches)
+            tokens.append(out["x_norm_clstoken"])  # [G*B, E]
+            cls_scores.append(cls)  # [G*B, K]
+            patch_scores.append(patch)  # [M, K]
+        cls_all, patch_all = (x[0] if len(x) == 1 else torch.cat(x) for x in (cls_scores, patch_scores))
+        if self.cfg.train.centering == "centering":
+            cls_target, patch_target = self.dino_center(cls_all, teacher_temp), self.ibot_center(patch_all, teacher_temp)
+        else:
+            cls_target, patch_target = sinkhorn_knopp(cls_all, teacher_temp), sinkhorn_knopp(patch_all, teacher_temp)
+        cls_parts = cls_target.split([len(x) for x in cls_scores])
+        patch_parts = patch_target.split([len(x) for x in patch_scores])
+        targets = [
+            Targets(c.view(NUM_GLOBAL_CROPS, -1, c.shape[-1]), p) for c, p in zip(cls_parts, patch_parts, strict=True)
+        ]
+        return targets, collapse_monitors(torch.cat(tokens), cls_all, cls_target) if monitor else {}
+
+    def student_outputs(self, batch: Batch) -> StudentOutputs:
+        """All crops through the student in one packed pass; only global crops are masked."""
+        crops, masks = [batch["collated_global_crops"]], [batch["collated_masks"]]
+        if len(batch["collated_local_crops"]):
+            crops, masks = [*crops, batch["collated_local_crops"]], [*masks, None]
+        outs = self._run("student", "backbone", crops, masks, is_training=True)
+        global_cls = outs[0]["x_norm_clstoken"]  # [G*B, E]
+        patches = outs[0]["x_norm_patchtokens"].flatten(0, 1).index_select(0, batch["mask_indices_list"])  # [M, E]
+        all_cls = torch.cat([o["x_norm_clstoken"] for o in outs])  # [(G+L)*B, E]
+        cls, patch = self._project("student", all_cls, patches)  # [(G+L)*B, K], [M, K]
+        cls = cls.view(-1, len(global_cls) // NUM_GLOBAL_CROPS, cls.shape[-1])  # [G+L, B, K]
+        before_head = global_cls.view(NUM_GLOBAL_CROPS, -1, global_cls.shape[-1])
+        return StudentOutputs(cls[:NUM_GLOBAL_CROPS], cls[NUM_GLOBAL_CROPS:], patch, before_head)
+
+    def losses(self, student: StudentOutputs, target: Targets, batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
+        """The terms as they are logged, and the weighted sum that is differentiated.
+
+        DINOv2 pairs every student crop with the teacher's *other* global crops: T = 2 + 2L pairs of crops. A KoLeo or
+        iBOT term enters the sum with the two global crops added, and is logged as their mean.
+        """
+        cfg = self.cfg
+        num_pairs = NUM_GLOBAL_CROPS * (NUM_GLOBAL_CROPS - 1) + NUM_GLOBAL_CROPS * len(student.local_cls)
+        dino_local = dino_loss(student.local_cls, target.cls) / num_pairs
+        dino_global = dino_loss(student.global_cls, target.cls, skip_same_crop=True) / num_pairs
+        koleo = cfg.dino.koleo_loss_weight * sum(koleo_loss(x) for x in student.global_cls_before_head)
+        ibot, ibot_cross_entropy = ibot_loss(
+            student.patch, target.patch, batch["masks_weight"], num_rows=len(batch["collated_masks"])
+        )
+        total = cfg.dino.loss_weight * (dino_local + dino_global) + koleo + cfg.ibot.loss_weight * ibot
+        logged = {
+            "dino_local_crops_loss": dino_local,
+            "dino_global_crops_loss": dino_global,
+            "koleo_loss": koleo / NUM_GLOBAL_CROPS,
+            "ibot_loss": ibot / NUM_GLOBAL_CROPS,
+        }
+        logged["total_loss"] = sum(logged.values())
+        logged["dino_cross_entropy"] = dino_local + dino_global
+        logged["ibot_cross_entropy"] = ibot_cross_entropy
+        return logged, total
+
+    def update_teacher(self, momentum: float) -> None:
+        """teacher <- momentum * teacher + (1 - momentum) * student."""
+        with torch.no_grad():
+            get_ema_multi_avg_fn(momentum)(list(self.teacher.parameters()), list(self.student.parameters()), None)
+
+    def get_params_groups(self) -> list[dict[str, Any]]:
+        """Optimiser groups of the student: parameters of equal learning-rate and weight-decay factors together."""
+        depth = len(self.student["backbone"].block_list)
+        o = self.cfg.optim
+        named = [
+            group
+            for module, net in self.student.items()
+            for group in param_groups_with_decay(net, module, depth, o.layerwise_decay, o.patch_embed_lr_mult)
+        ]
+        return fuse_groups(named)
+
+    # ------------------------------------------------------------------ passes
+
+    def _run(self, side: str, module: str, *args: Any, **kwargs: Any) -> Any:
+        """A module of one side under its configured precision."""
+        net = getattr(self, side)[module]
+        with autocast_for(self.cfg.compute_precision[side][module], next(net.parameters()).device.type):
+            return net(*args, **kwargs)
+
+    def _project(self, side: str, cls: Tensor, patch: Tensor) -> tuple[Tensor, Tensor]:
+        """Prototype scores of class tokens and patches, through two heads or one shared head."""
+        if self.separate_ibot_head:
+            return self._run(side, "dino_head", cls), self._run(side, "ibot_head", patch)
+        return self._run(side, "dino_head", torch.cat([cls, patch])).split([len(cls), len(patch)])
+
+
+def autocast_for(precision: DictConfig, device_type: str) -> AbstractContextManager:
+    """Autocast to the configured `param_dtype`; none for fp32, fp64, or fp16 on a CPU (which computes in fp32)."""
+    dtype = DTYPES[precision.mixed_precision.param_dtype]
+    half = dtype == torch.bfloat16 or (dtype == torch.float16 and device_type != "cpu")
+    return torch.autocast(device_type, dtype=dtype if half else None, enabled=half)

@@ -1,0 +1,164 @@
+"""Everything a run continues from, and the folder it lives in."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
+from torch.optim import AdamW
+
+from dinov2.data.preprocess import PREPROCESSING
+from dinov2.errors import BadInput
+from dinov2.fsdp import Checkpointer, save_atomically
+from dinov2.train.provenance import versions
+from dinov2.train.ssl_meta_arch import SSLMetaArch
+
+logger = logging.getLogger(__name__)
+
+RUN_FILE = "run.json"
+
+
+@contextmanager
+def locked_folder(path: str | Path) -> Iterator[Path]:
+    """An output folder that only one run uses at a time; the lock goes with the process, however it ends.
+
+    Raises:
+        BadInput: It cannot be written, or another run has it.
+    """
+    folder = Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = (folder / ".lock").open("a")
+    except OSError as err:
+        raise BadInput(f"output folder {folder}: {err.strerror}: choose another --output-dir") from err
+    with handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as err:
+            raise BadInput(f"output folder {folder}: another run is using it: wait for it or choose another") from err
+        yield folder
+
+
+class TrainState:
+    """Model, optimiser and counters as one dictionary of tensors, in the form the checkpoint stores.
+
+    Args:
+        model: Student, teacher, centres.
+        optimizer: AdamW over `model.get_params_groups()`.
+    """
+
+    def __init__(self, model: SSLMetaArch, optimizer: AdamW) -> None:
+        self.model = model
+        self.optimizer = optimizer
+        self.iteration = -1  # the last finished one
+        self.skipped_steps = 0
+        self.skipped_in_row = 0
+        _materialise_moments(optimizer)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nested dictionary of tensors; model and optimiser share memory with the live ones."""
+        named = [(n, p) for g in self.optimizer.param_groups for n, p in zip(g["names"], g["params"], strict=True)]
+        scaler = self.model.grad_scaler.state_dict()
+        counters = {"iteration": self.iteration, "skipped_steps": self.skipped_steps, "skipped_in_row": self.skipped_in_row}
+        counters |= {k: scaler.get(k, 0) for k in ("scale", "_growth_tracker")}
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": {n: self.optimizer.state[p] for n, p in named},
+            "counters": {k: torch.tensor(float(v), dtype=torch.float64) for k, v in counters.items()},
+        }
+
+    def resume(self, checkpointer: Checkpointer) -> bool:
+        """Load the newest checkpoint, if there is one.
+
+        Raises:
+            BadInput: It is damaged or of another architecture.
+        """
+        saved = checkpointer.iterations()
+        if not saved:
+            return False
+        state = self.state_dict()
+        checkpointer.load(state, saved[-1])
+        counters: dict[str, Tensor] = state["counters"]
+        self.iteration, self.skipped_steps, self.skipped_in_row = (
+            int(counters[k]) for k in ("iteration", "skipped_steps", "skipped_in_row")
+        )
+        if self.model.grad_scaler.is_enabled():
+            scaler = self.model.grad_scaler.state_dict()
+            growth_tracker = int(counters["_growth_tracker"])
+            scaler |= {"scale": float(counters["scale"]), "_growth_tracker": growth_tracker}
+            self.model.grad_scaler.load_state_dict(scaler)
+        return True
+
+
+def _materialise_moments(optimizer: AdamW) -> None:
+    """Create AdamW's state at zero now, as its first step would, so that every checkpoint has the same entries.
+
+    torch's own `get_state_dict` runs a hidden step for this, which changes the trajectory; and a parameter that never
+    gets a gradient would have no entry at all.
+    """
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            optimizer.state[p] = {
+                "step": torch.zeros((), dtype=torch.float32, device=p.device if group["fused"] else "cpu"),
+                "exp_avg": torch.zeros_like(p),
+                "exp_avg_sq": torch.zeros_like(p),
+            }
+
+
+def save_teacher(model: SSLMetaArch, cfg: DictConfig, folder: Path, iteration: int, datalist_sha256: str) -> Path:
+    """Write `teacher_checkpoint.pth`: `{"teacher": state dict, "meta": plain JSON types}`, self-describing.
+
+    `torch.load(path, weights_only=True)` opens it.
+    """
+    meta = {
+        "config": OmegaConf.to_container(cfg),
+        "preprocessing": PREPROCESSING,
+        "datalist_sha256": datalist_sha256,
+        "iteration": iteration,
+        "versions": versions(),
+        "licence": "the weights' owner decides; the code is Apache-2.0",
+    }
+    path = folder / "teacher_checkpoint.pth"
+    teacher = {k: v.detach().cpu() for k, v in model.teacher.state_dict().items()}
+    save_atomically({"teacher": teacher, "meta": json.loads(json.dumps(meta))}, path)
+    return path
+
+
+def check_same_data(output_dir: Path, datalist_sha256: str, allow_changed: bool) -> None:
+    """Refuse to continue a run on another datalist.
+
+    Raises:
+        BadInput: The list's content changed and that was not allowed.
+    """
+    path = output_dir / RUN_FILE
+    if not path.exists():
+        return
+    before = json.loads(path.read_text()).get("datalist_sha256")
+    if before == datalist_sha256:
+        return
+    message = f"{output_dir}: this run was started on another datalist (sha256 {before[:12]}..., now {datalist_sha256[:12]}...)"
+    if not allow_changed:
+        raise BadInput(f"{message}: use the old list, another --output-dir, or --allow-changed-data")
+    logger.warning("%s: continued on the new one as asked", message)
+
+
+def set_aside(output_dir: Path) -> None:
+    """Move what an earlier run left (checkpoints, teachers, metrics) into `previous_<n>`, so that nothing is lost."""
+    names = ("checkpoints", "eval", "tensorboard", "training_metrics.json", "config.yaml", RUN_FILE)
+    found = [output_dir / n for n in names if (output_dir / n).exists()]
+    if not found:
+        return
+    number = 1 + len(list(output_dir.glob("previous_*")))
+    target = output_dir / f"previous_{number}"
+    target.mkdir()
+    for path in found:
+        path.rename(target / path.name)
+    logger.info("--no-resume: the earlier run was moved to %s", target)

@@ -1,0 +1,296 @@
+"""Pretrain a 3D vision transformer: `python dinov2/train/train3d.py --config-file F --output-dir D [key=value ...]`.
+
+Reading order: `main` -> `run` (what a run needs) -> `do_train` (the loop) -> `train_step` (one update) ->
+`ssl_meta_arch.py` (targets and losses).
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+if __package__ in (None, ""):  # started as a file: the repository, not this folder, is where imports begin
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
+
+import torch
+from omegaconf import DictConfig
+from torch import Tensor, nn
+from torch.nn.utils import clip_grad_norm_, get_total_norm
+from torch.optim import AdamW
+
+from dinov2.configs import default_yaml, load_and_merge_config_3d
+from dinov2.data import Datalist, TrainLoader, read_datalist
+from dinov2.data.collate import Batch
+from dinov2.data.streams import Kind, torch_seed
+from dinov2.distributed.runtime import Runtime, start_runtime
+from dinov2.errors import EXIT_BAD_INPUT, EXIT_OK, EXIT_RESUMABLE, BadInput
+from dinov2.fsdp import Checkpointer
+from dinov2.layers.attention import resolve_attention
+from dinov2.logging import MetricWriter, setup_logging
+from dinov2.models.weights import load_backbone, load_heads, read_weights
+from dinov2.train.progress import Progress, progress_line
+from dinov2.train.provenance import run_record, write_json, write_text
+from dinov2.train.schedules import Schedules, StepParams, apply_schedules, build_schedules
+from dinov2.train.ssl_meta_arch import DTYPES, SSLMetaArch
+from dinov2.train.state import RUN_FILE, TrainState, check_same_data, locked_folder, save_teacher, set_aside
+
+logger = logging.getLogger("dinov2.train.train3d")
+
+MAX_SKIPPED_IN_ROW = 5
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    """3DINO's flags; what follows them are `key=value` overrides of the configuration."""
+    parser = argparse.ArgumentParser("train3d.py", description="Pretrain a 3D vision transformer with 3DINO.")
+    parser.add_argument("--config-file", help="YAML file or name (pretrain/tiny_cpu); default: the published defaults")
+    parser.add_argument("--output-dir", "--output_dir", help="folder of the run (train.output_dir)")
+    parser.add_argument("--cache-dir", help="folder for preprocessed volumes (volumes are kept in memory for now)")
+    parser.add_argument("--no-resume", action="store_true", help="start over; an earlier run in the folder is moved aside")
+    parser.add_argument("--allow-changed-data", action="store_true", help="continue although the datalist changed")
+    parser.add_argument("--eval-only", action="store_true", help="write the latest teacher to eval/manual_<iteration> and exit")
+    parser.add_argument("--eval", default="", help="accepted for old commands, no effect")
+    parser.add_argument("--local-rank", type=int, default=0, help="accepted for old launchers, no effect")
+    parser.add_argument("opts", nargs="*", metavar="key=value", help="configuration overrides")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse, run, and turn a user's mistake into one line and exit code 2."""
+    args = get_args_parser().parse_intermixed_args(argv)
+    setup_logging()
+    try:
+        return run(args)
+    except BadInput as err:
+        logger.error("%s", err)
+    except OSError as err:  # a full disk, a folder that went away, a read-only file system
+        logger.error("%s: %s; the last complete checkpoint is intact", err.filename or "output", err.strerror or err)
+    return EXIT_BAD_INPUT
+
+
+def run(args: argparse.Namespace) -> int:
+    """Everything around the loop: configuration, folder, data, model, resume."""
+    overrides = [*args.opts, *([f"train.output_dir={args.output_dir}"] if args.output_dir else [])]
+    cfg = load_and_merge_config_3d(args.config_file, overrides)
+    runtime = start_runtime()
+    with locked_folder(cfg.train.output_dir) as output_dir:
+        setup_logging(output_dir)
+        say_what_has_no_effect(cfg, args, runtime)
+        datalist = read_datalist(cfg.train.dataset_path).larger_than(cfg.train.data_min_axis_size)
+        if args.no_resume:
+            set_aside(output_dir)
+        check_same_data(output_dir, datalist.sha256, args.allow_changed_data)
+
+        model, optimizer = build(cfg, runtime)
+        state = TrainState(model, optimizer)
+        checkpointer = build_checkpointer(cfg, output_dir)
+        resumed = state.resume(checkpointer)
+        if args.eval_only:
+            return write_teacher_only(state, cfg, output_dir, datalist)
+        schedules = build_schedules(cfg, runtime.world_size)
+        if state.iteration + 1 >= schedules.total_iters:
+            logger.info("%s: finished already, all %d iterations are done", output_dir, schedules.total_iters)
+            return EXIT_OK
+        if not resumed:
+            load_start_weights(model, cfg)
+        write_text(output_dir / "config.yaml", default_yaml(cfg))
+        write_json(output_dir / RUN_FILE, run_record(datalist.sha256, len(datalist)))
+        return do_train(state, cfg, runtime, schedules, datalist, checkpointer, output_dir)
+
+
+def do_train(
+    state: TrainState,
+    cfg: DictConfig,
+    runtime: Runtime,
+    schedules: Schedules,
+    datalist: Datalist,
+    checkpointer: Checkpointer,
+    output_dir: Path,
+) -> int:
+    """The loop: one update per iteration, metrics, checkpoints; returns the exit code."""
+    model, total, first = state.model, schedules.total_iters, state.iteration + 1
+    loader = TrainLoader(cfg, datalist, first, runtime.rank, runtime.world_size, runtime.device)
+    volumes_per_step = cfg.train.batch_size_per_gpu * cfg.train.accumulation_steps * runtime.world_size
+    progress = Progress(runtime, volumes_per_step, compute_dtype(cfg, runtime))
+    logger.info("iterations %d to %d, %d volumes a step from %d, on %s", first, total - 1, volumes_per_step, len(datalist), runtime.device)
+    with MetricWriter(output_dir, first) as metrics, stop_requests() as stop:
+        batches = iter(loader)
+        for iteration in range(first, total):
+            with progress.waiting_for_data():
+                batch = next(batches)
+            torch.manual_seed(torch_seed(cfg.train.seed, Kind.STEP, iteration))
+            hp = schedules(iteration)
+            is_logged = iteration % cfg.train.log_period == 0 or iteration == total - 1
+            with progress.counting_flops():
+                values = train_step(state, hp, batch, cfg.optim.clip_grad, is_logged)
+            state.iteration = iteration
+            progress.step_done()
+            if is_logged:
+                row = metric_row(iteration, hp, volumes_per_step, values, state, progress)
+                metrics.write(row)
+                logger.info("%s", progress_line(iteration, total, row))
+            if checkpointer.is_milestone(iteration) or iteration == total - 1:
+                save_teacher(model, cfg, output_dir / "eval" / f"training_{iteration}", iteration, datalist.sha256)
+            if is_checkpoint_due(cfg, checkpointer, iteration, total) or stop:
+                checkpointer.save(state.state_dict(), iteration)
+            if stop and iteration < total - 1:
+                logger.info("stopped after iteration %d on %s; start the same command again to continue", iteration, stop[0])
+                return EXIT_RESUMABLE
+    logger.info("done: %s", output_dir / "eval" / f"training_{total - 1}" / "teacher_checkpoint.pth")
+    return EXIT_OK
+
+
+def train_step(
+    state: TrainState, hp: StepParams, micro_batches: list[Batch], clip_grad: float, monitor: bool
+) -> dict[str, Tensor]:
+    """One update, one line per act; scalars stay on the device until they are logged."""
+    model, optimizer = state.model, state.optimizer
+    apply_schedules(optimizer, hp)  # lr, weight decay, frozen last layer
+    optimizer.zero_grad(set_to_none=True)
+    values = model.forward_backward(micro_batches, hp.teacher_temp, monitor)
+    model.grad_scaler.unscale_(optimizer)
+    grad_norms = clip_grad_norms(model.student, clip_grad)  # per submodule, as DINOv2
+    if accept_finite(state, values["total_loss"], grad_norms, micro_batches):  # before any weight moves
+        model.grad_scaler.step(optimizer)
+        model.update_teacher(hp.mom)
+    model.grad_scaler.update()
+    return values | grad_norms
+
+
+def clip_grad_norms(student: nn.ModuleDict, max_norm: float) -> dict[str, Tensor]:
+    """Clip each submodule's gradient to `max_norm` (0: not at all); the norms before clipping, by name."""
+    norms = {}
+    for name, net in student.items():
+        params = [p for p in net.parameters() if p.grad is not None]
+        norm = clip_grad_norm_(params, max_norm) if max_norm else get_total_norm([p.grad for p in params])
+        norms[f"grad_norm_{name}"] = norm
+    return norms
+
+
+def accept_finite(state: TrainState, loss: Tensor, grad_norms: dict[str, Tensor], micro_batches: list[Batch]) -> bool:
+    """Whether the step may change weights. A non-finite one is counted, and its volumes named.
+
+    Under a gradient scaler an overflow of the gradients alone is its business: it skips the update and lowers the scale.
+
+    Raises:
+        BadInput: Several in a row.
+    """
+    checked = [loss] if state.model.grad_scaler.is_enabled() else [loss, *grad_norms.values()]
+    if bool(torch.stack(checked).isfinite().all()):
+        state.skipped_in_row = 0
+        return True
+    state.skipped_steps += 1
+    state.skipped_in_row += 1
+    names = sorted({sample for batch in micro_batches for sample in batch["sample_ids"]})
+    logger.warning("iteration %d: loss or gradient is not finite, step skipped; its volumes: %s", state.iteration + 1, ", ".join(names))
+    if state.skipped_in_row >= MAX_SKIPPED_IN_ROW:
+        raise BadInput(
+            f"{MAX_SKIPPED_IN_ROW} non-finite steps in a row up to iteration {state.iteration + 1}: lower optim.base_lr, "
+            "use bf16 or fp32 as param_dtype, or check the volumes named above; the last checkpoint is before them"
+        )
+    return False
+
+
+def metric_row(
+    iteration: int, hp: StepParams, volumes: int, values: dict[str, Tensor], state: TrainState, progress: Progress
+) -> dict[str, float]:
+    """One line of `training_metrics.json`: this step's values (so that a resumed run writes the same), and timings."""
+    scheduled = {"lr": hp.lr, "wd": hp.wd, "mom": hp.mom, "last_layer_lr": hp.last_layer_lr, "teacher_temp": hp.teacher_temp}
+    losses = dict(zip(values, torch.stack([v.double() for v in values.values()]).tolist(), strict=True))
+    counts = {"current_batch_size": volumes, "skipped_steps": state.skipped_steps}
+    return {"iteration": iteration, **progress.report(), **scheduled, **counts, **losses}
+
+
+# ---------------------------------------------------------------------- what a run is built from
+
+
+def build(cfg: DictConfig, runtime: Runtime) -> tuple[SSLMetaArch, AdamW]:
+    """Model from the run's seed, on its device, and the optimiser over the student."""
+    torch.manual_seed(torch_seed(cfg.train.seed, Kind.INIT, 0))
+    model = SSLMetaArch(cfg, resolve_attention(cfg.student.attention, runtime.device.type)).to(runtime.device)
+    o = cfg.optim
+    optimizer = AdamW(model.get_params_groups(), betas=(o.adamw_beta1, o.adamw_beta2), fused=True)
+    needs_scaler = runtime.device.type == "cuda" and compute_dtype(cfg, runtime) == torch.float16
+    model.grad_scaler = torch.amp.GradScaler(runtime.device.type, enabled=cfg.compute_precision.grad_scaler and needs_scaler)
+    logger.info("student of %.1f M parameters", sum(p.numel() for p in model.student.parameters()) / 1e6)
+    return model, optimizer
+
+
+def compute_dtype(cfg: DictConfig, runtime: Runtime) -> torch.dtype:
+    """The dtype in which the student's backbone multiplies; fp16 on a CPU is fp32."""
+    dtype = DTYPES[cfg.compute_precision.student.backbone.mixed_precision.param_dtype]
+    return torch.float32 if dtype == torch.float16 and runtime.device.type == "cpu" else dtype
+
+
+def load_start_weights(model: SSLMetaArch, cfg: DictConfig) -> None:
+    """Start from a backbone, or from backbone and heads; optimiser and centres start afresh either way."""
+    path = cfg.student.full_pretrained_weights or cfg.student.pretrained_weights or cfg.MODEL.WEIGHTS
+    if not path:
+        return
+    weights = read_weights(path)
+    load_backbone(model.student["backbone"], weights, path)
+    if cfg.student.full_pretrained_weights:
+        load_heads({k: v for k, v in model.student.items() if k != "backbone"}, weights, path)
+    model.start_teacher_from_student()
+    logger.info("started from %s", path)
+
+
+def build_checkpointer(cfg: DictConfig, output_dir: Path) -> Checkpointer:
+    """Checkpoints of a run; those at evaluation periods are milestones and stay."""
+    period = cfg.evaluation.eval_period_iterations
+    folder = output_dir / "checkpoints"
+    return Checkpointer(folder, cfg.train.checkpoint_keep, lambda i: period > 0 and (i + 1) % period == 0)
+
+
+def is_checkpoint_due(cfg: DictConfig, checkpointer: Checkpointer, iteration: int, total: int) -> bool:
+    periodic = (iteration + 1) % cfg.train.checkpoint_period == 0
+    return periodic or checkpointer.is_milestone(iteration) or iteration == total - 1
+
+
+def write_teacher_only(state: TrainState, cfg: DictConfig, output_dir: Path, datalist: Datalist) -> int:
+    """`--eval-only`: the latest checkpoint's teacher as a file of its own."""
+    if state.iteration < 0:
+        raise BadInput(f"{output_dir}: no checkpoint to take a teacher from")
+    folder = output_dir / "eval" / f"manual_{state.iteration}"
+    logger.info("wrote %s", save_teacher(state.model, cfg, folder, state.iteration, datalist.sha256))
+    return EXIT_OK
+
+
+def say_what_has_no_effect(cfg: DictConfig, args: argparse.Namespace, runtime: Runtime) -> None:
+    """Accepted for compatibility, said once."""
+    if cfg.train.saveckp_freq != 20:
+        logger.info("train.saveckp_freq has no effect: use train.checkpoint_period (iterations)")
+    if not cfg.train.cache_dataset:
+        logger.info("train.cache_dataset has no effect: use train.memory_store_mb=0 to keep no volumes in memory")
+    if args.cache_dir:
+        logger.info("--cache-dir has no effect yet: preprocessed volumes are kept in memory (train.memory_store_mb)")
+    if args.eval:
+        logger.info("--eval has no effect: evaluate the teacher checkpoints with the programs in dinov2/eval")
+    fp16 = cfg.compute_precision.student.backbone.mixed_precision.param_dtype == "fp16"
+    if fp16 and runtime.device.type == "cpu":
+        logger.info("param_dtype fp16 is computed as fp32 on a CPU")
+
+
+@contextmanager
+def stop_requests() -> Iterator[list[str]]:
+    """A list that a SIGTERM or the first Ctrl-C adds its name to; the loop stops after the step it is in."""
+    received: list[str] = []
+
+    def note(number: int, _frame: object) -> None:
+        received.append(signal.Signals(number).name)
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C ends at once
+
+    before = {s: signal.signal(s, note) for s in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
