@@ -72,6 +72,16 @@ def _read_yaml(path: Path) -> DictConfig:
     return node
 
 
+def _file_layers(path: Path, seen: tuple[Path, ...] = ()) -> list[tuple[str, DictConfig]]:
+    """(source, content) of a file after those of the file or name it is based on (`base: NAME`)."""
+    if path in seen:
+        raise ConfigError(f"{path}: `base` leads back to the file itself")
+    content = _read_yaml(path)
+    base = content.pop("base", None)
+    before = [] if base is None else _file_layers(find_config(base), (*seen, path))
+    return [*before, (str(path), content)]
+
+
 def _read_overrides(overrides: Sequence[str]) -> DictConfig:
     for word in overrides:
         if "=" not in word:
@@ -87,6 +97,7 @@ def load_and_merge_config_3d(name_or_path: str | Path | None = None, overrides: 
 
     Args:
         name_or_path: YAML file, or a name such as ``train/vit3d_highres`` or ``pretrain/tiny_cpu``; None: the defaults.
+            A file may begin from another one by ``base: NAME``.
         overrides: ``key=value`` words, applied last.
 
     Raises:
@@ -95,8 +106,7 @@ def load_and_merge_config_3d(name_or_path: str | Path | None = None, overrides: 
     cfg, source = OmegaConf.structured(Config), "defaults"
     layers = []
     if name_or_path is not None:
-        path = find_config(name_or_path)
-        layers.append((str(path), _read_yaml(path)))
+        layers += _file_layers(find_config(name_or_path))
     if overrides:
         layers.append(("command line", _read_overrides(overrides)))
     for source, layer in layers:

@@ -152,6 +152,9 @@ class TrainConfig:
     log_period: int = key(10, "iterations between two lines of training_metrics.json and of the log")
     seed: int = key(0, "seed of initialisation, order, crops and masks")
     num_workers: int = key(32, "loader processes; any number gives the same batches")
+    num_threads: int | None = key(
+        None, "CPU threads of the training process; null: torch's choice; 1 beside loaders on few cores"
+    )
     OFFICIAL_EPOCH_LENGTH: int = key(1250, "iterations that the schedules count as one epoch")
     cache_dataset: bool = key(True, "accepted for old files, no effect: see train.memory_store_mb")
     memory_store_mb: int = key(1024, "preprocessed volumes kept in memory, MiB per loader process; 0 keeps none")
@@ -162,6 +165,7 @@ class TrainConfig:
         at_least_one = ("batch_size_per_gpu", "accumulation_steps", "checkpoint_period", "checkpoint_keep")
         for name in (*at_least_one, "log_period", "OFFICIAL_EPOCH_LENGTH"):
             require(getattr(self, name) >= 1, f"train.{name}={getattr(self, name)} must be at least 1")
+        require(self.num_threads is None or self.num_threads >= 1, f"train.num_threads={self.num_threads} must be at least 1")
         for name in ("num_workers", "memory_store_mb", "data_min_axis_size", "seed"):
             require(getattr(self, name) >= 0, f"train.{name}={getattr(self, name)} must not be negative")
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import math
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -65,9 +64,7 @@ class Datalist:
                 "along its smallest axis: lower that key or use larger volumes"
             )
         if len(kept) < len(self):
-            logger.info(
-                "%d of %d volumes have more than %d voxels along every axis", len(kept), len(self), min_axis
-            )
+            logger.info("%d of %d volumes have more than %d voxels along every axis", len(kept), len(self), min_axis)
         return Datalist(kept, self.sha256, self.path)
 
 
@@ -116,16 +113,11 @@ def _entry(item: Any, path: Path, i: int) -> Entry:
     return Entry(
         image=os.path.normpath(path.parent.absolute() / item["image"]),
         shape=tuple(shape),
-        spacing_mm=tuple(float(s) for s in spacing[:3]) if usable_spacing(spacing) else None,
+        spacing_mm=None if spacing is None else tuple(float(s) for s in spacing[:3]),
         axes=axes,
         channel=channel,
         extra={k: v for k, v in item.items() if k not in _KNOWN},
     )
-
-
-def usable_spacing(spacing: Any) -> bool:
-    """Whether three spacings are positive and finite."""
-    return spacing is not None and all(math.isfinite(s) and s > 0 for s in spacing[:3])
 
 
 def write_datalist(path: str | Path, items: Iterable[dict[str, Any]]) -> int:

@@ -26,9 +26,7 @@ class PretrainDataset(Dataset):
         store_bytes: Voxel bytes kept in memory.
     """
 
-    def __init__(
-        self, datalist: Datalist, augmentation: DataAugmentationDINO3d, seed: int, store_bytes: int
-    ) -> None:
+    def __init__(self, datalist: Datalist, augmentation: DataAugmentationDINO3d, seed: int, store_bytes: int) -> None:
         self.datalist = datalist
         self.augmentation = augmentation
         self.seed = seed

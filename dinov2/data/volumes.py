@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,12 +13,11 @@ import numpy as np
 from nibabel.filebasedimages import ImageFileError
 from nibabel.spatialimages import HeaderDataError
 
-from dinov2.data.datalist import Entry, usable_spacing
+from dinov2.data.datalist import Entry
 from dinov2.errors import BadVolume
 
 # what reading a damaged, truncated or foreign file raises
 _READ_ERRORS = (OSError, EOFError, zlib.error, ImageFileError, HeaderDataError, ValueError, MemoryError, OverflowError)
-SUFFIXES = (".nii", ".nii.gz")
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def open_volume(entry: Entry) -> RawVolume:
     path = entry.image
     try:
         image = nib.load(path)
-        zooms = tuple(float(z) for z in image.header.get_zooms())
+        zooms = _stored_zooms(image)
         shape = tuple(int(s) for s in image.shape)
         numeric = np.issubdtype(image.get_data_dtype(), np.number)
     except _READ_ERRORS as err:
@@ -75,11 +75,21 @@ def open_volume(entry: Entry) -> RawVolume:
     if len(shape) == 4:
         num_times, channel = _fourth_axis(entry, shape[3], zooms[3] if len(zooms) > 3 else 0.0)
     spacing = entry.spacing_mm or zooms[:3]
-    if not usable_spacing(spacing):
+    if not all(math.isfinite(s) and s > 0 for s in spacing):
         raise BadVolume(f"{path}: spacing {tuple(spacing)} is not positive: correct the header or the datalist's spacing")
     if min(shape) == 0:
         raise BadVolume(f"{path}: is empty, shape {shape}")
     return RawVolume(path, image, tuple(spacing), num_times, channel)
+
+
+def _stored_zooms(image: Any) -> tuple[float, ...]:
+    """Spacings as the file has them; nibabel's own reader replaces a zero by 1."""
+    if not isinstance(image.header, nib.Nifti1Header):
+        return tuple(float(z) for z in image.header.get_zooms())
+    holder = image.file_map.get("header", image.file_map["image"])
+    with holder.get_prepare_fileobj("rb") as file:
+        header = type(image.header).from_fileobj(file, check=False)
+    return tuple(float(z) for z in header.get_zooms())
 
 
 def _fourth_axis(entry: Entry, length: int, spacing: float) -> tuple[int, int | None]:
@@ -109,7 +119,7 @@ def describe(path: str | Path) -> dict[str, Any]:
     """
     try:
         image = nib.load(path)
-        zooms = image.header.get_zooms()
+        zooms = _stored_zooms(image)
         shape = [int(s) for s in image.shape]
     except _READ_ERRORS as err:
         raise BadVolume(f"{path}: cannot be opened: {_first_line(err)}") from err

@@ -48,13 +48,18 @@ class Runtime:
             torch.cuda.synchronize(self.device)
 
 
-def start_runtime() -> Runtime:
+def start_runtime(num_threads: int | None = None) -> Runtime:
     """CUDA where there is one, otherwise the CPU.
+
+    Args:
+        num_threads: CPU threads of this process; None leaves torch's choice. Sums depend on it in their last bits.
 
     Raises:
         BadInput: Started with several ranks, which the training loop does not do yet.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise BadInput("WORLD_SIZE > 1: training on several ranks is not built yet; start one process")
+    if num_threads is not None:
+        torch.set_num_threads(num_threads)
     index = int(os.environ.get("LOCAL_RANK", "0"))
     return Runtime(torch.device("cuda", index) if torch.cuda.is_available() else torch.device("cpu"))

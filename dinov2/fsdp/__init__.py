@@ -88,7 +88,8 @@ class Checkpointer:
                 dcp.load(state, storage_reader=reader)
         except _DAMAGED as err:
             raise BadInput(
-                f"{path}: damaged checkpoint ({str(err).splitlines()[0][:120]}): delete this folder to resume from the one before"
+                f"{path}: damaged checkpoint ({str(err).splitlines()[0][:120]}): "
+                "delete this folder to resume from the one before"
             ) from err
 
     @staticmethod

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -35,14 +37,12 @@ class DINOHead(nn.Module):
         bottleneck_dim: Width in front of the prototypes.
     """
 
-    def __init__(
-        self, in_dim: int, out_dim: int, nlayers: int = 3, hidden_dim: int = 2048, bottleneck_dim: int = 256
-    ) -> None:
+    def __init__(self, in_dim: int, out_dim: int, nlayers: int = 3, hidden_dim: int = 2048, bottleneck_dim: int = 256) -> None:
         super().__init__()
         nlayers = max(nlayers, 1)
         widths = [in_dim, *[hidden_dim] * (nlayers - 1), bottleneck_dim]
         layers: list[nn.Module] = []
-        for a, b in zip(widths[:-1], widths[1:], strict=True):
+        for a, b in pairwise(widths):
             layers += [nn.Linear(a, b), nn.GELU()]
         self.mlp = layers[0] if nlayers == 1 else nn.Sequential(*layers[:-1])
         for layer in self.mlp.modules():

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from dinov2.distributed import all_reduce_max, all_reduce_sum, global_count
 
+_TINY = 1e-30  # keeps an unused prototype from dividing by zero, and its quotient from overflowing
+
 
 def at_least_fp32(x: Tensor) -> Tensor:
     """Half precisions become float32; float32 and float64 stay."""
@@ -28,21 +30,22 @@ def sinkhorn_knopp(scores: Tensor, temp: float, num_iters: int = 3) -> Tensor:
     Returns:
         [R, K] in at least float32; rows sum to 1.
 
-    The largest score is taken off first, which leaves the result as it is and keeps the exponential from overflowing.
+    Each row's largest score is taken off before the exponential and given back as a weight in the first round, which
+    leaves the result as it is: no score is too large, and no row vanishes.
 
     Source: SwAV's Sinkhorn-Knopp as used by DINOv2; 3DINO paper, "DINOv2".
     """
     x = at_least_fp32(scores) / temp
-    lowest = x.new_tensor(torch.finfo(x.dtype).min)
-    largest = all_reduce_max(x.max() if x.numel() else lowest)
-    q = torch.exp(x - largest)  # [R, K]
-    num_rows = global_count(q.shape[0], q)
-    num_prototypes = q.shape[1]
-    tiny = torch.finfo(q.dtype).tiny
-    q /= all_reduce_sum(q.sum()).clamp_min(tiny)
-    for _ in range(num_iters):
-        q /= (all_reduce_sum(q.sum(0, keepdim=True)) * num_prototypes).clamp_min(tiny)
-        q /= (q.sum(1, keepdim=True) * num_rows).clamp_min(tiny)
+    num_rows = global_count(x.shape[0], x)
+    row_max = x.amax(1, keepdim=True) if x.numel() else x.new_zeros(0, 1)
+    lowest = torch.finfo(x.dtype).min
+    largest = all_reduce_max(row_max.max() if x.numel() else x.new_tensor(lowest))
+    q = torch.exp(x - row_max)  # [R, K], every row has a 1
+    weight = torch.exp(row_max - largest)  # [R, 1], what the rows were divided by, as it counts in the first round
+    for i in range(num_iters):
+        per_prototype = all_reduce_sum((q * weight if i == 0 else q).sum(0, keepdim=True))  # [1, K]
+        q /= (per_prototype * x.shape[1]).clamp_min(_TINY)
+        q /= (q.sum(1, keepdim=True) * num_rows).clamp_min(_TINY)
     return q * num_rows
 
 

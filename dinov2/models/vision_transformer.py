@@ -79,9 +79,7 @@ class DinoVisionTransformer3d(nn.Module):
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         learned = pos_encoding == "learned"
         self.pos_embed = nn.Parameter(torch.zeros(1, num_patches + 1, embed_dim)) if learned else None
-        self.register_tokens = (
-            nn.Parameter(torch.zeros(1, num_register_tokens, embed_dim)) if num_register_tokens else None
-        )
+        self.register_tokens = nn.Parameter(torch.zeros(1, num_register_tokens, embed_dim)) if num_register_tokens else None
         self.mask_token = nn.Parameter(torch.zeros(1, embed_dim))
 
         rates = [drop_path_rate * (1.0 if drop_path_uniform else i / max(depth - 1, 1)) for i in range(depth)]

@@ -90,7 +90,8 @@ def _load_strictly(module: nn.Module, state: StateDict, what: str) -> None:
     shapes = {plain: tuple(v.shape) for plain, v in zip(own, module.state_dict().values(), strict=True)}
     missing = [k for k in own if k not in state]
     unexpected = [k for k in state if k not in own]
-    reshaped = [f"{k} {tuple(state[k].shape)} for {shapes[k]}" for k in own if k in state and tuple(state[k].shape) != shapes[k]]
+    both = [k for k in own if k in state]
+    reshaped = [f"{k} {tuple(state[k].shape)} for {shapes[k]}" for k in both if tuple(state[k].shape) != shapes[k]]
     problems = [
         f"{len(keys)} {kind} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
         for kind, keys in (("missing", missing), ("unexpected", unexpected), ("of another shape", reshaped))

@@ -21,9 +21,9 @@ def mean_entropy(scores: Tensor) -> Tensor:
 
 def effective_rank(x: Tensor) -> Tensor:
     """exp of the entropy of the normalised singular values of the centred rows: 1 (a line) to min(X - 1, E)."""
-    s = torch.linalg.svdvals(x - x.mean(0, keepdim=True))
+    s = torch.linalg.svdvals(torch.nan_to_num(x - x.mean(0, keepdim=True)))  # raises on non-finite input
     p = s / s.sum().clamp_min(torch.finfo(s.dtype).tiny)
-    return torch.exp(torch.special.entr(p).sum())
+    return torch.exp(torch.special.entr(p).sum()) + 0.0 * x.sum()  # non-finite input gives a non-finite rank
 
 
 def mean_cosine(x: Tensor) -> Tensor:

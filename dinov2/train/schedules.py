@@ -95,9 +95,7 @@ def build_schedules(cfg: DictConfig, world_size: int = 1) -> Schedules:
         wd=CosineSchedule(o.weight_decay, o.weight_decay_end, total),
         mom=CosineSchedule(t.momentum_teacher, t.final_momentum_teacher, total),
         teacher_temp=CosineSchedule(t.teacher_temp, t.teacher_temp, temp_warmup, temp_warmup, t.warmup_teacher_temp),
-        last_layer_lr=CosineSchedule(
-            lr, o.min_lr, total, lr_warmup, zero_iters=o.freeze_last_layer_epochs * epoch
-        ),
+        last_layer_lr=CosineSchedule(lr, o.min_lr, total, lr_warmup, zero_iters=o.freeze_last_layer_epochs * epoch),
         total_iters=total,
     )
 

@@ -75,9 +75,7 @@ class SSLMetaArch(nn.Module):
         backbone = build_backbone(self.cfg, teacher, attention)
         heads = {"dino_head": self.cfg.dino} | ({"ibot_head": self.cfg.ibot} if self.separate_ibot_head else {})
         make = {
-            name: DINOHead(
-                backbone.embed_dim, h.head_n_prototypes, h.head_nlayers, h.head_hidden_dim, h.head_bottleneck_dim
-            )
+            name: DINOHead(backbone.embed_dim, h.head_n_prototypes, h.head_nlayers, h.head_hidden_dim, h.head_bottleneck_dim)
             for name, h in heads.items()
         }
         return {"backbone": backbone, **make}
@@ -139,9 +137,7 @@ class SSLMetaArch(nn.Module):
             cls_target, patch_target = sinkhorn_knopp(cls_all, teacher_temp), sinkhorn_knopp(patch_all, teacher_temp)
         cls_parts = cls_target.split([len(x) for x in cls_scores])
         patch_parts = patch_target.split([len(x) for x in patch_scores])
-        targets = [
-            Targets(c.view(NUM_GLOBAL_CROPS, -1, c.shape[-1]), p) for c, p in zip(cls_parts, patch_parts, strict=True)
-        ]
+        targets = [Targets(c.view(NUM_GLOBAL_CROPS, -1, c.shape[-1]), p) for c, p in zip(cls_parts, patch_parts, strict=True)]
         return targets, collapse_monitors(torch.cat(tokens), cls_all, cls_target) if monitor else {}
 
     def student_outputs(self, batch: Batch) -> StudentOutputs:

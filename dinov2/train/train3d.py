@@ -76,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
     """Everything around the loop: configuration, folder, data, model, resume."""
     overrides = [*args.opts, *([f"train.output_dir={args.output_dir}"] if args.output_dir else [])]
     cfg = load_and_merge_config_3d(args.config_file, overrides)
-    runtime = start_runtime()
+    runtime = start_runtime(cfg.train.num_threads)
     with locked_folder(cfg.train.output_dir) as output_dir:
         setup_logging(output_dir)
         say_what_has_no_effect(cfg, args, runtime)
@@ -116,7 +116,8 @@ def do_train(
     loader = TrainLoader(cfg, datalist, first, runtime.rank, runtime.world_size, runtime.device)
     volumes_per_step = cfg.train.batch_size_per_gpu * cfg.train.accumulation_steps * runtime.world_size
     progress = Progress(runtime, volumes_per_step, compute_dtype(cfg, runtime))
-    logger.info("iterations %d to %d, %d volumes a step from %d, on %s", first, total - 1, volumes_per_step, len(datalist), runtime.device)
+    what = "iterations %d to %d, %d volumes a step from %d, on %s"
+    logger.info(what, first, total - 1, volumes_per_step, len(datalist), runtime.device)
     with MetricWriter(output_dir, first) as metrics, stop_requests() as stop:
         batches = iter(loader)
         for iteration in range(first, total):
@@ -186,7 +187,8 @@ def accept_finite(state: TrainState, loss: Tensor, grad_norms: dict[str, Tensor]
     state.skipped_steps += 1
     state.skipped_in_row += 1
     names = sorted({sample for batch in micro_batches for sample in batch["sample_ids"]})
-    logger.warning("iteration %d: loss or gradient is not finite, step skipped; its volumes: %s", state.iteration + 1, ", ".join(names))
+    what = "iteration %d: loss or gradient is not finite, step skipped; its volumes: %s"
+    logger.warning(what, state.iteration + 1, ", ".join(names))
     if state.skipped_in_row >= MAX_SKIPPED_IN_ROW:
         raise BadInput(
             f"{MAX_SKIPPED_IN_ROW} non-finite steps in a row up to iteration {state.iteration + 1}: lower optim.base_lr, "

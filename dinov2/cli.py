@@ -1,0 +1,72 @@
+"""The `dinov2` command: sub-commands that call the same functions as the programs and the Python interface."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+
+from dinov2 import __version__
+from dinov2.errors import EXIT_BAD_INPUT, EXIT_OK, BadInput
+from dinov2.logging import setup_logging
+
+logger = logging.getLogger(__name__)
+
+
+def say(text: str) -> None:
+    """The command's output, as opposed to its log."""
+    sys.stdout.write(text + "\n")
+
+
+def config_show(args: argparse.Namespace) -> int:
+    """Print a configuration with every key's meaning."""
+    from dinov2.configs import default_yaml, load_and_merge_config_3d
+
+    say(default_yaml(load_and_merge_config_3d(args.config, args.overrides)).rstrip())
+    return EXIT_OK
+
+
+def config_check(args: argparse.Namespace) -> int:
+    """Say whether a configuration can be used, and what a run of it amounts to."""
+    from dinov2.configs import load_and_merge_config_3d
+    from dinov2.train.schedules import build_schedules
+
+    cfg = load_and_merge_config_3d(args.config, args.overrides)
+    schedules = build_schedules(cfg)
+    batch = cfg.train.batch_size_per_gpu * cfg.train.accumulation_steps
+    say(
+        f"{args.config}: valid; {schedules.total_iters} iterations of {batch} volumes per rank, "
+        f"peak learning rate {schedules.lr.base:.3g} on one rank"
+    )
+    return EXIT_OK
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("dinov2", description="Self-supervised pretraining of 3D vision transformers.")
+    parser.add_argument("--version", action="version", version=f"dinov2-3d {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands.add_parser("train", help="pretrain (the flags of train3d.py; `dinov2 train --help`)", add_help=False)
+    config = commands.add_parser("config", help="show or check a configuration").add_subparsers(required=True, metavar="ACTION")
+    for name, function, required in (("show", config_show, False), ("check", config_check, True)):
+        action = config.add_parser(name, help=function.__doc__.splitlines()[0])
+        action.add_argument("config", nargs=None if required else "?", help="YAML file or name; default: the defaults")
+        action.add_argument("overrides", nargs="*", metavar="key=value")
+        action.set_defaults(function=function)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a sub-command; a user's mistake is one line and exit code 2."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv[:1] == ["train"]:
+        from dinov2.train.train3d import main as train_main
+
+        return train_main(argv[1:])
+    args = build_parser().parse_args(argv)
+    setup_logging()
+    try:
+        return args.function(args)
+    except BadInput as err:
+        logger.error("%s", err)
+        return EXIT_BAD_INPUT

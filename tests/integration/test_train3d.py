@@ -1,0 +1,210 @@
+"""`train3d.py` as a user starts it: on real volumes, killed, stopped, started again, misused."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from dinov2.errors import EXIT_BAD_INPUT, EXIT_RESUMABLE
+from dinov2.train.train3d import main
+from tests.conftest import ROOT, Trainer, read_json_lines
+
+TIMING = {"iter_time", "data_time", "volumes_per_s", "data_wait", "mfu", "memory_gib"}
+
+
+def teacher(output_dir: Path, iteration: int) -> dict[str, torch.Tensor]:
+    path = output_dir / "eval" / f"training_{iteration}" / "teacher_checkpoint.pth"
+    return torch.load(path, weights_only=True)["teacher"]
+
+
+def assert_same_weights(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
+    assert a.keys() == b.keys()
+    assert all(torch.equal(v, b[k]) for k, v in a.items())
+
+
+def metrics(output_dir: Path) -> list[dict]:
+    rows = read_json_lines(output_dir / "training_metrics.json")
+    return [{k: v for k, v in row.items() if k not in TIMING} for row in rows]
+
+
+def one_line_error(result, *words: str) -> None:
+    assert result.returncode == EXIT_BAD_INPUT, result.stderr
+    errors = [line for line in result.stderr.splitlines() if " E " in line]
+    assert len(errors) == 1 and "Traceback" not in result.stderr, result.stderr
+    for word in words:
+        assert word in errors[0], errors[0]
+
+
+def test_a_run_on_real_volumes_leaves_everything_that_decided_it(trainer: Trainer, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    result = trainer.run(out)
+    assert result.returncode == 0, result.stderr
+    rows = read_json_lines(out / "training_metrics.json")
+    assert [r["iteration"] for r in rows] == list(range(12))
+    published = {"iteration", "iter_time", "data_time", "lr", "wd", "mom", "last_layer_lr", "current_batch_size", "total_loss"}
+    losses = {"dino_local_crops_loss", "dino_global_crops_loss", "koleo_loss", "ibot_loss"}
+    ours = {"dino_cross_entropy", "ibot_cross_entropy", "teacher_entropy", "student_entropy", "prototypes_used"}
+    ours |= {"feature_rank", "mean_cosine", "grad_norm_backbone", "grad_norm_dino_head", "grad_norm_ibot_head"}
+    assert published | losses | ours <= rows[0].keys()
+    assert rows[0]["current_batch_size"] == 3
+    for name in ("config.yaml", "run.json", "log.txt", "tensorboard"):
+        assert (out / name).exists(), name
+    run = json.loads((out / "run.json").read_text())
+    assert run["datalist_sha256"] and run["versions"]["torch"] == torch.__version__ and "git" in run
+    assert [p.name for p in sorted((out / "checkpoints").iterdir())] == ["0000007", "0000009", "0000011"]
+    assert "ETA" in result.stderr and "volumes/s" in result.stderr and "data wait" in result.stderr
+    assert "fp16 is computed as fp32 on a CPU" in result.stderr
+
+    again = trainer.run(out)
+    assert again.returncode == 0 and "finished already" in again.stderr
+    manual = trainer.run(out, "--eval-only")
+    assert manual.returncode == 0, manual.stderr
+    saved = torch.load(out / "eval" / "manual_11" / "teacher_checkpoint.pth", weights_only=True)
+    assert_same_weights(saved["teacher"], teacher(out, 11))
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments_the_result_is_the_same_bit_for_bit(trainer: Trainer, tmp_path: Path) -> None:
+    long = ["optim.epochs=25", "train.checkpoint_period=7", "train.num_workers=1", "train.centering=centering"]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert trainer.run(whole, *long).returncode == 0
+    rng = random.Random(20)
+    for _ in range(3):
+        process = trainer.start(killed, *long)
+        seen_before = lines(killed)
+        while process.poll() is None and lines(killed) <= seen_before + 5:
+            time.sleep(0.05)
+        time.sleep(rng.uniform(0, 1.5))
+        process.kill()
+        process.communicate()
+    assert 0 < lines(killed) < 150
+    result = trainer.run(killed, *long)
+    assert result.returncode == 0, result.stderr
+    assert_same_weights(teacher(killed, 149), teacher(whole, 149))
+    assert metrics(killed) == metrics(whole)
+
+
+def lines(output_dir: Path) -> int:
+    path = output_dir / "training_metrics.json"
+    return len(path.read_text().splitlines()) if path.exists() else 0
+
+
+@pytest.mark.slow
+def test_sigterm_saves_and_exits_with_75(trainer: Trainer, tmp_path: Path) -> None:
+    long = ["optim.epochs=25", "train.checkpoint_period=1000", "train.num_workers=2"]
+    out = tmp_path / "run"
+    process = trainer.start(out, *long)
+    while lines(out) < 3:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    log, _ = process.communicate(timeout=60)
+    assert process.returncode == EXIT_RESUMABLE and "SIGTERM" in log, log
+    (only,) = (out / "checkpoints").iterdir()
+    result = trainer.run(out, *long)
+    assert result.returncode == 0
+    assert [r["iteration"] for r in metrics(out)] == list(range(150))
+    assert f"iterations {int(only.name) + 1} to 149" in result.stderr
+
+
+@pytest.mark.slow
+def test_any_number_of_workers_writes_the_same_metrics(trainer: Trainer, tmp_path: Path) -> None:
+    for workers in (0, 1, 3):
+        assert trainer.run(tmp_path / str(workers), f"train.num_workers={workers}").returncode == 0
+    assert metrics(tmp_path / "0") == metrics(tmp_path / "1") == metrics(tmp_path / "3")
+
+
+@pytest.mark.slow
+def test_a_run_is_continued_only_with_its_own_architecture_and_data(trainer: Trainer, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    assert trainer.run(out, "optim.epochs=1").returncode == 0
+    one_line_error(trainer.run(out, "student.embed_dim=32"), "checkpoint of another architecture", "saved (24,), now (32,)")
+
+    changed = Trainer(tmp_path / "changed.json")
+    shutil.copy(trainer.datalist, changed.datalist)
+    changed.datalist.write_text(changed.datalist.read_text().replace('"spacing": [2.0', '"spacing": [1.9'))
+    one_line_error(changed.run(out), "another datalist", "--allow-changed-data")
+    assert changed.run(out, "--allow-changed-data").returncode == 0
+
+    fresh = trainer.run(out, "--no-resume", "student.embed_dim=32", "optim.epochs=1")
+    assert fresh.returncode == 0, fresh.stderr
+    assert (out / "previous_1" / "eval" / "training_11" / "teacher_checkpoint.pth").exists()
+    assert teacher(out, 5)["backbone.norm.weight"].shape == (32,)
+
+
+@pytest.mark.slow
+def test_a_damaged_checkpoint_is_named_and_the_one_before_still_works(trainer: Trainer, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    assert trainer.run(out, "optim.epochs=1").returncode == 0
+    newest = out / "checkpoints" / "0000005"
+    for part in newest.glob("*.distcp"):
+        part.write_bytes(part.read_bytes()[: part.stat().st_size // 2])
+    (out / "checkpoints" / ".incomplete-0000009").mkdir()  # as a kill in the middle of writing leaves it
+    one_line_error(trainer.run(out), "0000005", "damaged checkpoint", "delete this folder")
+    shutil.rmtree(newest)
+    result = trainer.run(out)
+    assert result.returncode == 0 and "iterations 4 to 11" in result.stderr
+    assert not list((out / "checkpoints").glob(".incomplete*"))
+
+
+@pytest.mark.slow
+def test_only_one_run_uses_a_folder_at_a_time(trainer: Trainer, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    first = trainer.start(out, "optim.epochs=200")
+    while lines(out) < 1:
+        time.sleep(0.05)
+    one_line_error(trainer.run(out), str(out), "another run is using it")
+    first.kill()
+    first.communicate()
+    assert trainer.run(out, "optim.epochs=1", "--no-resume").returncode == 0
+
+
+@pytest.mark.parametrize(
+    "extra, words",
+    [
+        (["train.dataset_path=nowhere.json"], ["nowhere.json", "train.dataset_path"]),
+        (["train.sed=1"], ["did you mean 'train.seed'"]),
+        (["--config-file", "nowhere.yaml"], ["nowhere.yaml", "no such file"]),
+        (["train.data_min_axis_size=500"], ["none of its 2 volumes", "train.data_min_axis_size=500"]),
+        (["student.full_pretrained_weights=nowhere.pth"], ["nowhere.pth", "no such file"]),
+        (["--output-dir", "/proc/nowhere"], ["/proc/nowhere", "choose another --output-dir"]),
+        (["--eval-only"], ["no checkpoint to take a teacher from"]),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(
+    trainer: Trainer, tmp_path: Path, extra: list[str], words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = main([*trainer.command(tmp_path / "run", *extra)[2:]])
+    one_line_error(SimpleNamespace(returncode=code, stderr=capsys.readouterr().err), *words)
+
+
+@pytest.mark.slow
+def test_the_high_resolution_stage_starts_from_the_first_stages_teacher(trainer: Trainer, tmp_path: Path) -> None:
+    assert trainer.run(tmp_path / "one", "optim.epochs=1").returncode == 0
+    weights = tmp_path / "one" / "eval" / "training_5" / "teacher_checkpoint.pth"
+    second = ["crops.global_crops_size=20", "crops.local_crops_size=12", f"student.full_pretrained_weights={weights}"]
+    result = trainer.run(tmp_path / "two", "optim.epochs=1", *second)
+    assert result.returncode == 0, result.stderr
+    assert "positions of a grid of 4 cubed interpolated to (5, 5, 5)" in result.stderr
+
+
+@pytest.mark.slow
+def test_the_tiny_recipe_runs_on_local_data(local_data: Path, tmp_path: Path) -> None:
+    made = [sys.executable, "scripts/local_datalist.py", str(local_data), str(tmp_path / "list.json")]
+    assert "207 volumes" in subprocess.run(made, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    program = [sys.executable, "dinov2/train/train3d.py", "--config-file", "configs/pretrain/tiny_cpu.yaml"]
+    args = ["--output-dir", str(tmp_path / "run"), "--cache-dir", str(tmp_path / "cache"), "optim.epochs=1"]
+    overrides = [f"train.dataset_path={tmp_path / 'list.json'}", "optim.warmup_epochs=0"]
+    result = subprocess.run([*program, *args, *overrides], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    first, last = metrics(tmp_path / "run")[0], metrics(tmp_path / "run")[-1]
+    assert last["ibot_cross_entropy"] < first["ibot_cross_entropy"] - 0.3
