@@ -6,6 +6,7 @@ import argparse
 import logging
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from dinov2 import __version__
 from dinov2.errors import EXIT_BAD_INPUT, EXIT_OK, BadInput
@@ -42,11 +43,41 @@ def config_check(args: argparse.Namespace) -> int:
     return EXIT_OK
 
 
+def demo(args: argparse.Namespace) -> int:
+    """Make volumes, train on them, measure and draw: everything in six minutes."""
+    from dinov2.demo.run import run_demo
+
+    return run_demo(args.output, args.data, args.seed, args.overrides, say)
+
+
+def doctor(args: argparse.Namespace) -> int:
+    """Say what this machine has, what is missing and what that means."""
+    from dinov2.doctor import report
+
+    text = report()
+    say(text)
+    if args.report:
+        try:
+            args.report.write_text(text + "\n", encoding="utf-8")
+        except OSError as err:
+            raise BadInput(f"--report {args.report}: {err.strerror}: choose another file") from err
+    return EXIT_OK
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("dinov2", description="Self-supervised pretraining of 3D vision transformers.")
     parser.add_argument("--version", action="version", version=f"dinov2-3d {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     commands.add_parser("train", help="pretrain (the flags of train3d.py; `dinov2 train --help`)", add_help=False)
+    action = commands.add_parser("demo", help=demo.__doc__.splitlines()[0])
+    action.add_argument("--output", type=Path, default=Path("demo_output"), help="folder of the results")
+    action.add_argument("--data", type=Path, help="your own folder of NIfTI volumes instead of made ones")
+    action.add_argument("--seed", type=int, default=0)
+    action.add_argument("overrides", nargs="*", metavar="key=value", help="of the training's configuration")
+    action.set_defaults(function=demo)
+    action = commands.add_parser("doctor", help=doctor.__doc__.splitlines()[0])
+    action.add_argument("--report", type=Path, help="write it to a file, for a bug report")
+    action.set_defaults(function=doctor)
     config = commands.add_parser("config", help="show or check a configuration").add_subparsers(required=True, metavar="ACTION")
     for name, function, required in (("show", config_show, False), ("check", config_check, True)):
         action = config.add_parser(name, help=function.__doc__.splitlines()[0])

@@ -31,10 +31,18 @@ class Volume:
     Attributes:
         data: [1, H, W, D] float32 in [-1, 1], slice axis last, cropped to the foreground.
         spacing_mm: Along H, W, D.
+        moved_axis: The stored axis that became the last.
+        box: What was kept of the stored volume, after the move.
     """
 
     data: Tensor
     spacing_mm: tuple[float, float, float]
+    moved_axis: int
+    box: tuple[slice, slice, slice]
+
+    def align(self, stored: np.ndarray) -> np.ndarray:
+        """Another array on the stored volume's grid (labels, a mask) brought to [H, W, D] of `data`."""
+        return np.ascontiguousarray(np.moveaxis(stored, self.moved_axis, -1)[self.box])
 
 
 def slice_axis(spacing_mm: tuple[float, float, float]) -> int:
@@ -82,7 +90,7 @@ def preprocess(voxels: np.ndarray, spacing_mm: tuple[float, float, float], name:
     spacing = [s for i, s in enumerate(spacing_mm) if i != axis] + [spacing_mm[axis]]
     box = foreground_box(voxels)
     data = torch.from_numpy(np.ascontiguousarray(voxels[box]))[None]
-    return Volume(data, tuple(spacing))
+    return Volume(data, tuple(spacing), axis, box)
 
 
 def foreground_box(voxels: np.ndarray) -> tuple[slice, slice, slice]:

@@ -6,7 +6,8 @@ import logging
 import os
 import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -51,7 +52,7 @@ class Checkpointer:
         """Write a checkpoint aside, rename it into place, then drop the ones that are no longer kept."""
         temporary = self.folder / f".incomplete-{iteration:07d}"
         self.remove_incomplete()
-        with warnings.catch_warnings():
+        with writing(temporary), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*torch.distributed is (disabled|unavailable|not).*")
             dcp.save(state, checkpoint_id=temporary)
         target = self.path(iteration)
@@ -103,7 +104,24 @@ class Checkpointer:
             )
 
 
-def _flat_shapes(state: StateDict, prefix: str = ""):
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn what a full disk or a lost folder raises (torch's writers wrap it) into one line.
+
+    Raises:
+        BadInput: Something could not be written.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, CheckpointException) as err:
+        reason = str(err).strip().splitlines()[-1][:160]
+        raise BadInput(
+            f"{path}: cannot be written ({reason}): make room or choose another --output-dir; "
+            "the last complete checkpoint is intact"
+        ) from err
+
+
+def _flat_shapes(state: StateDict, prefix: str = "") -> Iterator[tuple[str, tuple[int, ...]]]:
     for key, value in state.items():
         if isinstance(value, Tensor):
             yield prefix + key, tuple(value.shape)
@@ -113,7 +131,8 @@ def _flat_shapes(state: StateDict, prefix: str = ""):
 
 def save_atomically(obj: Any, path: Path) -> None:
     """`torch.save` to a temporary name, then rename."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    torch.save(obj, temporary)
-    os.replace(temporary, path)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.tmp")
+        torch.save(obj, temporary)
+        os.replace(temporary, path)

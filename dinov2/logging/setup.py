@@ -8,10 +8,17 @@ from pathlib import Path
 FORMAT = "%(asctime)s %(levelname).1s %(name)s: %(message)s"
 
 
+class _LogFile(logging.FileHandler):
+    """A log file that never ends a run or prints a trace: on a full disk the terminal still has every line."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        pass
+
+
 def setup_logging(output_dir: Path | None = None, level: int = logging.INFO) -> None:
     """Log to the terminal and, with an output folder, to `log.txt` in it; replaces what was set up before."""
     handlers: list[logging.Handler] = [logging.StreamHandler()]
     if output_dir is not None:
-        handlers.append(logging.FileHandler(output_dir / "log.txt"))
+        handlers.append(_LogFile(output_dir / "log.txt"))
     logging.basicConfig(level=level, format=FORMAT, datefmt="%H:%M:%S", handlers=handlers, force=True)
     logging.captureWarnings(True)

@@ -68,7 +68,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BadInput as err:
         logger.error("%s", err)
     except OSError as err:  # a full disk, a folder that went away, a read-only file system
-        logger.error("%s: %s; the last complete checkpoint is intact", err.filename or "output", err.strerror or err)
+        where, why = err.filename or "a file of the run", err.strerror or err
+        logger.error("%s: %s: make room or choose another --output-dir; the last complete checkpoint is intact", where, why)
     return EXIT_BAD_INPUT
 
 

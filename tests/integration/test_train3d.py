@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import resource
 import shutil
 import signal
 import subprocess
@@ -153,6 +155,26 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_still_works(trainer: T
     shutil.rmtree(newest)
     result = trainer.run(out)
     assert result.returncode == 0 and "iterations 4 to 11" in result.stderr
+    assert not list((out / "checkpoints").glob(".incomplete*"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("limit, words", [(200_000, ["0000001", "cannot be written"]), (3_000, ["make room"])])
+def test_a_full_disk_is_one_line_and_what_was_finished_stays(
+    trainer: Trainer, tmp_path: Path, limit: int, words: list[str]
+) -> None:
+    """A limit on file size fails a write as a full disk does: first a checkpoint's, then a small file's."""
+    out = tmp_path / "run"
+    command = trainer.command(out)
+    environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
+
+    def small_disk() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+    full = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, preexec_fn=small_disk)
+    one_line_error(full, *words, "the last complete checkpoint is intact")
+    result = trainer.run(out)
+    assert result.returncode == 0, result.stderr
     assert not list((out / "checkpoints").glob(".incomplete*"))
 
 

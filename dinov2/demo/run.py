@@ -1,0 +1,192 @@
+"""The quick start from end to end: volumes -> list -> training -> read-out -> pictures -> numbers."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from omegaconf import DictConfig
+from torch import Tensor
+
+from dinov2.configs import load_and_merge_config_3d
+from dinov2.data import Datalist, write_datalist
+from dinov2.data.datalist import Entry, read_datalist
+from dinov2.data.store import VolumeStore
+from dinov2.data.streams import Kind, stream
+from dinov2.data.volumes import describe
+from dinov2.demo.generate import TISSUES, Case, generate, write_list
+from dinov2.demo.pictures import draw_curves, draw_pca, draw_readout, pca_colours
+from dinov2.demo.readout import labelled_crops, raw_features, read_out
+from dinov2.errors import EXIT_OK, BadInput, BadVolume
+from dinov2.eval.features import patch_features, volume_features
+from dinov2.eval.setup import build_model_for_eval
+from dinov2.logging import read_metrics, setup_logging
+from dinov2.models import DinoVisionTransformer3d
+from dinov2.train import train3d
+from dinov2.train.state import locked_folder
+
+logger = logging.getLogger(__name__)
+
+CONFIG = "pretrain/demo"
+NUM_TRAIN, NUM_TEST, SCANS = 8, 4, 2  # subjects, and volumes of each
+LABELLED = (1, 5)  # volumes that the read-out learns from
+UNTRAINED_SEEDS = (100, 101, 102)
+HELD_OUT_SHARE = 0.1
+SHIFT = 2  # voxels between two colours of the PCA picture
+
+Say = Callable[[str], None]
+
+
+def run_demo(output: Path, data: Path | None, seed: int, overrides: list[str], say: Say) -> int:
+    """Run the quick start; a second call in the same folder continues the first.
+
+    Args:
+        output: Gets everything.
+        data: The user's own folder of NIfTI volumes; None makes labelled ones.
+        seed: Of the volumes and of the training.
+        overrides: `key=value` of the training.
+        say: Prints a line of output.
+
+    Raises:
+        BadInput: The folder holds fewer than two usable volumes, or the output folder cannot be written.
+    """
+    with locked_folder(output):
+        if data is None:
+            say(f"1/4  making {(NUM_TRAIN + NUM_TEST) * SCANS} labelled brain volumes in {output / 'data'}")
+            cases = list(generate(output / "data", NUM_TRAIN + NUM_TEST, SCANS, seed))
+            train, test = cases[: NUM_TRAIN * SCANS], cases[NUM_TRAIN * SCANS :]
+            write_list(output / "list.json", train)
+            picture = Entry(str(test[0].image), (1, 1, 1))
+        else:
+            train, test = [], []
+            picture = list_folder(data, output, say)
+        teacher, cfg, code = train_small(output, seed, overrides, say)
+        if code != EXIT_OK:
+            return code
+        trained = build_model_for_eval(cfg, teacher)
+        scores = {} if data is not None else measure(cfg, trained, train, test, seed, say)
+        draw(output, cfg, trained, picture, scores, say)
+    return EXIT_OK
+
+
+def list_folder(folder: Path, output: Path, say: Say) -> Entry:
+    """Write the datalist of a folder's NIfTI files but the held-out ones; returns one of those, for the picture."""
+    if not folder.is_dir():
+        raise BadInput(f"--data {folder}: no such folder")
+    items = []
+    for path in sorted(p for p in folder.rglob("*") if p.name.endswith((".nii", ".nii.gz"))):
+        try:
+            items.append(describe(path.absolute()))
+        except BadVolume as err:
+            logger.warning("left out: %s", err)
+    if len(items) < 2:
+        raise BadInput(f"--data {folder}: {len(items)} readable NIfTI volumes below it, at least 2 are needed")
+    num_held_out = max(1, round(len(items) * HELD_OUT_SHARE))
+    held_out, kept = items[-num_held_out:], items[:-num_held_out]
+    write_datalist(output / "list.json", kept)
+    write_datalist(output / "held_out.json", held_out)
+    say(f"1/4  {len(kept)} volumes of {folder} to train on, {num_held_out} held out")
+    return first_usable(read_datalist(output / "held_out.json"), read_datalist(output / "list.json"))
+
+
+def first_usable(*lists: Datalist) -> Entry:
+    """The first entry that loads, held-out ones first."""
+    for entry in (e for datalist in lists for e in datalist.entries):
+        try:
+            VolumeStore([entry], 0).get(0, stream(0, Kind.SAMPLE, 0))
+        except BadVolume as err:
+            logger.warning("left out: %s", err)
+        else:
+            return entry
+    raise BadInput(f"{lists[0].path}: none of the volumes can be used")
+
+
+def train_small(output: Path, seed: int, overrides: list[str], say: Say) -> tuple[Path, DictConfig, int]:
+    """Train with the command that a user would type; returns the teacher's file, the configuration and the exit code."""
+    words = [f"train.dataset_path={output / 'list.json'}", f"train.seed={seed}", *overrides]
+    arguments = ["--config-file", CONFIG, "--output-dir", str(output / "run"), *words]
+    cfg = load_and_merge_config_3d(CONFIG, words)
+    steps = cfg.optim.epochs * cfg.train.OFFICIAL_EPOCH_LENGTH
+    say(f"2/4  training for {steps} steps:\n       dinov2 train {shlex.join(arguments)}")
+    code = train3d.main(arguments)
+    setup_logging()
+    return output / "run" / "eval" / f"training_{steps - 1}" / "teacher_checkpoint.pth", cfg, code
+
+
+def measure(
+    cfg: DictConfig, trained: DinoVisionTransformer3d, train: list[Case], test: list[Case], seed: int, say: Say
+) -> dict[int, dict[str, list[float]]]:
+    """The frozen tissue read-out: agreement per held-out volume, by number of labelled volumes and by features."""
+    say(f"3/4  reading {', '.join(TISSUES.values())} from frozen patch features, {len(test)} volumes of unseen subjects")
+    p = cfg.student.patch_size
+    one_per_subject = train[::SCANS]
+    learn = [labelled_crops(c, p, seed) for c in one_per_subject[: max(LABELLED)]]
+    check = [labelled_crops(c, p, seed + 1) for c in test]
+    untrained = [build_model_for_eval(cfg, "random", seed=s) for s in UNTRAINED_SEEDS]
+    extractors: dict[str, list[Callable[[Tensor], Tensor]]] = {
+        "trained": [lambda w: patch_features(trained, w)],
+        "untrained": [lambda w, net=net: patch_features(net, w) for net in untrained],
+        "raw patch": [lambda w: raw_features(w, p)],
+    }
+    scores: dict[int, dict[str, list[float]]] = {n: {name: [] for name in extractors} for n in LABELLED}
+    for name, functions in extractors.items():
+        for extract in functions:
+            features = [(extract(c.windows), c.shares) for c in learn]
+            checks = [(extract(c.windows), c.shares) for c in check]
+            for n in LABELLED:
+                scores[n][name] += read_out(features[:n], checks)
+    return scores
+
+
+def draw(
+    output: Path,
+    cfg: DictConfig,
+    trained: DinoVisionTransformer3d,
+    picture: Entry,
+    scores: dict[int, dict[str, list[float]]],
+    say: Say,
+) -> None:
+    """Write the pictures and the numbers, and say where they are and what they show."""
+    say("4/4  drawing")
+    rows = read_metrics(output / "run" / "training_metrics.json")
+    draw_curves(rows, (cfg.dino.head_n_prototypes, cfg.ibot.head_n_prototypes), output / "curves.png")
+    volume = VolumeStore([picture], 0).get(0, stream(0, Kind.SAMPLE, 0)).data
+    networks = {"before training": build_model_for_eval(cfg, "random"), "after training": trained}
+    maps = {}
+    for name, net in networks.items():
+        features = volume_features(net, volume, cfg.crops.global_crops_size, SHIFT)
+        maps[name] = pca_colours(features, _foreground(volume[0], features.shape[:3]))
+    draw_pca(volume[0], maps, SHIFT, output / "pca.png")
+    results = {"tissue_share_correlation": {str(n): s for n, s in scores.items()}, "last_metrics": rows[-1]}
+    (output / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    if scores:
+        draw_readout(scores, output / "readout.png")
+        say("\n" + "\n".join(summary(scores)))
+    say(f"\npictures: {output / 'curves.png'}, {output / 'pca.png'}" + (f", {output / 'readout.png'}" if scores else ""))
+    say(f"weights:  {output / 'run' / 'eval'}; everything else the run recorded is beside them")
+
+
+def _foreground(volume: Tensor, grid: torch.Size) -> Tensor:
+    """[h, w, d] bool: cells whose voxels are mostly brighter than the background."""
+    padding = [x for n, g in zip(reversed(volume.shape), reversed(grid), strict=True) for x in (0, g * SHIFT - n)]
+    padded = torch.nn.functional.pad((volume > -0.98).float(), padding)
+    return torch.nn.functional.avg_pool3d(padded[None, None], SHIFT)[0, 0] > 0.5
+
+
+def summary(scores: dict[int, dict[str, list[float]]]) -> list[str]:
+    """The read-out as a table, and in words whether training helped."""
+    names = list(next(iter(scores.values())))
+    lines = ["correlation of predicted with true shares of CSF, grey and white matter per patch, unseen subjects", f"{'labelled volumes':>18}"]
+    lines[1] += "".join(f"{name:>13}" for name in names)
+    for n, by_name in scores.items():
+        lines.append(f"{n:>18}" + "".join(f"{np.mean(by_name[name]):>13.3f}" for name in names))
+    for n, by_name in scores.items():
+        gains = {name: np.mean(by_name["trained"]) - np.mean(by_name[name]) for name in names[1:]}
+        words = [f"{'beats' if g > 0 else 'does NOT beat'} {name} by {g:+.3f}" for name, g in gains.items()]
+        lines.append(f"with {n} labelled: the short training {', '.join(words)}")
+    return lines

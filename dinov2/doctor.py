@@ -1,0 +1,57 @@
+"""What this machine has: versions, device, optional parts; and what each missing one means."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import shutil
+from pathlib import Path
+
+import torch
+
+import dinov2
+from dinov2.train.provenance import git_state, versions
+
+_OPTIONAL = {
+    "xformers": "attention over crops of several sizes in one call on CUDA; without it one SDPA call per size",
+    "nilearn": "the quick start's built-in template; without it use `dinov2 demo --data FOLDER`",
+    "matplotlib": "pictures of the quick start",
+    "tensorboard": "curves while training",
+}
+
+
+def report() -> str:
+    """Several lines for a person or a bug report; no user names or paths but the package's own."""
+    lines = [f"dinov2-3d {dinov2.__version__} in {Path(dinov2.__file__).parent}"]
+    lines += [f"  {name:14} {version}" for name, version in versions().items() if name != "dinov2-3d"]
+    git = git_state()
+    lines.append(
+        f"  {'git':14} {git['commit'][:12] + (' with changes' if git['modified'] else '') if git else 'not a checkout'}"
+    )
+    memory_gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    disk_gib = shutil.disk_usage(".").free / 2**30
+    lines.append(
+        f"machine: {platform.system()} {platform.machine()}, {os.cpu_count()} cores ({torch.get_num_threads()} torch threads), "
+        f"{memory_gib:.0f} GiB memory, {disk_gib:.0f} GiB free here"
+    )
+    lines.append(_device_line())
+    lines.append("compiled operators: none in this version; everything runs in PyTorch")
+    lines.append("optional parts:")
+    for name, meaning in _OPTIONAL.items():
+        present = importlib.util.find_spec(name) is not None
+        state = importlib.metadata.version(name) if present else "missing"
+        lines.append(f"  {name:14} {state:10} {meaning}")
+    return "\n".join(lines)
+
+
+def _device_line() -> str:
+    if torch.cuda.is_available():
+        card = torch.cuda.get_device_properties(0)
+        return f"device: CUDA, {torch.cuda.device_count()} x {card.name}, {card.total_memory / 2**30:.0f} GiB each"
+    if torch.version.cuda:
+        return (
+            f"device: CPU; this torch is built for CUDA {torch.version.cuda} but sees no GPU (driver or CUDA_VISIBLE_DEVICES)"
+        )
+    return "device: CPU; this torch is a CPU-only build"
