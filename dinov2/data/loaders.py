@@ -35,8 +35,8 @@ class TrainLoader:
         rank, world_size: This rank's share.
         device: Where batches go; pinned memory is used for CUDA.
 
-    Iteration raises `BadInput` where no volume of the list can be used. Volumes that were replaced are named in the
-    log once each and counted in `bad_volumes`.
+    Iteration raises `BadInput` where no volume of the list can be used, or a loader process was killed.
+    Volumes that were replaced are named in the log once each and counted in `bad_volumes`.
     """
 
     def __init__(
@@ -74,12 +74,24 @@ class TrainLoader:
 
     def __iter__(self) -> Iterator[list[Batch]]:
         micro_batches: list[Batch] = []
-        for batch in self._loader:
+        for batch in self._batches():
             self._report(batch)
             micro_batches.append({k: self._to_device(v) for k, v in batch.items()})
             if len(micro_batches) == self.accumulation_steps:
                 yield micro_batches
                 micro_batches = []
+
+    def _batches(self) -> Iterator[Batch]:
+        batches = iter(self._loader)
+        while True:
+            try:
+                batch = next(batches)
+            except RuntimeError as err:  # torch's only sign of a worker that was killed
+                if "DataLoader worker" not in str(err):
+                    raise
+                reason = str(err).splitlines()[0]
+                raise BadInput(f"{reason}: most likely memory ran out: use fewer train.num_workers or volumes") from err
+            yield batch
 
     def _to_device(self, value: object) -> object:
         return value.to(self.device, non_blocking=True) if isinstance(value, torch.Tensor) else value

@@ -181,7 +181,10 @@ def _foreground(volume: Tensor, grid: torch.Size) -> Tensor:
 def summary(scores: dict[int, dict[str, list[float]]]) -> list[str]:
     """The read-out as a table, and in words whether training helped."""
     names = list(next(iter(scores.values())))
-    lines = ["correlation of predicted with true shares of CSF, grey and white matter per patch, unseen subjects", f"{'labelled volumes':>18}"]
+    lines = [
+        "correlation of predicted with true shares of CSF, grey and white matter per patch, unseen subjects",
+        f"{'labelled volumes':>18}",
+    ]
     lines[1] += "".join(f"{name:>13}" for name in names)
     for n, by_name in scores.items():
         lines.append(f"{n:>18}" + "".join(f"{np.mean(by_name[name]):>13.3f}" for name in names))

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import gzip
 import json
+import multiprocessing
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -378,6 +381,17 @@ def test_a_list_without_a_usable_volume_ends_the_run(tmp_path: Path, small_confi
     write_datalist(tmp_path / "l.json", [{"image": str(tmp_path / "none.nii.gz"), "shape": [12] * 3}])
     with pytest.raises(BadInput, match="none of its 1 volumes can be used; the first: .*no such file"):
         next(iter(TrainLoader(small_config(f"train.num_workers={workers}"), read_datalist(tmp_path / "l.json"))))
+
+
+def test_a_killed_loader_process_ends_the_run_with_its_reason(real_list: Path, small_config: SmallConfig) -> None:
+    loader = TrainLoader(small_config("train.num_workers=1"), read_datalist(real_list))
+    batches = iter(loader)
+    next(batches)
+    (worker,) = multiprocessing.active_children()
+    os.kill(worker.pid, signal.SIGKILL)
+    with pytest.raises(BadInput, match="DataLoader worker .*(killed by signal|exited unexpectedly).*train.num_workers"):
+        for _ in range(50):
+            next(batches)
 
 
 def test_the_store_keeps_to_its_size(tmp_path: Path) -> None:
