@@ -61,12 +61,12 @@ def open_volume(entry: Entry) -> RawVolume:
         image = nib.load(path)
         zooms = _stored_zooms(image)
         shape = tuple(int(s) for s in image.shape)
-        numeric = np.issubdtype(image.get_data_dtype(), np.number)
+        dtype = image.get_data_dtype()
     except _READ_ERRORS as err:
         missing = not Path(path).exists()
         raise BadVolume(f"{path}: {'no such file' if missing else 'cannot be opened: ' + _first_line(err)}") from err
-    if not numeric:
-        raise BadVolume(f"{path}: voxels of type {image.get_data_dtype()} are not numbers (colour images are not supported)")
+    if not np.issubdtype(dtype, np.number) or np.issubdtype(dtype, np.complexfloating):
+        raise BadVolume(f"{path}: voxels of type {dtype} are not real numbers (colour and complex images are not supported)")
     while len(shape) > 3 and shape[-1] == 1:  # trailing axes of length 1 carry nothing
         shape = shape[:-1]
     if len(shape) not in (3, 4):

@@ -22,3 +22,4 @@ def setup_logging(output_dir: Path | None = None, level: int = logging.INFO) -> 
         handlers.append(_LogFile(output_dir / "log.txt"))
     logging.basicConfig(level=level, format=FORMAT, datefmt="%H:%M:%S", handlers=handlers, force=True)
     logging.captureWarnings(True)
+    logging.getLogger("nibabel.global").setLevel(logging.ERROR)  # it corrects headers aloud; what matters is checked here

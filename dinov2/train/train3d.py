@@ -142,6 +142,8 @@ def do_train(
             if stop and iteration < total - 1:
                 logger.info("stopped after iteration %d on %s; start the same command again to continue", iteration, stop[0])
                 return EXIT_RESUMABLE
+    if loader.bad_volumes:
+        logger.warning("%d of %d volumes could not be used; they are named above", len(loader.bad_volumes), len(datalist))
     logger.info("done: %s", output_dir / "eval" / f"training_{total - 1}" / "teacher_checkpoint.pth")
     return EXIT_OK
 

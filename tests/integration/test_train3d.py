@@ -210,6 +210,23 @@ def test_a_mistake_is_one_line_and_exit_code_2(
 
 
 @pytest.mark.slow
+def test_entries_that_cannot_be_used_are_named_and_counted_and_the_run_goes_on(trainer: Trainer, tmp_path: Path) -> None:
+    (tmp_path / "empty.nii.gz").write_bytes(b"")
+    (tmp_path / "text.nii").write_text("no image")
+    items = json.loads(trainer.datalist.read_text())
+    bad = ["missing.nii.gz", "empty.nii.gz", "text.nii"]
+    trainer.datalist.write_text(json.dumps(items + [{"image": str(tmp_path / b), "shape": [40, 40, 40]} for b in bad]))
+    result = trainer.run(tmp_path / "run", "train.num_workers=1")
+    assert result.returncode == 0 and "Traceback" not in result.stderr, result.stderr
+    for name in bad:
+        assert result.stderr.count(f"/{name}: ") == 1, name
+    assert "3 of 5 volumes could not be used" in result.stderr
+
+    trainer.datalist.write_text(json.dumps([{"image": b, "shape": [40, 40, 40]} for b in bad]))
+    one_line_error(trainer.run(tmp_path / "none"), "none of its 3 volumes can be used")
+
+
+@pytest.mark.slow
 def test_the_high_resolution_stage_starts_from_the_first_stages_teacher(trainer: Trainer, tmp_path: Path) -> None:
     assert trainer.run(tmp_path / "one", "optim.epochs=1").returncode == 0
     weights = tmp_path / "one" / "eval" / "training_5" / "teacher_checkpoint.pth"

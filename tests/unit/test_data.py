@@ -108,6 +108,8 @@ def test_the_smallest_axis_must_be_greater_than_the_limit(tmp_path: Path) -> Non
         (lambda p: save(p, np.full((12, 12, 12), np.nan, np.float32)), "no finite voxel"),
         (lambda p: save(p, noise(12, 12, 12), (1, 0, 1)), "spacing .* is not positive"),
         (lambda p: p.write_bytes(gzip.compress(b"x" * 99)), "cannot be opened"),
+        (lambda p: save(p, noise(9, 9, 9).astype(np.complex64)), "complex64 are not real numbers"),
+        (lambda p: save(p, np.zeros((9, 9, 9), [("R", "u1"), ("G", "u1"), ("B", "u1")])), "not real numbers"),
     ],
 )
 def test_a_volume_that_cannot_be_used_is_named(tmp_path: Path, make: Callable[[Path], object], words: str) -> None:
