@@ -91,7 +91,8 @@ class Trainer:
 
     def start(self, output_dir: Path, *extra: str) -> subprocess.Popen[str]:
         command = self.command(output_dir, *extra)
-        return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        return subprocess.Popen(command, cwd=ROOT, start_new_session=True, **pipes)
 
 
 @pytest.fixture

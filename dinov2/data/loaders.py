@@ -107,7 +107,10 @@ class TrainLoader:
 
 
 def _start_worker(_worker: int) -> None:
-    """One thread each (the workers are the parallelism), and signals left to the main process, which ends them."""
+    """One thread each (the workers are the parallelism), and signals left to the main process.
+
+    A scheduler signals the whole job; the main process finishes its step, which needs them, and then ends them itself.
+    """
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -108,7 +108,7 @@ def test_sigterm_saves_and_exits_with_75(trainer: Trainer, tmp_path: Path) -> No
     process = trainer.start(out, *long)
     while lines(out) < 3:
         time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
+    os.killpg(process.pid, signal.SIGTERM)  # as a scheduler does: loader processes get it too
     log, _ = process.communicate(timeout=60)
     assert process.returncode == EXIT_RESUMABLE and "SIGTERM" in log, log
     (only,) = (out / "checkpoints").iterdir()
