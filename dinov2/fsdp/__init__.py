@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import shutil
@@ -106,19 +107,27 @@ class Checkpointer:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turn what a full disk or a lost folder raises (torch's writers wrap it) into one line.
+    """Turn what a full disk or a lost folder raises into one line; anything else is a bug and keeps its trace.
 
     Raises:
         BadInput: Something could not be written.
     """
     try:
         yield
-    except (OSError, RuntimeError, CheckpointException) as err:
-        reason = str(err).strip().splitlines()[-1][:160]
-        raise BadInput(
-            f"{path}: cannot be written ({reason}): make room or choose another --output-dir; "
-            "the last complete checkpoint is intact"
-        ) from err
+    except OSError as err:
+        raise _cannot_write(path, err) from err
+    except CheckpointException as err:  # torch's wrapper: per rank, the error and its trace
+        causes = [cause for cause, _trace in err.failures.values()]
+        if not all(isinstance(cause, OSError) for cause in causes):
+            raise
+        raise _cannot_write(path, causes[0]) from err
+
+
+def _cannot_write(path: Path, err: OSError) -> BadInput:
+    return BadInput(
+        f"{path}: cannot be written ({err.strerror or err}): make room or choose another --output-dir; "
+        "the last complete checkpoint is intact"
+    )
 
 
 def _flat_shapes(state: StateDict, prefix: str = "") -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -134,5 +143,7 @@ def save_atomically(obj: Any, path: Path) -> None:
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.tmp")
-        torch.save(obj, temporary)
+        buffer = io.BytesIO()  # torch's own file writer hides a full disk behind a RuntimeError
+        torch.save(obj, buffer)
+        temporary.write_bytes(buffer.getbuffer())
         os.replace(temporary, path)

@@ -1,6 +1,6 @@
 """3D rotary position encoding: queries and keys turn by angles that grow with the token's place along each axis.
 
-Not in the paper. At small scale learned positions gave features no better than those of an untrained network.
+Not in the paper; a choice for small networks (docs/decisions/001-tiny-recipe.md says what is known of it).
 """
 
 from __future__ import annotations

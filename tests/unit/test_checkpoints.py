@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.checkpoint.api import CheckpointException
 
 from dinov2.errors import BadInput
-from dinov2.fsdp import Checkpointer
+from dinov2.fsdp import Checkpointer, save_atomically
 
 
 def state(value: float, size: int = 4) -> dict:
@@ -33,6 +34,23 @@ def test_a_half_written_checkpoint_is_never_picked_up(tmp_path: Path) -> None:
     assert checkpointer.iterations() == [1]
     checkpointer.save(state(4.0), 4)
     assert not list(tmp_path.glob(".incomplete*")) and checkpointer.iterations() == [1, 4]
+
+
+def test_only_a_failed_write_is_reported_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(error: Exception) -> None:
+        def save(*_args: object, **_kwargs: object) -> None:
+            raise CheckpointException("a rank failed", {0: (error, None)})
+
+        monkeypatch.setattr("dinov2.fsdp.dcp.save", save)
+        Checkpointer(tmp_path, keep=1).save(state(1.0), 1)
+
+    with pytest.raises(BadInput, match="No space left on device"):
+        fail(OSError(28, "No space left on device"))
+    with pytest.raises(CheckpointException):  # a bug of ours keeps its trace
+        fail(KeyError("moments"))
+    with pytest.raises(BadInput, match="teacher.pth: cannot be written"):
+        (tmp_path / "file").write_text("not a folder")
+        save_atomically({}, tmp_path / "file" / "teacher.pth")
 
 
 def test_another_shape_or_a_damaged_index_is_refused_by_name(tmp_path: Path) -> None:
