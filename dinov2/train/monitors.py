@@ -20,10 +20,15 @@ def mean_entropy(scores: Tensor) -> Tensor:
 
 
 def effective_rank(x: Tensor) -> Tensor:
-    """exp of the entropy of the normalised singular values of the centred rows: 1 (a line) to min(X - 1, E)."""
-    s = torch.linalg.svdvals(torch.nan_to_num(x - x.mean(0, keepdim=True)))  # raises on non-finite input
+    """exp of the entropy of the normalised singular values of the centred rows: 1 (a line) to min(X - 1, E).
+
+    In float64, rounded to float32 at the end: LAPACK's last bit depends on where its work memory lies, so two processes
+    would otherwise write different metrics for equal weights.
+    """
+    centred = torch.nan_to_num(x.double() - x.double().mean(0, keepdim=True))  # svdvals raises on non-finite input
+    s = torch.linalg.svdvals(centred)
     p = s / s.sum().clamp_min(torch.finfo(s.dtype).tiny)
-    return torch.exp(torch.special.entr(p).sum()) + 0.0 * x.sum()  # non-finite input gives a non-finite rank
+    return torch.exp(torch.special.entr(p).sum()).float() + 0.0 * x.sum()  # non-finite input gives a non-finite rank
 
 
 def mean_cosine(x: Tensor) -> Tensor:
