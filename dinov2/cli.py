@@ -7,10 +7,14 @@ import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dinov2 import __version__
 from dinov2.errors import EXIT_BAD_INPUT, EXIT_OK, BadInput
 from dinov2.logging import setup_logging
+
+if TYPE_CHECKING:
+    from dinov2.data import Datalist
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +68,35 @@ def doctor(args: argparse.Namespace) -> int:
     return EXIT_OK
 
 
+def cache_build(args: argparse.Namespace) -> int:
+    """Preprocess every volume of a datalist into a cache folder; a second call continues."""
+    from dinov2.data.cache_commands import build, default_workers
+
+    workers = default_workers() if args.workers is None else args.workers
+    return build(_datalist(args), args.cache_dir, args.max_gb, workers, say)
+
+
+def cache_verify(args: argparse.Namespace) -> int:
+    """Read every cached volume against its checksum and look for every volume of a datalist."""
+    from dinov2.data.cache_commands import verify
+
+    return verify(_datalist(args), args.cache_dir, args.remove, say)
+
+
+def cache_stats(args: argparse.Namespace) -> int:
+    """Count what a cache folder holds, and how large it is."""
+    from dinov2.data.cache_commands import stats
+
+    return stats(_datalist(args), args.cache_dir, say)
+
+
+def _datalist(args: argparse.Namespace) -> Datalist:
+    from dinov2.data import read_datalist
+
+    datalist = read_datalist(args.list)
+    return datalist.larger_than(args.min_axis) if args.min_axis else datalist
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("dinov2", description="Self-supervised pretraining of 3D vision transformers.")
     parser.add_argument("--version", action="version", version=f"dinov2-3d {__version__}")
@@ -83,6 +116,18 @@ def build_parser() -> argparse.ArgumentParser:
         action = config.add_parser(name, help=function.__doc__.splitlines()[0])
         action.add_argument("config", nargs=None if required else "?", help="YAML file or name; default: the defaults")
         action.add_argument("overrides", nargs="*", metavar="key=value")
+        action.set_defaults(function=function)
+    cache = commands.add_parser("cache", help="preprocessed volumes on disk").add_subparsers(required=True, metavar="ACTION")
+    for name, function in (("build", cache_build), ("verify", cache_verify), ("stats", cache_stats)):
+        action = cache.add_parser(name, help=function.__doc__.splitlines()[0])
+        action.add_argument("list", type=Path, help="datalist (JSON)")
+        action.add_argument("--cache-dir", type=Path, required=True, help="the cache folder")
+        action.add_argument("--min-axis", type=int, default=0, help="only volumes with more voxels along their smallest axis")
+        if name == "build":
+            action.add_argument("--workers", type=int, help="processes; default: one per core; 0: this one")
+            action.add_argument("--max-gb", type=float, help="stop growing at about this size (GiB)")
+        if name == "verify":
+            action.add_argument("--remove", action="store_true", help="remove damaged files, so that they are made anew")
         action.set_defaults(function=function)
     return parser
 

@@ -12,10 +12,13 @@ from pathlib import Path
 import torch
 
 import dinov2
+from dinov2.ops import compiled_operators
 from dinov2.train.provenance import git_state, versions
 
 _OPTIONAL = {
     "xformers": "attention over crops of several sizes in one call on CUDA; without it one SDPA call per size",
+    "blosc2": "compressed cache files; without it they take twice the space",
+    "monai": "the reference augmentation (train.augmentation=monai)",
     "nilearn": "the quick start's built-in template; without it use `dinov2 demo --data FOLDER`",
     "matplotlib": "pictures of the quick start",
     "tensorboard": "curves while training",
@@ -37,7 +40,8 @@ def report() -> str:
         f"{memory_gib:.0f} GiB memory, {disk_gib:.0f} GiB free here"
     )
     lines.append(_device_line())
-    lines.append("compiled operators: none in this version; everything runs in PyTorch")
+    is_compiled, what = compiled_operators()
+    lines.append(f"compiled operators: {what if is_compiled else what + '; plain PyTorch does the same, slower'}")
     lines.append("optional parts:")
     for name, meaning in _OPTIONAL.items():
         present = importlib.util.find_spec(name) is not None

@@ -156,12 +156,18 @@ class TrainConfig:
         None, "CPU threads of the training process; null: torch's choice; 1 beside loaders on few cores"
     )
     OFFICIAL_EPOCH_LENGTH: int = key(1250, "iterations that the schedules count as one epoch")
-    cache_dataset: bool = key(True, "accepted for old files, no effect: see train.memory_store_mb")
+    cache_dataset: bool = key(True, "accepted for old files, no effect: see train.cache_dir and train.memory_store_mb")
+    cache_dir: str = key("", "folder of preprocessed volumes on disk, filled as they are used; empty: none; --cache-dir")
+    cache_max_gb: float | None = key(None, "the cache folder stops growing at about this size (GiB); null: no limit")
     memory_store_mb: int = key(1024, "preprocessed volumes kept in memory, MiB per loader process; 0 keeps none")
+    augmentation: str = key("auto", "monai (the reference), fast (the same crops sooner), auto: fast")
     centering: str = key("sinkhorn_knopp", "teacher targets: sinkhorn_knopp or centering")
 
     def __post_init__(self) -> None:
         require_choice("train.centering", self.centering, ("sinkhorn_knopp", "centering"))
+        require_choice("train.augmentation", self.augmentation, ("auto", "monai", "fast"))
+        cap = self.cache_max_gb
+        require(cap is None or cap > 0, f"train.cache_max_gb={cap} must be positive, or null for no limit")
         at_least_one = ("batch_size_per_gpu", "accumulation_steps", "checkpoint_period", "checkpoint_keep")
         for name in (*at_least_one, "log_period", "OFFICIAL_EPOCH_LENGTH"):
             require(getattr(self, name) >= 1, f"train.{name}={getattr(self, name)} must be at least 1")

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.utils.data import default_collate
 
 from dinov2.data.augmentations import NUM_GLOBAL_CROPS
 from dinov2.data.dataset import Sample
@@ -70,6 +71,9 @@ class Collate:
 
 
 def _crop_major(samples: list[Sample], key: str) -> torch.Tensor:
-    """All samples' first crop, then all samples' second, ...; an empty tensor where there are none."""
+    """All samples' first crop, then all samples' second, ...; an empty tensor where there are none.
+
+    In a loader process torch's collation writes straight into shared memory, so that crops are copied once.
+    """
     crops = [s[key][i] for i in range(len(samples[0][key])) for s in samples]
-    return torch.stack(crops) if crops else torch.empty(0)
+    return default_collate(crops) if crops else torch.empty(0)

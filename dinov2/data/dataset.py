@@ -7,6 +7,7 @@ from typing import Any
 from torch.utils.data import Dataset
 
 from dinov2.data.augmentations import DataAugmentationDINO3d
+from dinov2.data.cache import VolumeCache
 from dinov2.data.datalist import Datalist
 from dinov2.data.samplers import EndlessOrder
 from dinov2.data.store import VolumeStore
@@ -24,14 +25,22 @@ class PretrainDataset(Dataset):
         augmentation: Volume -> crops.
         seed: Of order and crops.
         store_bytes: Voxel bytes kept in memory.
+        cache: Folder of preprocessed volumes on disk.
     """
 
-    def __init__(self, datalist: Datalist, augmentation: DataAugmentationDINO3d, seed: int, store_bytes: int) -> None:
+    def __init__(
+        self,
+        datalist: Datalist,
+        augmentation: DataAugmentationDINO3d,
+        seed: int,
+        store_bytes: int,
+        cache: VolumeCache | None = None,
+    ) -> None:
         self.datalist = datalist
         self.augmentation = augmentation
         self.seed = seed
         self.order = EndlessOrder(len(datalist), seed)
-        self.store = VolumeStore(datalist.entries, store_bytes)
+        self.store = VolumeStore(datalist.entries, store_bytes, cache)
 
     def __getitem__(self, position: int) -> Sample:
         """`global_crops`, `local_crops` (lists of [1, s, s, s]), `sample_id`, `position`, `bad` {path: reason}.
@@ -48,6 +57,6 @@ class PretrainDataset(Dataset):
             except BadVolume as err:
                 bad[self.datalist.entries[index].image] = str(err)
                 continue
-            crops = self.augmentation(volume.data, rng, volume.spacing_mm)
+            crops = self.augmentation(volume.voxels, rng, volume.spacing_mm)
             return {**crops, "sample_id": self.datalist.entries[index].image, "position": position, "bad": bad}
         return {"position": position, "bad": bad}

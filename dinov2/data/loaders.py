@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import signal
 from collections.abc import Iterator
+from itertools import islice
 
 import torch
 from omegaconf import DictConfig
 from torch.utils.data import DataLoader
 
 from dinov2.data.augmentations import DataAugmentationDINO3d
+from dinov2.data.cache import VolumeCache
 from dinov2.data.collate import Batch, Collate
 from dinov2.data.datalist import Datalist
 from dinov2.data.dataset import PretrainDataset
@@ -19,10 +22,22 @@ from dinov2.errors import BadInput
 
 logger = logging.getLogger(__name__)
 
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
-def build_augmentation(cfg: DictConfig) -> DataAugmentationDINO3d:
-    """The augmentation of a configuration's `crops`."""
-    return DataAugmentationDINO3d(**cfg.crops)
+
+def build_augmentation(cfg: DictConfig, dtype: torch.dtype = torch.float32) -> DataAugmentationDINO3d:
+    """The augmentation of a configuration's `crops`, with the back end of `train.augmentation`."""
+    return DataAugmentationDINO3d(**cfg.crops, backend=cfg.train.augmentation, dtype=dtype)
+
+
+def crop_dtype(cfg: DictConfig, device: torch.device) -> torch.dtype:
+    """What crops are handed over in: the half precision that both backbones multiply in, else float32.
+
+    The patch embedding would round them to it anyway; half the bytes pass through shared memory and to the device.
+    """
+    names = {cfg.compute_precision[side].backbone.mixed_precision.param_dtype for side in ("student", "teacher")}
+    half = {"bf16": torch.bfloat16, "fp16": torch.float32 if device.type == "cpu" else torch.float16}
+    return half.get(names.pop(), torch.float32) if len(names) == 1 else torch.float32
 
 
 class TrainLoader:
@@ -62,7 +77,9 @@ class TrainLoader:
             cfg.ibot.mask_sample_probability,
             tuple(cfg.ibot.mask_ratio_min_max),
         )
-        dataset = PretrainDataset(datalist, build_augmentation(cfg), t.seed, t.memory_store_mb * 2**20)
+        augmentation = build_augmentation(cfg, crop_dtype(cfg, self.device))
+        cache = VolumeCache(t.cache_dir, t.cache_max_gb) if t.cache_dir else None
+        dataset = PretrainDataset(datalist, augmentation, t.seed, t.memory_store_mb * 2**20, cache)
         self._loader = DataLoader(
             dataset,
             batch_sampler=sampler,
@@ -73,13 +90,29 @@ class TrainLoader:
         )
 
     def __iter__(self) -> Iterator[list[Batch]]:
-        micro_batches: list[Batch] = []
+        batches = self._on_cuda() if self.device.type == "cuda" else self._batches()
+        while True:
+            yield list(islice(batches, self.accumulation_steps))
+
+    def _on_cuda(self) -> Iterator[Batch]:
+        """One batch ahead: copied on a stream of its own while the batch before is computed with."""
+        stream, waiting = torch.cuda.Stream(self.device), None
         for batch in self._batches():
-            self._report(batch)
-            micro_batches.append({k: self._to_device(v) for k, v in batch.items()})
-            if len(micro_batches) == self.accumulation_steps:
-                yield micro_batches
-                micro_batches = []
+            with torch.cuda.stream(stream):
+                moved = {k: v.to(self.device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
+                copied = stream.record_event()
+            if waiting is not None:
+                yield self._arrived(*waiting)
+            waiting = moved, copied
+
+    def _arrived(self, batch: Batch, copied: torch.cuda.Event) -> Batch:
+        """The batch for use on the current stream, its memory kept until that stream is done with it."""
+        current = torch.cuda.current_stream(self.device)
+        current.wait_event(copied)
+        for value in batch.values():
+            if torch.is_tensor(value):
+                value.record_stream(current)
+        return batch
 
     def _batches(self) -> Iterator[Batch]:
         batches = iter(self._loader)
@@ -91,10 +124,8 @@ class TrainLoader:
                     raise
                 reason = str(err).splitlines()[0]
                 raise BadInput(f"{reason}: most likely memory ran out: use fewer train.num_workers or volumes") from err
+            self._report(batch)
             yield batch
-
-    def _to_device(self, value: object) -> object:
-        return value.to(self.device, non_blocking=True) if isinstance(value, torch.Tensor) else value
 
     def _report(self, batch: Batch) -> None:
         for path, reason in batch["bad"].items():
@@ -106,11 +137,24 @@ class TrainLoader:
             raise BadInput(f"{self.datalist.path}: none of its {len(self.datalist)} volumes can be used; the first: {reason}")
 
 
+def keep_freed_memory() -> None:
+    """Let this process keep what it frees, where its C library is glibc; elsewhere nothing.
+
+    By default glibc hands blocks of the size of a crop back to the system, and paging in the next one costs about as much
+    as computing it.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(M_MMAP_THRESHOLD, 32 * 2**20)  # the largest value it takes
+        mallopt(M_TRIM_THRESHOLD, 2**30)
+
+
 def _start_worker(_worker: int) -> None:
-    """One thread each (the workers are the parallelism), and signals left to the main process.
+    """One thread each (the workers are the parallelism), memory kept, and signals left to the main process.
 
     A scheduler signals the whole job; the main process finishes its step, which needs them, and then ends them itself.
     """
     torch.set_num_threads(1)
+    keep_freed_memory()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)

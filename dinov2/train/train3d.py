@@ -49,7 +49,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("train3d.py", description="Pretrain a 3D vision transformer with 3DINO.")
     parser.add_argument("--config-file", help="YAML file or name (pretrain/tiny_cpu); default: the published defaults")
     parser.add_argument("--output-dir", "--output_dir", help="folder of the run (train.output_dir)")
-    parser.add_argument("--cache-dir", help="folder for preprocessed volumes (volumes are kept in memory for now)")
+    parser.add_argument("--cache-dir", help="folder of preprocessed volumes (train.cache_dir), filled as they are used")
     parser.add_argument("--no-resume", action="store_true", help="start over; an earlier run in the folder is moved aside")
     parser.add_argument("--allow-changed-data", action="store_true", help="continue although the datalist changed")
     parser.add_argument("--eval-only", action="store_true", help="write the latest teacher to eval/manual_<iteration> and exit")
@@ -75,7 +75,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> int:
     """Everything around the loop: configuration, folder, data, model, resume."""
-    overrides = [*args.opts, *([f"train.output_dir={args.output_dir}"] if args.output_dir else [])]
+    named = {"train.output_dir": args.output_dir, "train.cache_dir": args.cache_dir}
+    overrides = [*args.opts, *(f"{key}={value}" for key, value in named.items() if value)]
     cfg = load_and_merge_config_3d(args.config_file, overrides)
     runtime = start_runtime(cfg.train.num_threads)
     with locked_folder(cfg.train.output_dir) as output_dir:
@@ -270,9 +271,9 @@ def say_what_has_no_effect(cfg: DictConfig, args: argparse.Namespace, runtime: R
     if cfg.train.saveckp_freq != 20:
         logger.info("train.saveckp_freq has no effect: use train.checkpoint_period (iterations)")
     if not cfg.train.cache_dataset:
-        logger.info("train.cache_dataset has no effect: use train.memory_store_mb=0 to keep no volumes in memory")
-    if args.cache_dir:
-        logger.info("--cache-dir has no effect yet: preprocessed volumes are kept in memory (train.memory_store_mb)")
+        logger.info(
+            "train.cache_dataset has no effect: see train.cache_dir, and train.memory_store_mb=0 to keep none in memory"
+        )
     if args.eval:
         logger.info("--eval has no effect: evaluate the teacher checkpoints with the programs in dinov2/eval")
     fp16 = cfg.compute_precision.student.backbone.mixed_precision.param_dtype == "fp16"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -18,21 +19,46 @@ def python(code: str, *paths: Path, cwd: Path) -> subprocess.CompletedProcess[st
     return subprocess.run([sys.executable, "-c", code], cwd=cwd, env=environment, capture_output=True, text=True)
 
 
-@pytest.mark.slow
-def test_a_wheel_holds_the_package_its_yaml_files_and_the_command(tmp_path: Path) -> None:
+def wheel(tmp_path: Path, **environment: str) -> Path:
+    """The wheel of the last commit, unpacked."""
     source = tmp_path / "source"
     subprocess.run(["git", "clone", "-q", str(ROOT), str(source)], check=True)
-    pip = [sys.executable, "-m", "pip", "-q", "--disable-pip-version-check"]
-    subprocess.run([*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", str(tmp_path), str(source)], check=True)
-    (wheel,) = tmp_path.glob("dinov2_3d-*.whl")
-    names = set(zipfile.ZipFile(wheel).namelist())
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])  # ninja lies beside python
+    command = [sys.executable, "-m", "pip", "-q", "--disable-pip-version-check", "wheel", "--no-deps", "--no-build-isolation"]
+    subprocess.run([*command, "-w", str(tmp_path), str(source)], check=True, env={**os.environ, "PATH": path, **environment})
+    (file,) = tmp_path.glob("dinov2_3d-*.whl")
+    zipfile.ZipFile(file).extractall(tmp_path / "site")
+    return tmp_path / "site"
+
+
+SHOW_OPERATORS = "from dinov2.ops import compiled_operators as c; print(*c())"
+CHECK = "import sys, dinov2_3d; sys.argv = ['dinov2', 'config', 'check', 'pretrain/tiny_cpu']; sys.exit(dinov2_3d.main())"
+
+
+@pytest.mark.slow
+def test_a_wheel_holds_the_package_its_yaml_files_the_command_and_the_operators(tmp_path: Path) -> None:
+    site = wheel(tmp_path)
+    names = {str(p.relative_to(site)) for p in site.rglob("*")}
     recipes = {f"dinov2/recipes/pretrain/{p.name}" for p in (ROOT / "configs" / "pretrain").glob("*.yaml")}
     assert recipes | {"dinov2/configs/ssl3d_default_config.yaml", "dinov2/configs/train/vit3d_highres.yaml"} <= names
     assert "dinov2_3d.py" in names and not any(n.startswith("tests") for n in names)
-    zipfile.ZipFile(wheel).extractall(tmp_path / "site")
-    code = "import sys, dinov2_3d; sys.argv = ['dinov2', 'config', 'check', 'pretrain/tiny_cpu']; sys.exit(dinov2_3d.main())"
-    result = python(code, tmp_path / "site", cwd=tmp_path)
+    result = python(CHECK, site, cwd=tmp_path)
     assert result.returncode == 0 and "2000 iterations" in result.stdout, result.stderr
+    if shutil.which("g++") is None:
+        pytest.skip("no C++ compiler")
+    assert python(SHOW_OPERATORS, site, cwd=tmp_path).stdout.startswith("True dinov2._C_torch_")
+    (library,) = (site / "dinov2").glob("_C_torch_*.so")
+    library.rename(library.with_name(library.name.replace("_C_torch_2", "_C_torch_1")))
+    assert "False compiled for torch 1." in python(SHOW_OPERATORS, site, cwd=tmp_path).stdout
+
+
+@pytest.mark.slow
+def test_without_a_compiler_it_installs_and_works_in_plain_torch(tmp_path: Path) -> None:
+    site = wheel(tmp_path, CC="/bin/false", CXX="/bin/false")
+    assert not list((site / "dinov2").glob("*.so"))
+    assert python(SHOW_OPERATORS, site, cwd=tmp_path).stdout.startswith("False not compiled")
+    crops = "import torch; from dinov2.data import DataAugmentationDINO3d as A; print(len(A()(torch.rand(1, 9, 9, 9), 0)))"
+    assert python(crops, site, cwd=tmp_path).stdout == "3\n"
 
 
 def test_metas_package_in_the_way_is_named(tmp_path: Path) -> None:

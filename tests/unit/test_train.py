@@ -112,6 +112,20 @@ def test_half_precision_trains_and_stays_near_fp32(real_list: Path, small_config
     assert totals[1] == pytest.approx(totals[0], rel=0.05) and totals[1] != totals[0]
 
 
+def test_crops_in_half_precision_change_nothing(real_list: Path, small_config: SmallConfig) -> None:
+    """What the loader hands over in bf16 the patch embedding would have rounded to bf16 itself."""
+    cfg = small_config("student.drop_path_rate=0", *(f"{o.split('=')[0]}=bf16" for o in FP64))
+    (batch,) = first_step(cfg, real_list)
+    assert batch["collated_global_crops"].dtype == batch["collated_local_crops"].dtype == torch.bfloat16
+    as_float = {k: v.float() if torch.is_tensor(v) and v.dtype == torch.bfloat16 else v for k, v in batch.items()}
+    results = []
+    for b in (batch, as_float):
+        model, _ = build(cfg, CPU)
+        results.append((model.forward_backward([b], 0.05)["total_loss"], gradients(model)))
+    assert torch.equal(results[0][0], results[1][0])
+    assert all(torch.equal(g, results[1][1][name]) for name, g in results[0][1].items())
+
+
 def test_a_warm_up_longer_than_the_run_is_cut_with_a_warning(
     small_config: SmallConfig, caplog: pytest.LogCaptureFixture
 ) -> None:

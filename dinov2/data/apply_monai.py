@@ -1,0 +1,79 @@
+"""A crop plan applied with MONAI's transforms: the reference that the fast back end is held to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from monai.data import get_track_meta, set_track_meta
+from monai.transforms import (
+    AdjustContrast,
+    Flip,
+    GaussianSharpen,
+    GaussianSmooth,
+    GibbsNoise,
+    RandGaussianNoise,
+    RandHistogramShift,
+    Resize,
+    Rotate90,
+    SpatialCrop,
+)
+from torch import Tensor
+
+from dinov2.data import augmentation_plan as ap
+from dinov2.ops.augmentation import INT16_SCALE
+
+
+@contextmanager
+def _plain_tensors() -> Iterator[None]:
+    """MONAI without its metadata tensors, which cost more than the work at small sizes."""
+    before = get_track_meta()
+    set_track_meta(False)
+    try:
+        yield
+    finally:
+        set_track_meta(before)
+
+
+def apply_crop(volume: Tensor, plan: ap.CropPlan) -> Tensor:
+    """One crop, [1, H, W, D] int16 or float32 -> [1, s, s, s] float32."""
+    with _plain_tensors():
+        x = SpatialCrop(roi_start=plan.box.start, roi_end=plan.box.stop)(volume)
+        x = x.float() * INT16_SCALE if x.dtype == torch.int16 else x
+        x = Resize((plan.size,) * 3, mode="trilinear", align_corners=False)(x)
+        for axis in plan.flips:
+            x = Flip(axis)(x)
+        for plane, turns in plan.rotations:
+            x = Rotate90(turns, plane)(x)
+        for step in plan.intensity:
+            x = apply_intensity(x, step)
+    return x.contiguous()
+
+
+def apply_intensity(x: Tensor, step: ap.Intensity) -> Tensor:
+    """One planned intensity change of [1, s, s, s]."""
+    match step:
+        case ap.Gamma(gamma):
+            return AdjustContrast(gamma)(x)
+        case ap.Noise(std, seed):
+            return RandGaussianNoise(prob=1.0, std=std, sample_std=False).set_random_state(seed)(x)
+        case ap.HistogramShift(points):
+            return _histogram_shift(x, points)
+        case ap.Smooth(sigma):
+            return GaussianSmooth(sigma)(x)
+        case ap.Sharpen(sigma1, sigma2, alpha):
+            return GaussianSharpen(sigma1, sigma2, alpha)(x)
+        case ap.Gibbs(alpha):
+            return GibbsNoise(alpha)(x)
+    raise TypeError(f"unknown intensity step {step!r}")
+
+
+def _histogram_shift(x: Tensor, points: tuple[float, ...]) -> Tensor:
+    """MONAI's histogram shift with given control points (its transform only draws its own)."""
+    low, high = x.min(), x.max()
+    if low == high:
+        return x
+    values = torch.tensor(points, dtype=x.dtype)
+    places = torch.linspace(0.0, 1.0, len(points), dtype=x.dtype)
+    return RandHistogramShift(len(points)).interp(x, places * (high - low) + low, values * (high - low) + low)

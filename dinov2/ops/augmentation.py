@@ -1,0 +1,142 @@
+"""Geometry and intensity changes of one crop, compiled where possible (`csrc/augmentation/`), else in plain PyTorch.
+
+A volume is [1, H, W, D], int16 (voxel / 32767 is its value) or float32; a crop is [1, s, s, s] float32, contiguous, and is
+changed in place. The two implementations agree to float tolerance; noise agrees in distribution.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dinov2.ops.extension import compiled_operators
+
+Size3 = tuple[int, int, int]
+Sigma = tuple[float, float, float]
+
+INT16_SCALE = 1 / 32767
+TRUNCATED = 4.0  # standard deviations at which a Gaussian kernel is cut, MONAI's default
+
+
+def _is_compiled() -> bool:
+    return compiled_operators()[0]
+
+
+def crop_resize(volume: Tensor, start: Size3, stop: Size3, size: int, source_axes: Size3, flipped: Size3) -> Tensor:
+    """Cut a box, resize it trilinearly to a cube (align_corners=False), flip and turn it.
+
+    Args:
+        volume: [1, H, W, D] int16 or float32, last axis contiguous.
+        start, stop: Half-open box in voxels.
+        size: Edge of the result.
+        source_axes: The volume's axis (0 to 2) that becomes each axis of the result.
+        flipped: Per axis of the result, 1 where it runs backwards.
+
+    Returns:
+        [1, size, size, size] float32.
+
+    Raises:
+        ValueError: Wrong shape or dtype, an empty box or one that leaves the volume, no permutation.
+    """
+    scale = INT16_SCALE if volume.dtype == torch.int16 else 1.0
+    if _is_compiled():
+        return torch.ops.dinov2.crop_resize(volume, start, stop, size, source_axes, flipped, scale)
+    if sorted(source_axes) != [0, 1, 2] or volume.dim() != 4 or volume.dtype not in (torch.int16, torch.float32):
+        raise ValueError(f"volume must be [1, H, W, D] int16 or float32 and source_axes {source_axes} a permutation of 0, 1, 2")
+    if any(not 0 <= a < b <= n for a, b, n in zip(start, stop, volume.shape[1:], strict=True)):
+        raise ValueError(f"box from {start} to {stop} is empty or leaves the volume {tuple(volume.shape)}")
+    (a, b, c), (d, e, f) = start, stop
+    x = F.interpolate(volume[None, :, a:d, b:e, c:f].float() * scale, (size,) * 3, mode="trilinear", align_corners=False)
+    x = x[0, 0].permute(*source_axes)  # [s, s, s]
+    return x.flip([axis for axis in range(3) if flipped[axis]])[None].contiguous()
+
+
+def adjust_gamma_(x: Tensor, gamma: float) -> Tensor:
+    """((x - min) / range) ** gamma * range + min."""
+    if _is_compiled():
+        return torch.ops.dinov2.adjust_gamma_(x, gamma)
+    low, high = x.aminmax()
+    return x.sub_(low).div_(high - low + 1e-7).pow_(gamma).mul_(high - low).add_(low)
+
+
+def shift_histogram_(x: Tensor, points: Sequence[float]) -> Tensor:
+    """Piecewise-linear map of [min, max] onto itself through equally spaced points and these values (from 0 to 1)."""
+    if _is_compiled():
+        return torch.ops.dinov2.shift_histogram_(x, points)
+    low, high = x.aminmax()
+    if low == high:
+        return x
+    values = torch.tensor(points, dtype=x.dtype, device=x.device)
+    segments = len(points) - 1
+    u = (x - low) * (segments / (high - low))
+    first = u.long().clamp_(0, segments - 1)
+    shifted = values[first] + (u - first) * (values[first + 1] - values[first])
+    return x.copy_(shifted * (high - low) + low)
+
+
+def add_gaussian_noise_(x: Tensor, std: float, seed: int) -> Tensor:
+    """Adds std * N(0, 1), a function of the seed; which numbers differs between the implementations."""
+    if _is_compiled():
+        return torch.ops.dinov2.add_gaussian_noise_(x, std, seed)
+    return x.add_(torch.randn(x.shape, generator=torch.Generator().manual_seed(seed)), alpha=std)
+
+
+def gaussian_smooth_(x: Tensor, sigma: Sigma) -> Tensor:
+    """Separable Gaussian, sigma in voxels along H, W, D, zeros outside, cut at four sigma (MONAI's GaussianSmooth)."""
+    if _is_compiled():
+        return torch.ops.dinov2.gaussian_smooth_(x, sigma)
+    for axis, s in enumerate(sigma):
+        x.copy_(torch.tensordot(x, _smoothing_matrix(x.shape[axis + 1], s), ([axis + 1], [1])).movedim(-1, axis + 1))
+    return x
+
+
+def gaussian_sharpen_(x: Tensor, sigma1: Sigma, sigma2: Sigma, alpha: float) -> Tensor:
+    """blur1 + alpha * (blur1 - blur2(blur1)) (MONAI's GaussianSharpen)."""
+    if _is_compiled():
+        return torch.ops.dinov2.gaussian_sharpen_(x, sigma1, sigma2, alpha)
+    gaussian_smooth_(x, sigma1)
+    twice = gaussian_smooth_(x.clone(), sigma2)
+    return x.mul_(1 + alpha).sub_(twice, alpha=alpha)
+
+
+def gibbs_(x: Tensor, alpha: float) -> Tensor:
+    """Cuts frequencies beyond (1 - alpha) of the largest in-plane radius (MONAI's GibbsNoise), by a real FFT.
+
+    MONAI's mask is centred between two frequencies for an even size, so it is not symmetric, and the real part of what comes
+    back is taken; that equals a real transform with the mean of the mask and its mirror image.
+    """
+    spectrum = torch.fft.rfftn(x[0])  # [s, s, s // 2 + 1]
+    spectrum *= _gibbs_mask(x.shape[-1], alpha)
+    return x.copy_(torch.fft.irfftn(spectrum, s=x.shape[1:])[None])
+
+
+def _smoothing_matrix(n: int, sigma: float) -> Tensor:
+    """[n, n] banded: row i weighs voxels by a Gaussian's integral over each, around voxel i."""
+    distance = torch.arange(n).view(-1, 1) - torch.arange(n)
+    tail = int(max(sigma * TRUNCATED, 0.5) + 0.5)
+    t = 0.70710678 / sigma
+    weights = 0.5 * (torch.erf(t * (distance + 0.5)) - torch.erf(t * (distance - 0.5)))
+    return weights.clamp_(min=0.0) * (distance.abs() <= tail)
+
+
+@lru_cache(maxsize=4)
+def _squared_distances(n: int) -> tuple[Tensor, Tensor]:
+    """Squared distance of each frequency, in FFT order, from MONAI's centre, and the same of its mirror image; [n] each."""
+    frequency = torch.arange(n)
+    squared = ((frequency + n // 2) % n - (n - 1) / 2) ** 2
+    return squared, squared[-frequency % n]
+
+
+def _gibbs_mask(n: int, alpha: float) -> Tensor:
+    """Mean of MONAI's mask and its mirror image on the half spectrum, [n, n, n // 2 + 1]."""
+    radius = (1 - alpha) * n * 2**0.5 / 2
+    half = n // 2 + 1
+    mask = torch.zeros(n, n, half)
+    for squared in _squared_distances(n):
+        left = radius**2 - (squared[:, None] + squared)  # what remains for the last axis
+        mask += squared[:half] <= left[..., None]
+    return mask.mul_(0.5)
