@@ -109,7 +109,7 @@ def first_usable(*lists: Datalist) -> Entry:
 def train_small(output: Path, seed: int, overrides: list[str], say: Say) -> tuple[Path, DictConfig, int]:
     """Train with the command that a user would type; returns the teacher's file, the configuration and the exit code."""
     words = [f"train.dataset_path={output / 'list.json'}", f"train.seed={seed}", *overrides]
-    arguments = ["--config-file", CONFIG, "--output-dir", str(output / "run"), *words]
+    arguments = ["--config-file", CONFIG, "--output-dir", str(output / "run"), "--cache-dir", str(output / "cache"), *words]
     cfg = load_and_merge_config_3d(CONFIG, words)
     steps = cfg.optim.epochs * cfg.train.OFFICIAL_EPOCH_LENGTH
     say(f"2/4  training for {steps} steps:\n       dinov2 train {shlex.join(arguments)}")

@@ -331,6 +331,20 @@ def test_any_number_of_workers_gives_the_same_batches(real_list: Path, small_con
             assert torch.equal(value, b[key]) if isinstance(value, torch.Tensor) else value == b[key], key
 
 
+@pytest.mark.gpu
+def test_batches_on_a_gpu_are_those_of_the_cpu(real_list: Path, small_config: SmallConfig) -> None:
+    cfg = small_config(
+        "train.num_workers=2",
+        *(f"compute_precision.{s}.backbone.mixed_precision.param_dtype=fp32" for s in ("student", "teacher")),
+    )
+    batches = iter(TrainLoader(cfg, read_datalist(real_list), device="cuda"))
+    for (a,) in first_steps(cfg, real_list, 4):
+        (b,) = next(batches)
+        for key, value in a.items():
+            assert torch.equal(value, b[key].cpu()) if isinstance(value, torch.Tensor) else value == b[key], key
+            assert not isinstance(value, torch.Tensor) or b[key].is_cuda
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_an_unusable_volume_is_named_counted_and_replaced_by_the_next(
     tmp_path: Path, small_config: SmallConfig, workers: int, caplog: pytest.LogCaptureFixture
