@@ -137,6 +137,42 @@ def test_a_changed_source_is_not_served_from_the_cache(volumes: Datalist, tmp_pa
     assert verify(volumes, tmp_path / "cache", False, lines.append) == 0 and "1 volumes of other" in lines[-1]
 
 
+@pytest.mark.parametrize("what", ["its time alone tells", "its beginning alone tells"])
+def test_a_change_that_leaves_the_size_is_noticed(tmp_path: Path, what: str) -> None:
+    """Uncompressed, so that one voxel changes one byte: in the middle with a new time, or near the start with the old one."""
+    path = save(tmp_path / "v.nii", smooth_voxels(64, 60, 50))
+    entry, cache = Entry(str(path), (64, 60, 50)), tmp_path / "cache"
+    load_volume(entry, 0, VolumeCache(cache))
+    assert VolumeCache(cache).load(entry, 0) is not None
+    before, data = path.stat(), bytearray(path.read_bytes())
+    data[len(data) // 2 if what == "its time alone tells" else 1000] ^= 1
+    path.write_bytes(data)
+    later = 0 if what == "its beginning alone tells" else 1000
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns + later))
+    assert VolumeCache(cache).load(entry, 0) is None
+
+
+@pytest.mark.parametrize("begun_again", [False, True])
+def test_a_file_that_its_writer_has_just_finished_is_not_written_into(
+    tmp_path: Path, begun_again: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Opened under its temporary name, renamed by its writer before the lock was asked for."""
+    temporary, final = tmp_path / ".x.tmp", tmp_path / "x.vol"
+    temporary.write_bytes(b"whole")
+    lock = cache_module.fcntl.flock
+
+    def finish_first(*arguments: object) -> None:
+        os.replace(temporary, final)
+        if begun_again:  # by a third process
+            temporary.write_bytes(b"")
+        lock(*arguments)
+
+    monkeypatch.setattr(cache_module.fcntl, "flock", finish_first)
+    with cache_module._exclusive(temporary) as file:
+        assert file is None
+    assert final.read_bytes() == b"whole"
+
+
 def test_what_the_list_says_of_a_file_is_part_of_what_is_cached(volumes: Datalist, tmp_path: Path) -> None:
     built(volumes, tmp_path / "cache")
     cache, entry = VolumeCache(tmp_path / "cache"), volumes.entries[0]
