@@ -38,7 +38,7 @@ class Built(NamedTuple):
 
     made: int  # cached volumes
     there: int  # were cached already
-    bytes: int
+    bytes: int  # of both
     problem: str | None  # why the entry cannot be used
     refusal: str | None  # why the cache is not written any more
 
@@ -72,7 +72,8 @@ def build(datalist: Datalist, folder: Path, max_gb: float | None, num_workers: i
     total = Counter(made=sum(b.made for b in done), there=sum(b.there for b in done), bad=sum(bool(b.problem) for b in done))
     size = sum(b.bytes for b in done) / GIB
     say(
-        f"{folder}: {total['made']} volumes cached ({size:.3g} GiB), {total['there']} were there, {total['bad']} cannot be used"
+        f"{folder}: {total['made']} volumes cached, {total['there']} were there, {size:.3g} GiB together; "
+        f"{total['bad']} entries cannot be used"
     )
     refusal = next((b.refusal for b in done if b.refusal), None)
     if refusal:
@@ -105,7 +106,7 @@ def forecast(entries: list[Entry], sampled: list[Entry], first: list[Built], fol
         BadInput: More than the disk has free.
     """
     whole = sum(_raw_bytes(e) for e in entries)
-    measured = [(b, e) for b, e in zip(first, sampled, strict=True) if b.made and not b.problem]
+    measured = [(b, e) for b, e in zip(first, sampled, strict=True) if b.made + b.there and not b.problem]
     share = sum(b.bytes for b, _ in measured) / max(1, sum(_raw_bytes(e) for _, e in measured)) if measured else 1.0
     expected, free = whole * share, shutil.disk_usage(folder).free
     limit = math.inf if max_bytes is None else max_bytes
@@ -191,6 +192,7 @@ def _build_entry(cache: VolumeCache, entry: Entry) -> Built:
             path = cache.path(cache.key(entry, t) or "")
             if path.exists():
                 there += 1
+                size += path.stat().st_size
                 continue
             load_volume(entry, t, cache)
             if cache.why_not_written:

@@ -347,7 +347,7 @@ def test_an_unusable_entry_is_named_and_the_rest_is_cached(volumes: Datalist, tm
     Path(volumes.entries[1].image).write_bytes(b"junk")
     lines = built(volumes, tmp_path / "cache")
     assert any("cannot be used" in line and volumes.entries[1].image in line for line in lines)
-    assert "4 volumes cached" in lines[-1] and "1 cannot be used" in lines[-1]
+    assert "4 volumes cached" in lines[-1] and "1 entries cannot be used" in lines[-1]
     assert verify(volumes, tmp_path / "cache", False, lambda _: None) == 2
 
 
