@@ -6,6 +6,7 @@ them and the same operations run in plain PyTorch, slower (`dinov2 doctor` says 
 
 import sys
 from pathlib import Path
+from subprocess import SubprocessError
 
 from setuptools import find_packages, setup
 from setuptools.errors import BaseError
@@ -36,7 +37,7 @@ def compiled_operators() -> dict:
         def run(self) -> None:
             try:
                 super().run()
-            except (BaseError, RuntimeError, OSError) as err:
+            except (BaseError, RuntimeError, OSError, SubprocessError) as err:
                 self.extensions = []  # so that nothing looks for what was not made
                 sys.stderr.write(f"dinov2-3d: the compiled operators are left out: {str(err).splitlines()[0]}\n")
 
