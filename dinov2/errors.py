@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 EXIT_OK = 0
+EXIT_LOST_RANK = 1
 EXIT_BAD_INPUT = 2
 EXIT_RESUMABLE = 75  # stopped on request, start the same command again to continue
 
@@ -13,3 +14,7 @@ class BadInput(ValueError):
 
 class BadVolume(BadInput):
     """One volume of a list that cannot be used; it is named, counted and replaced, the run goes on."""
+
+
+class LostRank(RuntimeError):
+    """Another rank of the job has ended. Programs exit with 1; the rank that ended first says why."""

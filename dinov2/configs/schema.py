@@ -124,6 +124,7 @@ class HeadConfig:
 @dataclass
 class DinoConfig(HeadConfig):
     koleo_loss_weight: float = key(0.1, "weight of the KoLeo regulariser (spread of class tokens); 0 leaves it out")
+    koleo_distributed: bool = key(False, "KoLeo neighbours among all ranks' volumes; false: among a rank's own, as the paper")
 
 
 @dataclass
@@ -161,10 +162,16 @@ class TrainConfig:
     cache_max_gb: float | None = key(None, "the cache folder stops growing at about this size (GiB); null: no limit")
     memory_store_mb: int = key(1024, "preprocessed volumes kept in memory, MiB per loader process; 0 keeps none")
     augmentation: str = key("auto", "monai (the reference), fast (the same crops sooner), auto: fast")
+    strategy: str = key("auto", "single, ddp, fsdp, or auto: single in one process, else fsdp on GPUs and ddp on CPUs")
+    backend: str = key("auto", "between ranks: nccl, gloo, or auto: nccl where every rank has a GPU, else gloo")
+    timeout_s: float = key(600.0, "seconds that a rank waits for the others before it gives up")
     centering: str = key("sinkhorn_knopp", "teacher targets: sinkhorn_knopp or centering")
 
     def __post_init__(self) -> None:
         require_choice("train.centering", self.centering, ("sinkhorn_knopp", "centering"))
+        require_choice("train.strategy", self.strategy, ("auto", "single", "ddp", "fsdp"))
+        require_choice("train.backend", self.backend, ("auto", "nccl", "gloo"))
+        require(self.timeout_s > 0, f"train.timeout_s={self.timeout_s} must be positive")
         require_choice("train.augmentation", self.augmentation, ("auto", "monai", "fast"))
         cap = self.cache_max_gb
         require(cap is None or cap > 0, f"train.cache_max_gb={cap} must be positive, or null for no limit")

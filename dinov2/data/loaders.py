@@ -31,13 +31,15 @@ def build_augmentation(cfg: DictConfig, dtype: torch.dtype = torch.float32) -> D
 
 
 def crop_dtype(cfg: DictConfig, device: torch.device) -> torch.dtype:
-    """What crops are handed over in: the half precision that both backbones multiply in, else float32.
+    """What crops are handed over in: the precision that both backbones multiply in where it is another than float32.
 
-    The patch embedding would round them to it anyway; half the bytes pass through shared memory and to the device.
+    For a half precision the patch embedding would round them to it anyway; half the bytes pass through shared memory and to
+    the device.
     """
     names = {cfg.compute_precision[side].backbone.mixed_precision.param_dtype for side in ("student", "teacher")}
-    half = {"bf16": torch.bfloat16, "fp16": torch.float32 if device.type == "cpu" else torch.float16}
-    return half.get(names.pop(), torch.float32) if len(names) == 1 else torch.float32
+    fp16 = torch.float32 if device.type == "cpu" else torch.float16
+    others = {"bf16": torch.bfloat16, "fp16": fp16, "fp64": torch.float64}
+    return others.get(names.pop(), torch.float32) if len(names) == 1 else torch.float32
 
 
 class TrainLoader:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -38,6 +40,62 @@ def all_reduce_max(x: Tensor) -> Tensor:
         x = x.clone()
         dist.all_reduce(x, op=dist.ReduceOp.MAX)
     return x
+
+
+def any_rank(flag: bool, device: torch.device | str = "cpu") -> bool:
+    """Whether the flag is set on any rank; every rank gets the same answer."""
+    if not is_enabled():
+        return flag
+    return bool(all_reduce_max(torch.tensor(float(flag), device=device)))
+
+
+def mean_over_ranks(values: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Each value's mean over ranks that have the same names, in float64."""
+    if not is_enabled():
+        return values
+    stacked = all_reduce_sum(torch.stack([v.double() for v in values.values()])) / get_global_size()
+    return dict(zip(values, stacked.unbind(), strict=True))
+
+
+def barrier() -> None:
+    """Wait for all ranks."""
+    if is_enabled():
+        dist.barrier()
+
+
+def gather_objects(obj: Any) -> list[Any]:
+    """Every rank's object, in rank order."""
+    if not is_enabled():
+        return [obj]
+    gathered: list[Any] = [None] * get_global_size()
+    dist.all_gather_object(gathered, obj)
+    return gathered
+
+
+def gather_rows(x: Tensor) -> Tensor:
+    """[n, ...] of every rank -> [ranks * n, ...], in rank order; the same n everywhere; without a gradient."""
+    if not is_enabled():
+        return x
+    out = x.new_empty(get_global_size() * x.shape[0], *x.shape[1:])
+    dist.all_gather_into_tensor(out, x.contiguous())
+    return out
+
+
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.num_rows = x.shape[0]
+        return gather_rows(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        first = get_global_rank() * ctx.num_rows
+        return all_reduce_sum(grad)[first : first + ctx.num_rows]
+
+
+def gather_rows_with_grad(x: Tensor) -> Tensor:
+    """As `gather_rows`; the gradient of a row is the sum of what all ranks' losses make of it."""
+    return _GatherRows.apply(x) if is_enabled() else x
 
 
 def global_count(n: int, like: Tensor) -> Tensor:

@@ -29,9 +29,13 @@ class MetricWriter:
     Args:
         output_dir: Folder of the run.
         start_iteration: First iteration that will be written.
+        is_writing: False on ranks that leave it to the main one.
     """
 
-    def __init__(self, output_dir: Path, start_iteration: int) -> None:
+    def __init__(self, output_dir: Path, start_iteration: int, is_writing: bool = True) -> None:
+        self._file = self._board = None
+        if not is_writing:
+            return
         path = output_dir / METRICS_FILE
         kept = [row for row in read_metrics(path) if row["iteration"] < start_iteration]
         temporary = path.with_name(f".{path.name}.tmp")
@@ -42,6 +46,8 @@ class MetricWriter:
 
     def write(self, metrics: dict[str, float]) -> None:
         """One line; `iteration` is the step on TensorBoard's axis."""
+        if self._file is None:
+            return
         self._file.write(json.dumps(metrics) + "\n")
         for name, value in metrics.items():
             if name != "iteration":
@@ -51,5 +57,6 @@ class MetricWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, err: BaseException | None, tb: TracebackType | None) -> None:
-        self._file.close()
-        self._board.close()
+        if self._file is not None:
+            self._file.close()
+            self._board.close()

@@ -15,10 +15,14 @@ class _LogFile(logging.FileHandler):
         pass
 
 
-def setup_logging(output_dir: Path | None = None, level: int = logging.INFO) -> None:
-    """Log to the terminal and, with an output folder, to `log.txt` in it; replaces what was set up before."""
+def setup_logging(output_dir: Path | None = None, rank: int = 0, level: int = logging.INFO) -> None:
+    """Log to the terminal and, with an output folder, to `log.txt` in it; replaces what was set up before.
+
+    Ranks other than 0 speak on the terminal alone, and only of what is wrong.
+    """
+    level = level if rank == 0 else max(level, logging.WARNING)
     handlers: list[logging.Handler] = [logging.StreamHandler()]
-    if output_dir is not None:
+    if output_dir is not None and rank == 0:
         handlers.append(_LogFile(output_dir / "log.txt"))
     logging.basicConfig(level=level, format=FORMAT, datefmt="%H:%M:%S", handlers=handlers, force=True)
     logging.captureWarnings(True)

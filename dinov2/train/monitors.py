@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dinov2.distributed import gather_rows
 from dinov2.loss.dino_clstoken_loss import STUDENT_TEMP
 from dinov2.loss.targets import at_least_fp32
 
@@ -41,7 +42,7 @@ def mean_cosine(x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def collapse_monitors(cls_tokens: Tensor, cls_scores: Tensor, cls_target: Tensor) -> dict[str, Tensor]:
-    """Monitors of the teacher.
+    """Monitors of the teacher, over the rows of all ranks (`teacher_entropy`: this rank's mean).
 
     Args:
         cls_tokens: [X, E] normed class tokens.
@@ -52,10 +53,10 @@ def collapse_monitors(cls_tokens: Tensor, cls_scores: Tensor, cls_target: Tensor
         `teacher_entropy` (nats, mean over targets; log K is a collapse to uniform), `prototypes_used` (different best
         prototypes among the scores; at most min(X, K), 1 is a collapse), `feature_rank`, `mean_cosine`.
     """
-    tokens = at_least_fp32(cls_tokens)
+    tokens = gather_rows(at_least_fp32(cls_tokens))
     return {
         "teacher_entropy": torch.special.entr(cls_target).sum(-1).mean(),
-        "prototypes_used": cls_scores.argmax(-1).unique().numel() * torch.ones((), device=tokens.device),
+        "prototypes_used": gather_rows(cls_scores.argmax(-1)).unique().numel() * torch.ones((), device=tokens.device),
         "feature_rank": effective_rank(tokens),
         "mean_cosine": mean_cosine(tokens),
     }

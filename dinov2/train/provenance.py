@@ -42,7 +42,7 @@ def git_state() -> dict[str, Any] | None:
     return {"commit": run[0].strip(), "modified": bool(run[1].strip())}
 
 
-def run_record(datalist_sha256: str, num_volumes: int) -> dict[str, Any]:
+def run_record(datalist_sha256: str, num_volumes: int, effective_batch: int, layout: dict[str, Any]) -> dict[str, Any]:
     """Everything beside the configuration that a result depends on."""
     return {
         "command": sys.argv,
@@ -50,6 +50,8 @@ def run_record(datalist_sha256: str, num_volumes: int) -> dict[str, Any]:
         "git": git_state(),
         "datalist_sha256": datalist_sha256,
         "num_volumes": num_volumes,
+        "effective_batch": effective_batch,
+        "layout": layout,
         "num_threads": torch.get_num_threads(),
     }
 

@@ -7,7 +7,8 @@ E embedding, A micro-batches of one update. Crops are crop-major: [G*B, ...] hol
 from __future__ import annotations
 
 import logging
-from contextlib import AbstractContextManager
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from dinov2.distributed import all_reduce_sum
 from dinov2.layers import DINOHead
 from dinov2.loss import TeacherCenter, dino_loss, ibot_loss, koleo_loss, sinkhorn_knopp
 from dinov2.models import build_backbone
@@ -62,6 +64,8 @@ class SSLMetaArch(nn.Module):
         self.teacher = nn.ModuleDict(self._build_side(attention, teacher=True)).requires_grad_(False)
         self.dino_center = TeacherCenter(cfg.dino.head_n_prototypes)
         self.ibot_center = TeacherCenter(self._ibot_head_cfg().head_n_prototypes)
+        self.student_calls: dict[str, nn.Module] = {}  # by name, what is called for a student module instead of it (DDP)
+        self.gradient_sync: Callable[[bool], AbstractContextManager] = lambda is_last: nullcontext()  # around a micro-batch
         self.grad_scaler = torch.amp.GradScaler(enabled=False)  # the loop replaces it where fp16 needs one
         if cfg.compute_precision.student.backbone.mixed_precision.param_dtype == "fp64":
             self.double()
@@ -108,14 +112,28 @@ class SSLMetaArch(nn.Module):
         batches = [batch] if isinstance(batch, dict) else batch
         targets, teacher_report = self.teacher_targets(batches, teacher_temp, monitor)  # no gradient
         logged: list[dict[str, Tensor]] = []
-        for micro_batch, target in zip(batches, targets, strict=True):
-            student = self.student_outputs(micro_batch)
-            losses, weighted_total = self.losses(student, target, micro_batch)
-            self.grad_scaler.scale(weighted_total / len(batches)).backward()
+        mean_masked = self.mean_masked_patches(batches)
+        for i, (micro_batch, target) in enumerate(zip(batches, targets, strict=True)):
+            with self.gradient_sync(i == len(batches) - 1):
+                student = self.student_outputs(micro_batch)
+                losses, weighted_total = self.losses(student, target, micro_batch)
+                self.grad_scaler.scale(weighted_total / len(batches)).backward()
+            # so that the mean over micro-batches and ranks is the mean over all masked patches
+            losses["ibot_cross_entropy"] = losses["ibot_cross_entropy"] * (len(target.patch) / mean_masked).to(
+                weighted_total.dtype
+            )
             if monitor:
                 losses["student_entropy"] = mean_entropy(student.global_cls.detach())
             logged.append({k: v.detach() for k, v in losses.items()})
         return {k: torch.stack([d[k] for d in logged]).mean() for k in logged[0]} | teacher_report
+
+    def mean_masked_patches(self, batches: list[Batch]) -> Tensor:
+        """Masked patches of the whole update over its passes (micro-batches of all ranks)."""
+        count = torch.tensor(
+            [float(sum(len(b["mask_indices_list"]) for b in batches)), float(len(batches))], dtype=torch.float64
+        )
+        total, passes = all_reduce_sum(count.to(batches[0]["masks_weight"].device)).unbind()
+        return total.clamp_min(1.0) / passes
 
     @torch.no_grad()
     def teacher_targets(
@@ -164,7 +182,9 @@ class SSLMetaArch(nn.Module):
         num_pairs = NUM_GLOBAL_CROPS * (NUM_GLOBAL_CROPS - 1) + NUM_GLOBAL_CROPS * len(student.local_cls)
         dino_local = dino_loss(student.local_cls, target.cls) / num_pairs
         dino_global = dino_loss(student.global_cls, target.cls, skip_same_crop=True) / num_pairs
-        koleo = cfg.dino.koleo_loss_weight * sum(koleo_loss(x) for x in student.global_cls_before_head)
+        koleo = cfg.dino.koleo_loss_weight * sum(
+            koleo_loss(x, all_ranks=cfg.dino.koleo_distributed) for x in student.global_cls_before_head
+        )
         ibot, ibot_cross_entropy = ibot_loss(
             student.patch, target.patch, batch["masks_weight"], num_rows=len(batch["collated_masks"])
         )
@@ -201,8 +221,9 @@ class SSLMetaArch(nn.Module):
     def _run(self, side: str, module: str, *args: Any, **kwargs: Any) -> Any:
         """A module of one side under its configured precision."""
         net = getattr(self, side)[module]
+        call = self.student_calls.get(module, net) if side == "student" else net
         with autocast_for(self.cfg.compute_precision[side][module], next(net.parameters()).device.type):
-            return net(*args, **kwargs)
+            return call(*args, **kwargs)
 
     def _project(self, side: str, cls: Tensor, patch: Tensor) -> tuple[Tensor, Tensor]:
         """Prototype scores of class tokens and patches, through two heads or one shared head."""

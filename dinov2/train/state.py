@@ -16,8 +16,10 @@ from torch import Tensor
 from torch.optim import AdamW
 
 from dinov2.data.preprocess import PREPROCESSING
+from dinov2.distributed import is_main_process
 from dinov2.errors import BadInput
 from dinov2.fsdp import Checkpointer, save_atomically
+from dinov2.fsdp.tensors import whole
 from dinov2.train.provenance import versions
 from dinov2.train.ssl_meta_arch import SSLMetaArch
 
@@ -81,11 +83,11 @@ class TrainState:
         Raises:
             BadInput: It is damaged or of another architecture.
         """
-        saved = checkpointer.iterations()
-        if not saved:
+        saved = checkpointer.newest()
+        if saved is None:
             return False
         state = self.state_dict()
-        checkpointer.load(state, saved[-1])
+        checkpointer.load(state, saved)
         counters: dict[str, Tensor] = state["counters"]
         self.iteration, self.skipped_steps, self.skipped_in_row = (
             int(counters[k]) for k in ("iteration", "skipped_steps", "skipped_in_row")
@@ -114,7 +116,7 @@ def _materialise_moments(optimizer: AdamW) -> None:
 
 
 def save_teacher(model: SSLMetaArch, cfg: DictConfig, folder: Path, iteration: int, datalist_sha256: str) -> Path:
-    """Write `teacher_checkpoint.pth`: `{"teacher": state dict, "meta": plain JSON types}`, self-describing.
+    """Write `teacher_checkpoint.pth`: `{"teacher": state dict, "meta": plain JSON types}`, self-describing; all ranks call it.
 
     `torch.load(path, weights_only=True)` opens it.
     """
@@ -127,21 +129,31 @@ def save_teacher(model: SSLMetaArch, cfg: DictConfig, folder: Path, iteration: i
         "licence": "the weights' owner decides; the code is Apache-2.0",
     }
     path = folder / "teacher_checkpoint.pth"
-    teacher = {k: v.detach().cpu() for k, v in model.teacher.state_dict().items()}
-    save_atomically({"teacher": teacher, "meta": json.loads(json.dumps(meta))}, path)
+    teacher = {k: whole(v.detach()) for k, v in model.teacher.state_dict().items()}  # a collective where it is sharded
+    if is_main_process():
+        teacher = {k: v.cpu() for k, v in teacher.items()}
+        save_atomically({"teacher": teacher, "meta": json.loads(json.dumps(meta))}, path)
     return path
 
 
-def check_same_data(output_dir: Path, datalist_sha256: str, allow_changed: bool) -> None:
-    """Refuse to continue a run on another datalist.
+def check_same_run(output_dir: Path, datalist_sha256: str, effective_batch: int, world_size: int, allow_changed: bool) -> None:
+    """Refuse to continue a run on another datalist or with another effective batch.
 
     Raises:
-        BadInput: The list's content changed and that was not allowed.
+        BadInput: The list's content changed and that was not allowed, or the batch did.
     """
     path = output_dir / RUN_FILE
     if not path.exists():
         return
-    before = json.loads(path.read_text()).get("datalist_sha256")
+    record = json.loads(path.read_text())
+    batch = record.get("effective_batch", effective_batch)
+    if batch != effective_batch:
+        fits = f"batch_size_per_gpu x accumulation_steps = {batch // world_size}" if batch % world_size == 0 else None
+        raise BadInput(
+            f"{output_dir}: this run has {batch} volumes a step, {world_size} ranks as configured have {effective_batch}: "
+            + (f"set train.{fits}" if fits else f"{world_size} ranks do not divide {batch}; use a number that does")
+        )
+    before = record.get("datalist_sha256")
     if before == datalist_sha256:
         return
     message = f"{output_dir}: this run was started on another datalist (sha256 {before[:12]}..., now {datalist_sha256[:12]}...)"

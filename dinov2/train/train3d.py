@@ -27,9 +27,12 @@ from dinov2.configs import default_yaml, load_and_merge_config_3d
 from dinov2.data import Datalist, TrainLoader, read_datalist
 from dinov2.data.collate import Batch
 from dinov2.data.streams import Kind, torch_seed
-from dinov2.distributed.runtime import Runtime, start_runtime
-from dinov2.errors import EXIT_BAD_INPUT, EXIT_OK, EXIT_RESUMABLE, BadInput
+from dinov2.distributed import any_rank, barrier, gather_objects, is_main_process, mean_over_ranks
+from dinov2.distributed.runtime import Runtime, lost_rank_explained, start_runtime, stop_runtime
+from dinov2.errors import EXIT_BAD_INPUT, EXIT_LOST_RANK, EXIT_OK, EXIT_RESUMABLE, BadInput, LostRank
 from dinov2.fsdp import Checkpointer
+from dinov2.fsdp.parallel import parallelise, resolve_strategy
+from dinov2.fsdp.tensors import whole
 from dinov2.layers.attention import resolve_attention
 from dinov2.logging import MetricWriter, setup_logging
 from dinov2.models.weights import load_backbone, load_heads, read_weights
@@ -37,7 +40,7 @@ from dinov2.train.progress import Progress, progress_line
 from dinov2.train.provenance import run_record, write_json, write_text
 from dinov2.train.schedules import Schedules, StepParams, apply_schedules, build_schedules
 from dinov2.train.ssl_meta_arch import DTYPES, SSLMetaArch
-from dinov2.train.state import RUN_FILE, TrainState, check_same_data, locked_folder, save_teacher, set_aside
+from dinov2.train.state import RUN_FILE, TrainState, check_same_run, locked_folder, save_teacher, set_aside
 
 logger = logging.getLogger("dinov2.train.train3d")
 
@@ -65,6 +68,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     setup_logging()
     try:
         return run(args)
+    except LostRank as err:
+        logger.error("%s", err)
+        return EXIT_LOST_RANK
     except BadInput as err:
         logger.error("%s", err)
     except OSError as err:  # a full disk, a folder that went away, a read-only file system
@@ -74,34 +80,44 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Everything around the loop: configuration, folder, data, model, resume."""
+    """Everything around the loop: configuration, ranks, folder, data, model, resume."""
     named = {"train.output_dir": args.output_dir, "train.cache_dir": args.cache_dir}
     overrides = [*args.opts, *(f"{key}={value}" for key, value in named.items() if value)]
     cfg = load_and_merge_config_3d(args.config_file, overrides)
-    runtime = start_runtime(cfg.train.num_threads)
-    with locked_folder(cfg.train.output_dir) as output_dir:
-        setup_logging(output_dir)
-        say_what_has_no_effect(cfg, args, runtime)
-        datalist = read_datalist(cfg.train.dataset_path).larger_than(cfg.train.data_min_axis_size)
-        if args.no_resume:
-            set_aside(output_dir)
-        check_same_data(output_dir, datalist.sha256, args.allow_changed_data)
+    runtime = start_runtime(cfg.train.num_threads, cfg.train.backend, cfg.train.timeout_s)
+    setup_logging(rank=runtime.rank)
+    with lost_rank_explained(runtime.rank), run_folder(cfg.train.output_dir, runtime) as output_dir:
+        setup_logging(output_dir, runtime.rank)
+        code = prepare_and_train(args, cfg, runtime, output_dir)
+        stop_runtime()  # only where nothing went wrong: it waits for the others
+        return code
 
-        model, optimizer = build(cfg, runtime)
-        state = TrainState(model, optimizer)
-        checkpointer = build_checkpointer(cfg, output_dir)
-        resumed = state.resume(checkpointer)
-        if args.eval_only:
-            return write_teacher_only(state, cfg, output_dir, datalist)
-        schedules = build_schedules(cfg, runtime.world_size)
-        if state.iteration + 1 >= schedules.total_iters:
-            logger.info("%s: finished already, all %d iterations are done", output_dir, schedules.total_iters)
-            return EXIT_OK
-        if not resumed:
-            load_start_weights(model, cfg)
+
+def prepare_and_train(args: argparse.Namespace, cfg: DictConfig, runtime: Runtime, output_dir: Path) -> int:
+    """Data, model, resume; then the loop."""
+    say_what_has_no_effect(cfg, args, runtime)
+    datalist = read_datalist(cfg.train.dataset_path).larger_than(cfg.train.data_min_axis_size)
+    effective_batch = cfg.train.batch_size_per_gpu * cfg.train.accumulation_steps * runtime.world_size
+    if args.no_resume and is_main_process():
+        set_aside(output_dir)
+    check_same_on_all_ranks(cfg, datalist)
+    check_same_run(output_dir, datalist.sha256, effective_batch, runtime.world_size, args.allow_changed_data)
+
+    checkpointer = build_checkpointer(cfg, output_dir)
+    state = TrainState(*build(cfg, runtime, load_start=checkpointer.newest() is None))
+    state.resume(checkpointer)
+    if args.eval_only:
+        return write_teacher_only(state, cfg, output_dir, datalist)
+    schedules = build_schedules(cfg, runtime.world_size)
+    if state.iteration + 1 >= schedules.total_iters:
+        logger.info("%s: finished already, all %d iterations are done", output_dir, schedules.total_iters)
+        return EXIT_OK
+    if is_main_process():
         write_text(output_dir / "config.yaml", default_yaml(cfg))
-        write_json(output_dir / RUN_FILE, run_record(datalist.sha256, len(datalist)))
-        return do_train(state, cfg, runtime, schedules, datalist, checkpointer, output_dir)
+        strategy = resolve_strategy(cfg.train.strategy, runtime)
+        layout = {"ranks": runtime.world_size, "strategy": strategy, "device": runtime.device.type}
+        write_json(output_dir / RUN_FILE, run_record(datalist.sha256, len(datalist), effective_batch, layout))
+    return do_train(state, cfg, runtime, schedules, datalist, checkpointer, output_dir)
 
 
 def do_train(
@@ -120,7 +136,7 @@ def do_train(
     progress = Progress(runtime, volumes_per_step, compute_dtype(cfg, runtime))
     what = "iterations %d to %d, %d volumes a step from %d, on %s"
     logger.info(what, first, total - 1, volumes_per_step, len(datalist), runtime.device)
-    with MetricWriter(output_dir, first) as metrics, stop_requests() as stop:
+    with MetricWriter(output_dir, first, is_main_process()) as metrics, stop_requests() as stop_asked:
         batches = iter(loader)
         for iteration in range(first, total):
             with progress.waiting_for_data():
@@ -132,17 +148,21 @@ def do_train(
                 values = train_step(state, hp, batch, cfg.optim.clip_grad, is_logged)
             state.iteration = iteration
             progress.step_done()
+            checkpointer.finish(wait=False)
             if is_logged:
                 row = metric_row(iteration, hp, volumes_per_step, values, state, progress)
                 metrics.write(row)
                 logger.info("%s", progress_line(iteration, total, row))
             if checkpointer.is_milestone(iteration) or iteration == total - 1:
                 save_teacher(model, cfg, output_dir / "eval" / f"training_{iteration}", iteration, datalist.sha256)
+            stop = any_rank(bool(stop_asked), runtime.device)  # all ranks stop after the same step
             if is_checkpoint_due(cfg, checkpointer, iteration, total) or stop:
                 checkpointer.save(state.state_dict(), iteration)
             if stop and iteration < total - 1:
-                logger.info("stopped after iteration %d on %s; start the same command again to continue", iteration, stop[0])
+                checkpointer.finish()
+                logger.info("stopped after iteration %d; start the same command again to continue", iteration)
                 return EXIT_RESUMABLE
+        checkpointer.finish()
     if loader.bad_volumes:
         logger.warning("%d of %d volumes could not be used; they are named above", len(loader.bad_volumes), len(datalist))
     logger.info("done: %s", output_dir / "eval" / f"training_{total - 1}" / "teacher_checkpoint.pth")
@@ -172,7 +192,7 @@ def clip_grad_norms(student: nn.ModuleDict, max_norm: float) -> dict[str, Tensor
     for name, net in student.items():
         params = [p for p in net.parameters() if p.grad is not None]
         norm = clip_grad_norm_(params, max_norm) if max_norm else get_total_norm([p.grad for p in params])
-        norms[f"grad_norm_{name}"] = norm
+        norms[f"grad_norm_{name}"] = whole(norm)
     return norms
 
 
@@ -185,12 +205,14 @@ def accept_finite(state: TrainState, loss: Tensor, grad_norms: dict[str, Tensor]
         BadInput: Several in a row.
     """
     checked = [loss] if state.model.grad_scaler.is_enabled() else [loss, *grad_norms.values()]
-    if bool(torch.stack(checked).isfinite().all()):
+    is_bad = not bool(torch.stack(checked).isfinite().all())
+    if not any_rank(is_bad, loss.device):
         state.skipped_in_row = 0
         return True
     state.skipped_steps += 1
     state.skipped_in_row += 1
-    names = sorted({sample for batch in micro_batches for sample in batch["sample_ids"]})
+    own = [sample for batch in micro_batches for sample in batch["sample_ids"]] if is_bad else []
+    names = sorted({name for of_rank in gather_objects(own) for name in of_rank})
     what = "iteration %d: loss or gradient is not finite, step skipped; its volumes: %s"
     logger.warning(what, state.iteration + 1, ", ".join(names))
     if state.skipped_in_row >= MAX_SKIPPED_IN_ROW:
@@ -206,6 +228,7 @@ def metric_row(
 ) -> dict[str, float]:
     """One line of `training_metrics.json`: this step's values (so that a resumed run writes the same), and timings."""
     scheduled = {"lr": hp.lr, "wd": hp.wd, "mom": hp.mom, "last_layer_lr": hp.last_layer_lr, "teacher_temp": hp.teacher_temp}
+    values = mean_over_ranks(values)
     losses = dict(zip(values, torch.stack([v.double() for v in values.values()]).tolist(), strict=True))
     counts = {"current_batch_size": volumes, "skipped_steps": state.skipped_steps}
     return {"iteration": iteration, **progress.report(), **scheduled, **counts, **losses}
@@ -214,15 +237,18 @@ def metric_row(
 # ---------------------------------------------------------------------- what a run is built from
 
 
-def build(cfg: DictConfig, runtime: Runtime) -> tuple[SSLMetaArch, AdamW]:
-    """Model from the run's seed, on its device, and the optimiser over the student."""
+def build(cfg: DictConfig, runtime: Runtime, load_start: bool = False) -> tuple[SSLMetaArch, AdamW]:
+    """Model from the run's seed or its start weights, spread over the ranks, and the optimiser over the student."""
     torch.manual_seed(torch_seed(cfg.train.seed, Kind.INIT, 0))
     model = SSLMetaArch(cfg, resolve_attention(cfg.student.attention, runtime.device.type)).to(runtime.device)
+    if load_start:
+        load_start_weights(model, cfg)
+    logger.info("student of %.1f M parameters", sum(p.numel() for p in model.student.parameters()) / 1e6)
+    parallelise(model, cfg, runtime)
     o = cfg.optim
     optimizer = AdamW(model.get_params_groups(), betas=(o.adamw_beta1, o.adamw_beta2), fused=True)
     needs_scaler = runtime.device.type == "cuda" and compute_dtype(cfg, runtime) == torch.float16
     model.grad_scaler = torch.amp.GradScaler(runtime.device.type, enabled=cfg.compute_precision.grad_scaler and needs_scaler)
-    logger.info("student of %.1f M parameters", sum(p.numel() for p in model.student.parameters()) / 1e6)
     return model, optimizer
 
 
@@ -264,6 +290,25 @@ def write_teacher_only(state: TrainState, cfg: DictConfig, output_dir: Path, dat
     folder = output_dir / "eval" / f"manual_{state.iteration}"
     logger.info("wrote %s", save_teacher(state.model, cfg, folder, state.iteration, datalist.sha256))
     return EXIT_OK
+
+
+@contextmanager
+def run_folder(path: str, runtime: Runtime) -> Iterator[Path]:
+    """The output folder; rank 0 holds its lock, the others wait until it does."""
+    if runtime.rank == 0:
+        with locked_folder(path) as folder:
+            barrier()
+            yield folder
+    else:
+        barrier()
+        yield Path(path)
+
+
+def check_same_on_all_ranks(cfg: DictConfig, datalist: Datalist) -> None:
+    """Raise `BadInput` where ranks were started with different configurations or see different datalists."""
+    for what, value in (("configuration", default_yaml(cfg)), ("datalist", datalist.sha256)):
+        if len(set(gather_objects(value))) > 1:
+            raise BadInput(f"the ranks of this job have different {what}s: start all with the same command and files")
 
 
 def say_what_has_no_effect(cfg: DictConfig, args: argparse.Namespace, runtime: Runtime) -> None:

@@ -288,14 +288,6 @@ def test_initial_weights_follow_the_seed(small_config: SmallConfig) -> None:
     assert float(np.std(xavier.cls_token.detach().numpy())) > 0.01
 
 
-def test_several_ranks_are_refused_until_they_are_built(monkeypatch: pytest.MonkeyPatch) -> None:
-    from dinov2.distributed.runtime import start_runtime
-
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(BadInput, match="several ranks"):
-        start_runtime()
-
-
 def test_the_loss_scaler_owns_overflowing_gradients(real_list: Path, small_config: SmallConfig) -> None:
     cfg = small_config()
     model, optimizer = build(cfg, CPU)

@@ -1,0 +1,273 @@
+"""Several ranks under torchrun on gloo: the result of one process, exact resume, and an end when a rank dies."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from dinov2.errors import EXIT_OK
+from tests.conftest import ROOT, Trainer, read_json_lines
+
+TIMING = {"iter_time", "data_time", "volumes_per_s", "data_wait", "mfu", "memory_gib"}
+MODULES = [f"{side}.{module}" for side in ("student", "teacher") for module in ("backbone", "dino_head", "ibot_head")]
+FP64 = [f"compute_precision.{m}.mixed_precision.param_dtype=fp64" for m in MODULES]
+STEPS = ["train.OFFICIAL_EPOCH_LENGTH=10", "optim.epochs=2", "student.drop_path_rate=0", "train.checkpoint_period=1000"]
+KEY_BIAS = "attn.qkv.bias"  # its key part has no gradient, and AdamW amplifies the rounding of nothing
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def torchrun(trainer: Trainer, ranks: int, output_dir: Path, *extra: str, port: int | None = None) -> list[str]:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
+    return [*launcher, "--master-port", str(port or free_port()), *trainer.command(output_dir, *extra)[1:]]
+
+
+def run(command: list[str], timeout: int = 300) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout)
+
+
+def start(command: list[str]) -> subprocess.Popen[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True, **pipes)
+
+
+def ranks_of(process: subprocess.Popen[str]) -> list[int]:
+    """Process ids of torchrun's ranks, which have sessions of their own."""
+    return [int(p) for p in subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()]
+
+
+def kill_all(process: subprocess.Popen[str]) -> None:
+    """As a machine that loses power: launcher and ranks at once."""
+    for pid in [process.pid, *ranks_of(process)]:
+        os.kill(pid, signal.SIGKILL)
+    process.communicate()
+
+
+def teacher(output_dir: Path, iteration: int = 19) -> dict[str, torch.Tensor]:
+    path = output_dir / "eval" / f"training_{iteration}" / "teacher_checkpoint.pth"
+    return torch.load(path, weights_only=True)["teacher"]
+
+
+def metrics(output_dir: Path) -> list[dict[str, float]]:
+    rows = read_json_lines(output_dir / "training_metrics.json")
+    return [{k: v for k, v in row.items() if k not in TIMING} for row in rows]
+
+
+def lines(output_dir: Path) -> int:
+    path = output_dir / "training_metrics.json"
+    return len(path.read_text().splitlines()) if path.exists() else 0
+
+
+def assert_close(one: Path, many: Path, rtol: float, atol: float, losses_only: bool = False) -> None:
+    """Weights and every logged value (or the losses; gradient norms of a fresh network amplify rounding)."""
+    a, b = teacher(one), teacher(many)
+    assert a.keys() == b.keys()
+    for name, value in a.items():
+        if not name.endswith(KEY_BIAS) or value.dtype == torch.float64:
+            torch.testing.assert_close(b[name], value, rtol=rtol, atol=atol, msg=name)
+    rows, others = metrics(one), metrics(many)
+    assert [r["iteration"] for r in rows] == [r["iteration"] for r in others] == list(range(20))
+    for row, other in zip(rows, others, strict=True):
+        for key, value in row.items():
+            if losses_only and not key.endswith("loss"):
+                continue
+            assert other[key] == pytest.approx(value, rel=max(rtol, 1e-6), abs=max(atol, 1e-7)), (key, row["iteration"])
+
+
+LAYOUTS = {  # ranks, volumes a rank and pass, passes, strategy
+    "ddp on 2": (2, 2, 1, "ddp"),
+    "fsdp on 2": (2, 2, 1, "fsdp"),
+    "fsdp on 4": (4, 1, 1, "fsdp"),
+    "replicated fsdp on 2": (2, 2, 1, "NO_SHARD"),
+    "regathered fsdp on 2": (2, 2, 1, "FULL_SHARD"),
+}
+
+
+def layout_words(name: str) -> tuple[int, list[str]]:
+    ranks, batch, passes, strategy = LAYOUTS[name]
+    words = [f"train.batch_size_per_gpu={batch}", f"train.accumulation_steps={passes}"]
+    if strategy in ("NO_SHARD", "FULL_SHARD"):
+        words += [f"compute_precision.{m}.sharding_strategy={strategy}" for m in MODULES]
+        strategy = "fsdp"
+    return ranks, [*words, f"train.strategy={strategy}"]
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twenty steps of four volumes in one process, in float64, with KoLeo over all of them."""
+    from dinov2.data import write_datalist
+    from dinov2.data.volumes import describe
+    from tests.conftest import BUNDLED
+
+    folder = tmp_path_factory.mktemp("one")
+    write_datalist(folder / "list.json", [describe(p) for p in sorted(BUNDLED.glob("*.nii.gz"))])
+    trainer = Trainer(folder / "list.json")
+    words = [*STEPS, *FP64, "dino.koleo_distributed=true", "train.batch_size_per_gpu=4"]
+    assert trainer.run(folder / "run", *words).returncode == EXIT_OK
+    return folder / "run"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_any_layout_gives_one_processs_result_in_float64(
+    trainer: Trainer, one_process: Path, tmp_path: Path, layout: str
+) -> None:
+    ranks, words = layout_words(layout)
+    result = run(torchrun(trainer, ranks, tmp_path / "run", *STEPS, *FP64, "dino.koleo_distributed=true", *words))
+    assert result.returncode == EXIT_OK, result.stderr
+    assert_close(one_process, tmp_path / "run", rtol=0, atol=1e-10)
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert record["effective_batch"] == 4 and record["layout"]["ranks"] == ranks
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_accumulation_over_ranks_is_one_batch_too(trainer: Trainer, tmp_path: Path, strategy: str) -> None:
+    """Without KoLeo, which sees a micro-batch only."""
+    words = [*STEPS, *FP64, "dino.koleo_loss_weight=0", f"train.strategy={strategy}"]
+    assert run(torchrun(trainer, 2, tmp_path / "a", *words, "train.batch_size_per_gpu=2")).returncode == EXIT_OK
+    split = [*words, "train.batch_size_per_gpu=1", "train.accumulation_steps=2"]
+    result = run(torchrun(trainer, 2, tmp_path / "b", *split))
+    assert result.returncode == EXIT_OK, result.stderr
+    a, b = teacher(tmp_path / "a"), teacher(tmp_path / "b")
+    for name, value in a.items():
+        torch.testing.assert_close(b[name], value, rtol=0, atol=1e-10, msg=name)
+
+
+@pytest.mark.slow
+def test_two_ranks_in_float32_stay_near_one(trainer: Trainer, tmp_path: Path) -> None:
+    words = [*STEPS, "dino.koleo_distributed=true", "optim.base_lr=0.004"]
+    assert trainer.run(tmp_path / "one", *words, "train.batch_size_per_gpu=4").returncode == EXIT_OK
+    result = run(torchrun(trainer, 2, tmp_path / "two", *words, "train.batch_size_per_gpu=2", "train.strategy=fsdp"))
+    assert result.returncode == EXIT_OK, result.stderr
+    assert_close(tmp_path / "one", tmp_path / "two", rtol=5e-2, atol=2e-3, losses_only=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_all_ranks_killed_anywhere_the_result_is_the_same_bit_for_bit(trainer: Trainer, tmp_path: Path, strategy: str) -> None:
+    words = ["train.OFFICIAL_EPOCH_LENGTH=20", "optim.epochs=2", "train.checkpoint_period=3", "train.batch_size_per_gpu=2"]
+    words += [f"train.strategy={strategy}", "train.num_workers=1"]
+    assert run(torchrun(trainer, 2, tmp_path / "whole", *words)).returncode == EXIT_OK
+    killed = tmp_path / "killed"
+    for wanted in (5, 14):
+        process = start(torchrun(trainer, 2, killed, *words))
+        while process.poll() is None and lines(killed) < wanted:
+            time.sleep(0.02)
+        kill_all(process)
+    assert 5 <= lines(killed) < 40
+    result = run(torchrun(trainer, 2, killed, *words))
+    assert result.returncode == EXIT_OK, result.stderr
+    a, b = teacher(tmp_path / "whole", 39), teacher(killed, 39)
+    assert all(torch.equal(v, b[k]) for k, v in a.items())
+    assert metrics(killed) == metrics(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_other_ranks_and_another_strategy(trainer: Trainer, one_process: Path, tmp_path: Path) -> None:
+    """Ten steps on two ranks sharded, five on four replicated, the rest in one process: what one process gives throughout."""
+    out = tmp_path / "run"
+    common = ["student.drop_path_rate=0", *FP64, "dino.koleo_distributed=true", *STEPS[:2], "train.checkpoint_period=5"]
+    for ranks, strategy, until in ((2, "fsdp", 9), (4, "ddp", 14)):
+        words = [*common, f"train.batch_size_per_gpu={4 // ranks}", f"train.strategy={strategy}"]
+        process = start(torchrun(trainer, ranks, out, *words, "train.checkpoint_keep=9"))
+        while process.poll() is None and not (out / "checkpoints" / f"{until:07d}").exists():
+            time.sleep(0.005)
+        kill_all(process)
+    assert trainer.run(out, *common, "train.batch_size_per_gpu=4").returncode == EXIT_OK
+    assert_close(one_process, out, rtol=0, atol=1e-10)
+
+
+@pytest.mark.slow
+def test_a_rank_that_dies_ends_the_job_with_its_reason(trainer: Trainer, tmp_path: Path) -> None:
+    words = ["train.OFFICIAL_EPOCH_LENGTH=500", "train.batch_size_per_gpu=2", "train.checkpoint_period=3"]
+    process = start(torchrun(trainer, 2, tmp_path / "run", *words))
+    while process.poll() is None and lines(tmp_path / "run") < 5:
+        time.sleep(0.02)
+    os.kill(ranks_of(process)[-1], signal.SIGKILL)
+    killed_at = time.monotonic()
+    text, _ = process.communicate(timeout=60)
+    assert process.returncode != 0 and time.monotonic() - killed_at < 45
+    assert "another rank has ended" in text and "Signal 9" in text, text[-3000:]
+    assert (tmp_path / "run" / "checkpoints").is_dir()
+
+
+@pytest.mark.slow
+def test_sigterm_to_the_job_saves_the_same_step_on_all_ranks(trainer: Trainer, tmp_path: Path) -> None:
+    words = ["train.OFFICIAL_EPOCH_LENGTH=15", "train.batch_size_per_gpu=2", "train.checkpoint_period=1000"]
+    out = tmp_path / "run"
+    process = start(torchrun(trainer, 2, out, *words))
+    while process.poll() is None and lines(out) < 3:
+        time.sleep(0.02)
+    os.kill(ranks_of(process)[0], signal.SIGTERM)  # one rank is asked; all stop
+    text, _ = process.communicate(timeout=60)
+    assert "start the same command again" in text, text[-3000:]
+    (only,) = [p.name for p in (out / "checkpoints").iterdir()]
+    result = run(torchrun(trainer, 2, out, *words))
+    assert result.returncode == EXIT_OK and f"iterations {int(only) + 1} to 29" in result.stderr
+    assert [r["iteration"] for r in metrics(out)] == list(range(30))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("damage", ["missing", "changed"])
+def test_a_damaged_shard_is_named(trainer: Trainer, tmp_path: Path, damage: str) -> None:
+    words = ["train.batch_size_per_gpu=2", "train.strategy=fsdp"]
+    assert run(torchrun(trainer, 2, tmp_path / "run", *words)).returncode == EXIT_OK
+    shard = sorted((tmp_path / "run" / "checkpoints" / "0000011").glob("*.distcp"))[-1]
+    if damage == "missing":
+        shard.unlink()
+    else:
+        data = bytearray(shard.read_bytes())
+        data[len(data) // 2] ^= 1
+        shard.write_bytes(data)
+    result = run(torchrun(trainer, 2, tmp_path / "run", *words, "optim.epochs=3"))
+    assert result.returncode != EXIT_OK
+    assert (
+        f"damaged checkpoint ({shard.name}" in result.stderr
+        and 'Traceback (most recent call last):\n  File "/work' not in result.stderr
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "ranks, words, message",
+    [
+        (3, [], "3 ranks do not divide 4"),
+        (2, ["train.batch_size_per_gpu=4"], "batch_size_per_gpu x accumulation_steps = 2"),
+        (2, ["train.backend=nccl", "train.batch_size_per_gpu=2"], "train.backend=nccl: 2 ranks on this machine, 0 GPUs"),
+    ],
+)
+def test_a_layout_that_cannot_continue_the_run_is_refused(
+    trainer: Trainer, one_process: Path, ranks: int, words: list[str], message: str
+) -> None:
+    if "nccl" in message and torch.cuda.is_available():
+        pytest.skip("this machine has GPUs")
+    result = run(torchrun(trainer, ranks, one_process, *STEPS, *FP64, *words))
+    assert result.returncode != EXIT_OK and message in result.stderr, result.stderr[-2000:]
+
+
+def test_a_port_in_use_is_named(trainer: Trainer, tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(taken.getsockname()[1])}
+        environment = {**os.environ, **place, "WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}
+        command = trainer.command(tmp_path / "run", "train.timeout_s=5")
+        result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 2 and place["MASTER_PORT"] in result.stderr and "choose another --master-port" in result.stderr
+    assert "Traceback" not in result.stderr
