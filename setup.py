@@ -72,6 +72,8 @@ setup(
         "numpy>=1.26",
         "nibabel>=5.2",
         "blosc2>=3",
+        "safetensors>=0.4",
+        "submitit>=1.5",
         "tensorboard>=2.16",
         "tqdm>=4.60",
         "scipy>=1.11",

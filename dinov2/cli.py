@@ -90,6 +90,23 @@ def cache_stats(args: argparse.Namespace) -> int:
     return stats(_datalist(args), args.cache_dir, say)
 
 
+def checkpoint_inspect(args: argparse.Namespace) -> int:
+    """Say what weights or a training checkpoint hold."""
+    from dinov2.fsdp.export import describe
+
+    say("\n".join(describe(args.path)))
+    return EXIT_OK
+
+
+def checkpoint_export(args: argparse.Namespace) -> int:
+    """Write the teacher of a training checkpoint or weights file in another form."""
+    from dinov2.fsdp.export import export
+
+    count = export(args.path, args.output, args.chunks, not args.no_heads)
+    say(f"{args.output}: {count} tensors")
+    return EXIT_OK
+
+
 def _datalist(args: argparse.Namespace) -> Datalist:
     from dinov2.data import read_datalist
 
@@ -128,6 +145,16 @@ def build_parser() -> argparse.ArgumentParser:
             action.add_argument("--max-gb", type=float, help="stop growing at about this size (GiB)")
         if name == "verify":
             action.add_argument("--remove", action="store_true", help="remove damaged files, so that they are made anew")
+        action.set_defaults(function=function)
+    checkpoint = commands.add_parser("checkpoint", help="weights and training checkpoints in their forms")
+    checkpoint = checkpoint.add_subparsers(required=True, metavar="ACTION")
+    for name, function in (("inspect", checkpoint_inspect), ("export", checkpoint_export)):
+        action = checkpoint.add_parser(name, help=function.__doc__.splitlines()[0])
+        action.add_argument("path", type=Path, help="checkpoint folder, .pth or .safetensors")
+        if name == "export":
+            action.add_argument("output", type=Path, help=".pth or .safetensors")
+            action.add_argument("--chunks", type=int, help="groups in the names of the blocks, 0: flat; default: as they are")
+            action.add_argument("--no-heads", action="store_true", help="the backbone alone")
         action.set_defaults(function=function)
     return parser
 

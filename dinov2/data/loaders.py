@@ -18,6 +18,7 @@ from dinov2.data.collate import Batch, Collate
 from dinov2.data.datalist import Datalist
 from dinov2.data.dataset import PretrainDataset
 from dinov2.data.samplers import PositionSampler
+from dinov2.distributed.signals import SIGNALS
 from dinov2.errors import BadInput
 
 logger = logging.getLogger(__name__)
@@ -158,5 +159,5 @@ def _start_worker(_worker: int) -> None:
     """
     torch.set_num_threads(1)
     keep_freed_memory()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)

@@ -6,6 +6,7 @@ import logging
 import re
 from pathlib import Path
 from pickle import UnpicklingError
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,13 +28,7 @@ def read_weights(path: str | Path) -> StateDict:
     Raises:
         BadInput: Missing, not a checkpoint, or one that holds more than tensors and plain values.
     """
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as err:
-        raise BadInput(f"weights {path}: no such file") from err
-    except (OSError, EOFError, UnpicklingError, RuntimeError, ValueError, KeyError, AttributeError) as err:
-        reason = " ".join(str(err).split())[:120]
-        raise BadInput(f"weights {path}: not a checkpoint of tensors that is safe to open ({reason})") from err
+    content = open_weights(path)
     for wrapper in ("teacher", "model", "state_dict"):
         if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
             content = content[wrapper]
@@ -41,6 +36,23 @@ def read_weights(path: str | Path) -> StateDict:
     if not isinstance(content, dict) or not any(isinstance(v, Tensor) for v in content.values()):
         raise BadInput(f"weights {path}: holds no state dict")
     return {_plain_name(k): v for k, v in content.items() if isinstance(v, Tensor)}
+
+
+def open_weights(path: str | Path) -> Any:
+    """What a file of `torch.save` holds, tensors and plain values only.
+
+    Raises:
+        BadInput: Missing, not such a file, or one that holds more.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as err:
+        raise BadInput(f"weights {path}: no such file") from err
+    except (OSError, EOFError, UnpicklingError, RuntimeError, ValueError, KeyError, AttributeError) as err:
+        if ".rank_" in Path(path).name:
+            raise BadInput(f"weights {path}: one rank's share of an FSDP1 run: use its teacher_checkpoint.pth") from err
+        reason = " ".join(str(err).split())[:120]
+        raise BadInput(f"weights {path}: not a checkpoint of tensors that is safe to open ({reason})") from err
 
 
 def _plain_name(name: str) -> str:

@@ -15,8 +15,11 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 from torch.optim import AdamW
 
+from dinov2.configs import default_yaml
+from dinov2.data.datalist import Datalist
 from dinov2.data.preprocess import PREPROCESSING
-from dinov2.distributed import is_main_process
+from dinov2.distributed import barrier, gather_objects, is_main_process
+from dinov2.distributed.runtime import Runtime
 from dinov2.errors import BadInput
 from dinov2.fsdp import Checkpointer, save_atomically
 from dinov2.fsdp.tensors import whole
@@ -47,6 +50,25 @@ def locked_folder(path: str | Path) -> Iterator[Path]:
         except OSError as err:
             raise BadInput(f"output folder {folder}: another run is using it: wait for it or choose another") from err
         yield folder
+
+
+@contextmanager
+def run_folder(path: str, runtime: Runtime) -> Iterator[Path]:
+    """The output folder; rank 0 holds its lock, the others wait until it does."""
+    if runtime.rank == 0:
+        with locked_folder(path) as folder:
+            barrier()
+            yield folder
+    else:
+        barrier()
+        yield Path(path)
+
+
+def check_same_on_all_ranks(cfg: DictConfig, datalist: Datalist) -> None:
+    """Raise `BadInput` where ranks were started with different configurations or see different datalists."""
+    for what, value in (("configuration", default_yaml(cfg)), ("datalist", datalist.sha256)):
+        if len(set(gather_objects(value))) > 1:
+            raise BadInput(f"the ranks of this job have different {what}s: start all with the same command and files")
 
 
 class TrainState:

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import argparse
 import logging
-import signal
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 if __package__ in (None, ""):  # started as a file: the repository, not this folder, is where imports begin
@@ -27,8 +25,9 @@ from dinov2.configs import default_yaml, load_and_merge_config_3d
 from dinov2.data import Datalist, TrainLoader, read_datalist
 from dinov2.data.collate import Batch
 from dinov2.data.streams import Kind, torch_seed
-from dinov2.distributed import any_rank, barrier, gather_objects, is_main_process, mean_over_ranks
+from dinov2.distributed import any_rank, gather_objects, is_main_process, mean_over_ranks
 from dinov2.distributed.runtime import Runtime, lost_rank_explained, start_runtime, stop_runtime
+from dinov2.distributed.signals import stop_requests
 from dinov2.errors import EXIT_BAD_INPUT, EXIT_LOST_RANK, EXIT_OK, EXIT_RESUMABLE, BadInput, LostRank
 from dinov2.fsdp import Checkpointer
 from dinov2.fsdp.parallel import parallelise, resolve_strategy
@@ -40,7 +39,16 @@ from dinov2.train.progress import Progress, progress_line
 from dinov2.train.provenance import run_record, write_json, write_text
 from dinov2.train.schedules import Schedules, StepParams, apply_schedules, build_schedules
 from dinov2.train.ssl_meta_arch import DTYPES, SSLMetaArch
-from dinov2.train.state import RUN_FILE, TrainState, check_same_run, locked_folder, save_teacher, set_aside
+from dinov2.train.stages import read_stages
+from dinov2.train.state import (
+    RUN_FILE,
+    TrainState,
+    check_same_on_all_ranks,
+    check_same_run,
+    run_folder,
+    save_teacher,
+    set_aside,
+)
 
 logger = logging.getLogger("dinov2.train.train3d")
 
@@ -51,6 +59,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     """3DINO's flags; what follows them are `key=value` overrides of the configuration."""
     parser = argparse.ArgumentParser("train3d.py", description="Pretrain a 3D vision transformer with 3DINO.")
     parser.add_argument("--config-file", help="YAML file or name (pretrain/tiny_cpu); default: the published defaults")
+    parser.add_argument("--stages", help="YAML list of stages instead of one configuration (pretrain/two_stage)")
     parser.add_argument("--output-dir", "--output_dir", help="folder of the run (train.output_dir)")
     parser.add_argument("--cache-dir", help="folder of preprocessed volumes (train.cache_dir), filled as they are used")
     parser.add_argument("--no-resume", action="store_true", help="start over; an earlier run in the folder is moved aside")
@@ -67,7 +76,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = get_args_parser().parse_intermixed_args(argv)
     setup_logging()
     try:
-        return run(args)
+        code = run_stages(args) if args.stages else run(args)
+        stop_runtime()  # only where nothing went wrong: it waits for the others
+        return code
     except LostRank as err:
         logger.error("%s", err)
         return EXIT_LOST_RANK
@@ -88,9 +99,20 @@ def run(args: argparse.Namespace) -> int:
     setup_logging(rank=runtime.rank)
     with lost_rank_explained(runtime.rank), run_folder(cfg.train.output_dir, runtime) as output_dir:
         setup_logging(output_dir, runtime.rank)
-        code = prepare_and_train(args, cfg, runtime, output_dir)
-        stop_runtime()  # only where nothing went wrong: it waits for the others
-        return code
+        return prepare_and_train(args, cfg, runtime, output_dir)
+
+
+def run_stages(args: argparse.Namespace) -> int:
+    """One training after the other; each resumes by itself, a finished one is passed over."""
+    if args.config_file or not args.output_dir:
+        raise BadInput("--stages needs --output-dir, and names the configurations itself: leave out --config-file")
+    for stage in read_stages(args.stages, args.output_dir, args.opts):
+        logger.info("stage %s", stage.name)
+        own = {"config_file": stage.config, "output_dir": str(stage.output_dir), "opts": stage.overrides}
+        code = run(argparse.Namespace(**{**vars(args), **own}))
+        if code != EXIT_OK:
+            return code
+    return EXIT_OK
 
 
 def prepare_and_train(args: argparse.Namespace, cfg: DictConfig, runtime: Runtime, output_dir: Path) -> int:
@@ -292,25 +314,6 @@ def write_teacher_only(state: TrainState, cfg: DictConfig, output_dir: Path, dat
     return EXIT_OK
 
 
-@contextmanager
-def run_folder(path: str, runtime: Runtime) -> Iterator[Path]:
-    """The output folder; rank 0 holds its lock, the others wait until it does."""
-    if runtime.rank == 0:
-        with locked_folder(path) as folder:
-            barrier()
-            yield folder
-    else:
-        barrier()
-        yield Path(path)
-
-
-def check_same_on_all_ranks(cfg: DictConfig, datalist: Datalist) -> None:
-    """Raise `BadInput` where ranks were started with different configurations or see different datalists."""
-    for what, value in (("configuration", default_yaml(cfg)), ("datalist", datalist.sha256)):
-        if len(set(gather_objects(value))) > 1:
-            raise BadInput(f"the ranks of this job have different {what}s: start all with the same command and files")
-
-
 def say_what_has_no_effect(cfg: DictConfig, args: argparse.Namespace, runtime: Runtime) -> None:
     """Accepted for compatibility, said once."""
     if cfg.train.saveckp_freq != 20:
@@ -324,23 +327,6 @@ def say_what_has_no_effect(cfg: DictConfig, args: argparse.Namespace, runtime: R
     fp16 = cfg.compute_precision.student.backbone.mixed_precision.param_dtype == "fp16"
     if fp16 and runtime.device.type == "cpu":
         logger.info("param_dtype fp16 is computed as fp32 on a CPU")
-
-
-@contextmanager
-def stop_requests() -> Iterator[list[str]]:
-    """A list that a SIGTERM or the first Ctrl-C adds its name to; the loop stops after the step it is in."""
-    received: list[str] = []
-
-    def note(number: int, _frame: object) -> None:
-        received.append(signal.Signals(number).name)
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C ends at once
-
-    before = {s: signal.signal(s, note) for s in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from dinov2.errors import EXIT_BAD_INPUT, EXIT_RESUMABLE
 from dinov2.train.schedules import build_schedules
 from dinov2.train.state import TrainState
 from dinov2.train.train3d import build, main, train_step
-from tests.conftest import ROOT, Trainer, read_json_lines
+from tests.conftest import ROOT, SMALL, Trainer, read_json_lines
 
 TIMING = {"iter_time", "data_time", "volumes_per_s", "data_wait", "mfu", "memory_gib"}
 
@@ -136,6 +136,36 @@ def test_a_run_fills_the_cache_it_is_given_and_refuses_another_ones(trainer: Tra
     manifest = json.loads((cache / "cache.json").read_text())
     (cache / "cache.json").write_text(json.dumps({**manifest, "version": 7}))
     one_line_error(trainer.run(tmp_path / "c", *words), str(cache), "has version 7")
+
+
+@pytest.mark.slow
+def test_a_chain_of_stages_killed_in_each_ends_as_an_undisturbed_one(trainer: Trainer, tmp_path: Path) -> None:
+    """Small crops, then larger ones from the first stage's teacher: positions 4 -> 6 a side, heads come along."""
+    second = (
+        "{name: high, config: train/vit3d_highres, weights_from: low, overrides: [crops.global_crops_size=24, optim.epochs=6]}"
+    )
+    (tmp_path / "stages.yaml").write_text(f"stages:\n- {{name: low, config: ssl3d_default_config}}\n- {second}\n")
+    words = ["--stages", str(tmp_path / "stages.yaml"), "train.num_workers=1", "train.checkpoint_period=4"]
+    small = [o for o in SMALL if not o.startswith("optim.epochs")]
+
+    def command(out: Path) -> list[str]:
+        start = [sys.executable, "dinov2/train/train3d.py", "--output-dir", str(out), *words]
+        return [*start, *small, "optim.epochs=6", f"train.dataset_path={trainer.datalist}"]
+
+    assert subprocess.run(command(tmp_path / "whole"), cwd=ROOT, capture_output=True).returncode == 0
+    killed = tmp_path / "killed"
+    for stage in ("low", "high"):
+        process = subprocess.Popen(command(killed), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while process.poll() is None and lines(killed / stage) < 10:
+            time.sleep(0.02)
+        process.kill()
+        process.wait()
+        assert 10 <= lines(killed / stage) < 36
+    result = subprocess.run(command(killed), cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0 and "finished already" in result.stderr and "started from" not in result.stderr
+    for stage in ("low", "high"):
+        assert_same_weights(teacher(killed / stage, 35), teacher(tmp_path / "whole" / stage, 35))
+        assert metrics(killed / stage) == metrics(tmp_path / "whole" / stage)
 
 
 def lines(output_dir: Path) -> int:

@@ -112,6 +112,21 @@ def test_half_precision_trains_and_stays_near_fp32(real_list: Path, small_config
     assert totals[1] == pytest.approx(totals[0], rel=0.05) and totals[1] != totals[0]
 
 
+def test_activation_checkpointing_changes_no_gradient(real_list: Path, small_config: SmallConfig) -> None:
+    """Stochastic depth too is drawn again the same way."""
+    grads = []
+    for switch in ("false", "true"):
+        cfg = small_config("student.drop_path_rate=0.3", f"train.activation_checkpointing={switch}")
+        model, _ = build(cfg, CPU)
+        calls = [0]
+        model.student["backbone"].block_list[0].register_forward_pre_hook(lambda *_, c=calls: c.__setitem__(0, c[0] + 1))
+        torch.manual_seed(5)
+        model.forward_backward(first_step(cfg, real_list), 0.05)
+        grads.append(gradients(model))
+        assert calls[0] == (2 if switch == "true" else 1)
+    assert all(torch.equal(g, grads[1][name]) for name, g in grads[0].items())
+
+
 def test_crops_in_half_precision_change_nothing(real_list: Path, small_config: SmallConfig) -> None:
     """What the loader hands over in bf16 the patch embedding would have rounded to bf16 itself."""
     cfg = small_config("student.drop_path_rate=0", *(f"{o.split('=')[0]}=bf16" for o in FP64))

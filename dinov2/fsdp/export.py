@@ -1,0 +1,124 @@
+"""Teachers between their forms: checkpoint folder, `teacher_checkpoint.pth`, safetensors; chunked or flat; with heads or not.
+
+What `dinov2 checkpoint inspect|export` calls."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+
+from dinov2.errors import BadInput
+from dinov2.fsdp import save_atomically, writing
+
+Teacher = tuple[dict[str, Tensor], dict[str, Any]]  # state dict, meta
+_PREFIX = "model.teacher."
+_RANK_FILE = re.compile(r"\.rank_\d+\.pth$")
+
+
+def read_teacher(path: Path) -> Teacher:
+    """The teacher in a file or folder, names as they are saved.
+
+    Raises:
+        BadInput: None of the forms, or one rank's file of an FSDP1 run.
+    """
+    if path.is_dir():
+        return _from_folder(path), {}
+    if _RANK_FILE.search(path.name):
+        raise BadInput(f"{path}: one rank's share of an FSDP1 run: use its teacher_checkpoint.pth")
+    if path.suffix == ".safetensors":
+        return _from_safetensors(path)
+    from dinov2.models.weights import open_weights
+
+    content = open_weights(path)
+    state = content.get("teacher", content)
+    return {k: v for k, v in state.items() if isinstance(v, Tensor)}, content.get("meta", {})
+
+
+def _from_folder(path: Path) -> dict[str, Tensor]:
+    if not (path / ".metadata").is_file():
+        raise BadInput(f"{path}: no .metadata, not a complete training checkpoint")
+    saved = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    wanted = {k: m for k, m in saved.items() if k.startswith(_PREFIX)}
+    if not wanted:
+        raise BadInput(f"{path}: holds no teacher")
+    tensors = {k: torch.empty(m.size, dtype=m.properties.dtype) for k, m in wanted.items()}
+    dcp.load(tensors, checkpoint_id=path, no_dist=True)
+    return {k.removeprefix(_PREFIX): v for k, v in tensors.items()}
+
+
+def _from_safetensors(path: Path) -> Teacher:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            meta = json.loads((file.metadata() or {}).get("meta", "{}"))
+            return {name: file.get_tensor(name) for name in file.keys()}, meta  # noqa: SIM118
+    except (OSError, SafetensorError, ValueError) as err:
+        raise BadInput(f"{path}: not a readable safetensors file ({str(err).splitlines()[0][:120]})") from err
+
+
+def renamed(state: dict[str, Tensor], chunks: int | None) -> dict[str, Tensor]:
+    """Blocks named flat (0: `blocks.13.`) or in groups (`blocks.1.13.`), as `student.block_chunks`; None leaves them.
+
+    Raises:
+        BadInput: The number of blocks is not a multiple of `chunks`.
+    """
+    if chunks is None:
+        return state
+    flat = {re.sub(r"\bblocks\.\d+\.(\d+)\.", r"blocks.\1.", k): v for k, v in state.items()}
+    if chunks == 0:
+        return flat
+    depth = 1 + max((int(m[1]) for m in (re.search(r"\bblocks\.(\d+)\.", k) for k in flat) if m), default=-1)
+    if depth % chunks:
+        raise BadInput(f"{depth} blocks cannot be put into {chunks} equal groups")
+    per_group = depth // chunks
+    group = lambda m: f"blocks.{int(m[1]) // per_group}.{m[1]}."  # noqa: E731
+    return {re.sub(r"\bblocks\.(\d+)\.", group, k): v for k, v in flat.items()}
+
+
+def export(source: Path, target: Path, chunks: int | None, with_heads: bool) -> int:
+    """Write a teacher in the form of `target`'s ending (.pth or .safetensors); returns the number of tensors."""
+    state, meta = read_teacher(source)
+    state = renamed(state, chunks)
+    if not with_heads:
+        state = {k: v for k, v in state.items() if not k.split(".")[0].endswith("_head")}
+    state = {k: v.contiguous().clone() for k, v in state.items()}
+    if target.suffix == ".safetensors":
+        from safetensors.torch import save
+
+        with writing(target):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            temporary = target.with_name(f".{target.name}.tmp")
+            temporary.write_bytes(save(state, {"meta": json.dumps(meta)}))
+            temporary.replace(target)
+    elif target.suffix in (".pth", ".pt"):
+        save_atomically({"teacher": state, "meta": meta}, target)
+    else:
+        raise BadInput(f"{target}: write .pth or .safetensors")
+    return len(state)
+
+
+def describe(path: Path) -> list[str]:
+    """What a file or folder holds, a line each: modules, blocks, width, dtype, where it came from."""
+    state, meta = read_teacher(path)
+    modules = Counter()
+    for name, value in state.items():
+        modules[name.split(".")[0]] += value.numel()
+    lines = [f"{path}: {len(state)} tensors, {sum(modules.values()) / 1e6:.2f} M numbers"]
+    lines += [f"  {module:12} {count / 1e6:9.2f} M" for module, count in modules.items()]
+    dtypes = Counter(str(v.dtype).removeprefix("torch.") for v in state.values())
+    lines.append(f"  dtypes: {', '.join(f'{k} ({n})' for k, n in dtypes.items())}")
+    blocks = {m[0] for m in (re.search(r"\bblocks\.[0-9.]+", k) for k in state) if m}
+    is_chunked = any(b.count(".") > 2 for b in blocks)
+    lines.append(f"  blocks: {len(blocks)}, {'chunked' if is_chunked else 'flat'} names")
+    for key in ("iteration", "datalist_sha256", "licence"):
+        if key in meta:
+            lines.append(f"  {key}: {meta[key]}")
+    return lines

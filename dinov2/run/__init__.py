@@ -1,0 +1,1 @@
+"""Launchers for clusters: parse, submit, no logic of their own."""

@@ -1,0 +1,97 @@
+"""Programs as SLURM jobs through submitit: one task a rank, requeued when the time is up or the job is preempted."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import logging
+import os
+import shutil
+import subprocess
+import time
+from pathlib import Path
+
+import submitit
+
+from dinov2.errors import EXIT_OK, EXIT_RESUMABLE, BadInput
+
+logger = logging.getLogger(__name__)
+
+REQUEUE_WAIT_S = 600  # how long a task waits to be ended after it asked for its job to be queued again
+
+
+def add_cluster_arguments(parser: argparse.ArgumentParser) -> None:
+    """DINOv2's flags for the cluster."""
+    group = parser.add_argument_group("cluster")
+    group.add_argument("--nodes", type=int, default=1, help="machines")
+    group.add_argument("--ngpus", type=int, default=4, help="GPUs, and so ranks, per machine")
+    group.add_argument("--cpu", action="store_true", help="ranks on CPUs: --ngpus of them per machine, and no GPU asked for")
+    group.add_argument("--cpus-per-task", type=int, default=8, help="cores per rank, for its loader processes")
+    group.add_argument("--mem", default="", help="memory per machine, as SLURM writes it (64G); default: the partition's")
+    group.add_argument("--timeout", type=int, default=2800, help="minutes until the job is saved and queued again")
+    group.add_argument("--signal-delay", type=int, default=120, help="seconds before the end at which SLURM asks to save")
+    group.add_argument("--partition", default="", help="SLURM partition; default: the cluster's")
+    group.add_argument("--exclude", default="", help="machines to avoid")
+    group.add_argument("--comment", default="", help="shown by squeue")
+    group.add_argument("--job-name", default="dinov2")
+
+
+class Program:
+    """One rank of a program `module.main(argv)`, as submitit runs it in every task of a job.
+
+    The program resumes by itself. When it stops on a signal (exit code 75, all ranks after the same step) the job is queued
+    again.
+    """
+
+    def __init__(self, module: str, argv: list[str]) -> None:
+        self.module = module
+        self.argv = argv
+
+    def __call__(self) -> int:
+        submitit.helpers.TorchDistributedEnvironment().export(set_cuda_visible_devices=False)
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+        code = importlib.import_module(self.module).main(self.argv)
+        if code == EXIT_RESUMABLE:
+            self._requeue()
+        if code != EXIT_OK:
+            raise SystemExit(code)
+        return code
+
+    def _requeue(self) -> None:
+        """Rank 0 puts the job back into the queue, which ends all its tasks; the others wait for that."""
+        if os.environ["RANK"] == "0":
+            job = os.environ["SLURM_JOB_ID"]
+            logger.info("job %s is queued again", job)
+            subprocess.run(["scontrol", "requeue", job], check=True)
+        time.sleep(REQUEUE_WAIT_S)
+
+    def checkpoint(self) -> submitit.helpers.DelayedSubmission:
+        """What submitit calls for a signal outside the training loop: start over."""
+        return submitit.helpers.DelayedSubmission(self)
+
+
+def submit(program: Program, args: argparse.Namespace, folder: Path) -> str:
+    """Submit a job; returns its id. Its logs and submitit's files go to `folder`.
+
+    Raises:
+        BadInput: No SLURM here, or SLURM refuses the job.
+    """
+    if shutil.which("sbatch") is None:
+        raise BadInput("sbatch was not found: start this on a machine of the cluster, or use torchrun without SLURM")
+    executor = submitit.AutoExecutor(folder, cluster="slurm", slurm_max_num_timeout=10_000)
+    optional = {"slurm_partition": args.partition, "slurm_exclude": args.exclude, "slurm_comment": args.comment}
+    optional |= {"slurm_mem": args.mem, "slurm_gpus_per_node": 0 if args.cpu else args.ngpus}
+    executor.update_parameters(
+        name=args.job_name,
+        nodes=args.nodes,
+        tasks_per_node=args.ngpus,
+        cpus_per_task=args.cpus_per_task,
+        timeout_min=args.timeout,
+        slurm_signal_delay_s=args.signal_delay,
+        **{k: v for k, v in optional.items() if v},
+    )
+    try:
+        return executor.submit(program).job_id
+    except (submitit.core.utils.FailedJobError, subprocess.CalledProcessError) as err:
+        reason = next((line for line in str(err).splitlines() if "error" in line), str(err).splitlines()[0])
+        raise BadInput(f"SLURM refused the job: {reason.strip()}") from err
