@@ -27,9 +27,10 @@ from dinov2.configs import load_and_merge_config_3d
 from dinov2.data import Datalist, TrainLoader, read_datalist
 from dinov2.data.cache_commands import build as build_cache
 from dinov2.distributed.runtime import Runtime
+from dinov2.train.build import build
 from dinov2.train.schedules import build_schedules
 from dinov2.train.state import TrainState
-from dinov2.train.train3d import build, train_step
+from dinov2.train.train3d import train_step
 
 WARM_UP = 5  # batches before the clock starts
 

@@ -67,7 +67,8 @@ def measure(overrides: dict[str, object], rounds: int) -> None:
     from dinov2.configs import load_and_merge_config_3d
     from dinov2.distributed import gather_objects
     from dinov2.distributed.runtime import start_runtime, stop_runtime
-    from dinov2.train.train3d import build, train_step
+    from dinov2.train.build import build
+    from dinov2.train.train3d import train_step
 
     cfg = load_and_merge_config_3d(None, [f"{k}={json.dumps(v)}" for k, v in {**BASE, **overrides}.items()])
     runtime = start_runtime(1)

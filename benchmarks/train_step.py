@@ -28,10 +28,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dinov2.configs import load_and_merge_config_3d
 from dinov2.data.collate import Collate
 from dinov2.distributed.runtime import Runtime
+from dinov2.train.build import build
 from dinov2.train.schedules import StepParams
 from dinov2.train.ssl_meta_arch import SSLMetaArch
 from dinov2.train.state import TrainState
-from dinov2.train.train3d import build, train_step
+from dinov2.train.train3d import train_step
 
 aten = torch.ops.aten
 HP = StepParams(lr=1e-4, wd=0.04, mom=0.99, teacher_temp=0.05, last_layer_lr=1e-4)

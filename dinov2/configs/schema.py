@@ -162,6 +162,7 @@ class TrainConfig:
     cache_max_gb: float | None = key(None, "the cache folder stops growing at about this size (GiB); null: no limit")
     memory_store_mb: int = key(1024, "preprocessed volumes kept in memory, MiB per loader process; 0 keeps none")
     augmentation: str = key("auto", "monai (the reference), fast (the same crops sooner), auto: fast")
+    compile: bool = key(False, "torch.compile for each block; faster after a minute or more of compiling")
     activation_checkpointing: bool = key(False, "keep only each block's input and compute it again in the backward pass")
     strategy: str = key("auto", "single, ddp, fsdp, or auto: single in one process, else fsdp on GPUs and ddp on CPUs")
     backend: str = key("auto", "between ranks: nccl, gloo, or auto: nccl where every rank has a GPU, else gloo")

@@ -15,7 +15,7 @@ import math
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -219,12 +219,11 @@ def _exclusive(path: Path) -> Iterator[BinaryIO | None]:
         if not mine:
             yield None
             return
-        try:
+        with ExitStack() as on_failure:
+            on_failure.callback(path.unlink, missing_ok=True)
             file.truncate(0)
             yield file
-        except BaseException:
-            path.unlink(missing_ok=True)
-            raise
+            on_failure.pop_all()
 
 
 def _difference(found: Any, wanted: dict[str, Any]) -> str:

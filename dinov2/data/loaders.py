@@ -23,6 +23,7 @@ from dinov2.errors import BadInput
 
 logger = logging.getLogger(__name__)
 
+PR_SET_PDEATHSIG = 1  # of Linux's prctl.h
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
 
@@ -152,11 +153,23 @@ def keep_freed_memory() -> None:
         mallopt(M_TRIM_THRESHOLD, 2**30)
 
 
+def die_with_parent() -> None:
+    """End this process at once when the one that started it ends, where the system is Linux.
+
+    A loader process that outlives a killed run for some seconds would hold on to what it inherited, the lock of the output
+    folder among it, and the same command started again would find the folder in use.
+    """
+    prctl = getattr(ctypes.CDLL(None), "prctl", None)
+    if prctl is not None:
+        prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 def _start_worker(_worker: int) -> None:
     """One thread each (the workers are the parallelism), memory kept, and signals left to the main process.
 
     A scheduler signals the whole job; the main process finishes its step, which needs them, and then ends them itself.
     """
+    die_with_parent()
     torch.set_num_threads(1)
     keep_freed_memory()
     for number in SIGNALS:

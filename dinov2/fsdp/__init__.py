@@ -92,16 +92,15 @@ class Checkpointer:
         Args:
             wait: False only looks whether the writing is done, for a call at every step.
         """
-        if self._writing is None or not (wait or self._writing[1].done()):
-            return
-        iteration, future = self._writing
-        self._writing = None
-        with writing(self.folder / f".incomplete-{iteration:07d}"), _quiet():
-            future.result()
-        if is_main_process():  # its part ends after all others': it writes the index
-            self._complete(iteration)
+        if self._writing is not None and (wait or self._writing[1].done()):
+            iteration, future = self._writing
+            self._writing = None
+            with writing(self.folder / f".incomplete-{iteration:07d}"), _quiet():
+                future.result()
+            if is_main_process():  # its part ends after all others': it writes the index
+                self._complete(iteration)
         if wait:
-            barrier()
+            barrier()  # always: whether a rank had seen the end before must not change which collectives it takes part in
 
     def _complete(self, iteration: int) -> None:
         temporary, target = self.folder / f".incomplete-{iteration:07d}", self.path(iteration)

@@ -9,7 +9,10 @@ fsdp     parameters, gradients and optimiser state are shared out (`fully_shard`
 
 from __future__ import annotations
 
+import importlib.util
 import logging
+import os
+import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
@@ -38,6 +41,8 @@ def resolve_strategy(strategy: str, runtime: Runtime) -> str:
 def parallelise(model: SSLMetaArch, cfg: DictConfig, runtime: Runtime) -> None:
     """Spread a model over the ranks by `train.strategy`, in place; every rank holds the same weights before."""
     strategy = resolve_strategy(cfg.train.strategy, runtime)
+    if cfg.train.compile:
+        _compile_blocks(model, runtime)
     if strategy == "ddp":
         device_ids = [runtime.device.index] if runtime.device.type == "cuda" else None
         for name, net in model.student.items():
@@ -53,6 +58,18 @@ def parallelise(model: SSLMetaArch, cfg: DictConfig, runtime: Runtime) -> None:
     model.gradient_sync = lambda is_last: _gradient_sync(model, strategy, is_last)
     if runtime.world_size > 1:
         logger.info("%s over %d ranks", strategy, runtime.world_size)
+
+
+def _compile_blocks(model: SSLMetaArch, runtime: Runtime) -> None:
+    """Compile each block by itself (names and checkpoints stay); said and left where this machine cannot."""
+    is_cpu = runtime.device.type == "cpu"
+    has_compiler = shutil.which(os.environ.get("CXX", "g++")) if is_cpu else importlib.util.find_spec("triton")
+    if not has_compiler:
+        logger.warning("train.compile has no effect: %s was not found", "a C++ compiler" if is_cpu else "triton")
+        return
+    for side in (model.student, model.teacher):
+        for block in side["backbone"].block_list:
+            block.compile(dynamic=False)
 
 
 def _shard(net: nn.Module, mesh: DeviceMesh, precision: DictConfig, side: str, runtime: Runtime) -> None:

@@ -10,6 +10,7 @@ import argparse
 import logging
 import sys
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 
 if __package__ in (None, ""):  # started as a file: the repository, not this folder, is where imports begin
@@ -19,7 +20,6 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_, get_total_norm
-from torch.optim import AdamW
 
 from dinov2.configs import default_yaml, load_and_merge_config_3d
 from dinov2.data import Datalist, TrainLoader, read_datalist
@@ -30,15 +30,13 @@ from dinov2.distributed.runtime import Runtime, lost_rank_explained, start_runti
 from dinov2.distributed.signals import stop_requests
 from dinov2.errors import EXIT_BAD_INPUT, EXIT_LOST_RANK, EXIT_OK, EXIT_RESUMABLE, BadInput, LostRank
 from dinov2.fsdp import Checkpointer
-from dinov2.fsdp.parallel import parallelise, resolve_strategy
+from dinov2.fsdp.parallel import resolve_strategy
 from dinov2.fsdp.tensors import whole
-from dinov2.layers.attention import resolve_attention
 from dinov2.logging import MetricWriter, setup_logging
-from dinov2.models.weights import load_backbone, load_heads, read_weights
+from dinov2.train.build import build, build_checkpointer, compute_dtype
 from dinov2.train.progress import Progress, progress_line
 from dinov2.train.provenance import run_record, write_json, write_text
 from dinov2.train.schedules import Schedules, StepParams, apply_schedules, build_schedules
-from dinov2.train.ssl_meta_arch import DTYPES, SSLMetaArch
 from dinov2.train.stages import read_stages
 from dinov2.train.state import (
     RUN_FILE,
@@ -158,8 +156,11 @@ def do_train(
     progress = Progress(runtime, volumes_per_step, compute_dtype(cfg, runtime))
     what = "iterations %d to %d, %d volumes a step from %d, on %s"
     logger.info(what, first, total - 1, volumes_per_step, len(datalist), runtime.device)
-    with MetricWriter(output_dir, first, is_main_process()) as metrics, stop_requests() as stop_asked:
-        batches = iter(loader)
+    with (
+        MetricWriter(output_dir, first, is_main_process()) as metrics,
+        stop_requests() as stop_asked,
+        closing(iter(loader)) as batches,  # ends the loader processes, whatever happens
+    ):
         for iteration in range(first, total):
             with progress.waiting_for_data():
                 batch = next(batches)
@@ -254,50 +255,6 @@ def metric_row(
     losses = dict(zip(values, torch.stack([v.double() for v in values.values()]).tolist(), strict=True))
     counts = {"current_batch_size": volumes, "skipped_steps": state.skipped_steps}
     return {"iteration": iteration, **progress.report(), **scheduled, **counts, **losses}
-
-
-# ---------------------------------------------------------------------- what a run is built from
-
-
-def build(cfg: DictConfig, runtime: Runtime, load_start: bool = False) -> tuple[SSLMetaArch, AdamW]:
-    """Model from the run's seed or its start weights, spread over the ranks, and the optimiser over the student."""
-    torch.manual_seed(torch_seed(cfg.train.seed, Kind.INIT, 0))
-    model = SSLMetaArch(cfg, resolve_attention(cfg.student.attention, runtime.device.type)).to(runtime.device)
-    if load_start:
-        load_start_weights(model, cfg)
-    logger.info("student of %.1f M parameters", sum(p.numel() for p in model.student.parameters()) / 1e6)
-    parallelise(model, cfg, runtime)
-    o = cfg.optim
-    optimizer = AdamW(model.get_params_groups(), betas=(o.adamw_beta1, o.adamw_beta2), fused=True)
-    needs_scaler = runtime.device.type == "cuda" and compute_dtype(cfg, runtime) == torch.float16
-    model.grad_scaler = torch.amp.GradScaler(runtime.device.type, enabled=cfg.compute_precision.grad_scaler and needs_scaler)
-    return model, optimizer
-
-
-def compute_dtype(cfg: DictConfig, runtime: Runtime) -> torch.dtype:
-    """The dtype in which the student's backbone multiplies; fp16 on a CPU is fp32."""
-    dtype = DTYPES[cfg.compute_precision.student.backbone.mixed_precision.param_dtype]
-    return torch.float32 if dtype == torch.float16 and runtime.device.type == "cpu" else dtype
-
-
-def load_start_weights(model: SSLMetaArch, cfg: DictConfig) -> None:
-    """Start from a backbone, or from backbone and heads; optimiser and centres start afresh either way."""
-    path = cfg.student.full_pretrained_weights or cfg.student.pretrained_weights or cfg.MODEL.WEIGHTS
-    if not path:
-        return
-    weights = read_weights(path)
-    load_backbone(model.student["backbone"], weights, path)
-    if cfg.student.full_pretrained_weights:
-        load_heads({k: v for k, v in model.student.items() if k != "backbone"}, weights, path)
-    model.start_teacher_from_student()
-    logger.info("started from %s", path)
-
-
-def build_checkpointer(cfg: DictConfig, output_dir: Path) -> Checkpointer:
-    """Checkpoints of a run; those at evaluation periods are milestones and stay."""
-    period = cfg.evaluation.eval_period_iterations
-    folder = output_dir / "checkpoints"
-    return Checkpointer(folder, cfg.train.checkpoint_keep, lambda i: period > 0 and (i + 1) % period == 0)
 
 
 def is_checkpoint_due(cfg: DictConfig, checkpointer: Checkpointer, iteration: int, total: int) -> bool:

@@ -195,7 +195,12 @@ def test_a_run_goes_on_with_other_ranks_and_another_strategy(trainer: Trainer, o
 
 @pytest.mark.slow
 def test_a_rank_that_dies_ends_the_job_with_its_reason(trainer: Trainer, tmp_path: Path) -> None:
-    words = ["train.OFFICIAL_EPOCH_LENGTH=500", "train.batch_size_per_gpu=2", "train.checkpoint_period=3"]
+    words = [
+        "train.OFFICIAL_EPOCH_LENGTH=500",
+        "train.batch_size_per_gpu=2",
+        "train.checkpoint_period=3",
+        "train.num_workers=1",
+    ]
     process = start(torchrun(trainer, 2, tmp_path / "run", *words))
     while process.poll() is None and lines(tmp_path / "run") < 5:
         time.sleep(0.02)
@@ -205,6 +210,15 @@ def test_a_rank_that_dies_ends_the_job_with_its_reason(trainer: Trainer, tmp_pat
     assert process.returncode != 0 and time.monotonic() - killed_at < 45
     assert "another rank has ended" in text and "Signal 9" in text, text[-3000:]
     assert (tmp_path / "run" / "checkpoints").is_dir()
+
+
+@pytest.mark.slow
+def test_checkpoints_at_every_step_are_written_in_turn(trainer: Trainer, tmp_path: Path) -> None:
+    """One rank may see the end of a writing before the other does; both still take part in the same collectives."""
+    words = ["train.OFFICIAL_EPOCH_LENGTH=30", "train.batch_size_per_gpu=2", "train.checkpoint_period=1", "train.strategy=fsdp"]
+    result = run(torchrun(trainer, 2, tmp_path / "run", *words, "train.timeout_s=60"), timeout=200)
+    assert result.returncode == EXIT_OK, result.stderr[-3000:]
+    assert [p.name for p in sorted((tmp_path / "run" / "checkpoints").iterdir())] == ["0000057", "0000058", "0000059"]
 
 
 @pytest.mark.slow
@@ -241,6 +255,27 @@ def test_a_damaged_shard_is_named(trainer: Trainer, tmp_path: Path, damage: str)
         f"damaged checkpoint ({shard.name}" in result.stderr
         and 'Traceback (most recent call last):\n  File "/work' not in result.stderr
     )
+
+
+@pytest.mark.slow
+def test_four_ranks_run_the_papers_recipe_with_a_small_network(real_list: Path, tmp_path: Path) -> None:
+    """Its crops, precision settings and strategy keys as they are; network, batch and length by override."""
+    words = "student.arch=vit_tiny_3d student.embed_dim=48 student.depth=2 student.num_heads=3 student.block_chunks=0 "
+    words += "dino.head_n_prototypes=512 ibot.head_n_prototypes=512 dino.head_hidden_dim=64 ibot.head_hidden_dim=64 "
+    words += "train.batch_size_per_gpu=2 train.num_workers=0 train.num_threads=1 train.OFFICIAL_EPOCH_LENGTH=3 optim.epochs=1 "
+    words += f"train.log_period=1 train.strategy=fsdp train.dataset_path={real_list}"
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "4", "--master-port", str(free_port())]
+    program = [
+        "dinov2/train/train3d.py",
+        "--config-file",
+        "configs/pretrain/vit_large.yaml",
+        "--output-dir",
+        str(tmp_path / "run"),
+    ]
+    result = run([*launcher, *program, *words.split()])
+    assert result.returncode == EXIT_OK, result.stderr
+    assert [r["current_batch_size"] for r in metrics(tmp_path / "run")] == [8, 8, 8]
+    assert "fsdp over 4 ranks" in result.stderr
 
 
 @pytest.mark.slow

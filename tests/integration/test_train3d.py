@@ -24,9 +24,10 @@ from dinov2.data.cache_commands import verify
 from dinov2.data.streams import Kind, torch_seed
 from dinov2.distributed.runtime import Runtime
 from dinov2.errors import EXIT_BAD_INPUT, EXIT_RESUMABLE
+from dinov2.train.build import build
 from dinov2.train.schedules import build_schedules
-from dinov2.train.state import TrainState
-from dinov2.train.train3d import build, main, train_step
+from dinov2.train.state import TrainState, locked_folder
+from dinov2.train.train3d import main, train_step
 from tests.conftest import ROOT, SMALL, Trainer, read_json_lines
 
 TIMING = {"iter_time", "data_time", "volumes_per_s", "data_wait", "mfu", "memory_gib"}
@@ -171,6 +172,22 @@ def test_a_chain_of_stages_killed_in_each_ends_as_an_undisturbed_one(trainer: Tr
 def lines(output_dir: Path) -> int:
     path = output_dir / "training_metrics.json"
     return len(path.read_text().splitlines()) if path.exists() else 0
+
+
+def test_a_killed_run_leaves_no_loader_process_and_no_lock(trainer: Trainer, tmp_path: Path) -> None:
+    process = trainer.start(tmp_path / "run", "optim.epochs=200", "train.num_workers=2")
+    while lines(tmp_path / "run") < 3:
+        time.sleep(0.02)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    assert len(children) >= 2
+    process.kill()
+    process.wait()  # not for the end of its output, which loader processes share
+    time.sleep(0.3)
+    assert not [
+        c for c in children if Path(f"/proc/{c}").exists() and "Z" not in Path(f"/proc/{c}/stat").read_text().split()[2]
+    ]
+    with locked_folder(tmp_path / "run"):
+        pass
 
 
 @pytest.mark.slow

@@ -15,8 +15,8 @@ from dinov2.errors import BadInput
 from dinov2.fsdp import Checkpointer
 from dinov2.fsdp.export import describe, export, read_teacher, renamed
 from dinov2.models.weights import load_backbone, read_weights
+from dinov2.train.build import build
 from dinov2.train.state import TrainState, save_teacher
-from dinov2.train.train3d import build
 
 SmallConfig = Callable[..., DictConfig]
 

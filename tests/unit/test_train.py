@@ -18,10 +18,11 @@ from dinov2.distributed.runtime import Runtime
 from dinov2.errors import BadInput
 from dinov2.models.weights import load_backbone, load_heads, read_weights
 from dinov2.train import monitors
+from dinov2.train.build import build, load_start_weights
 from dinov2.train.schedules import CosineSchedule, StepParams, build_schedules
 from dinov2.train.ssl_meta_arch import SSLMetaArch
 from dinov2.train.state import TrainState, save_teacher
-from dinov2.train.train3d import MAX_SKIPPED_IN_ROW, build, load_start_weights, train_step
+from dinov2.train.train3d import MAX_SKIPPED_IN_ROW, train_step
 
 SmallConfig = Callable[..., DictConfig]
 CPU = Runtime(torch.device("cpu"))
@@ -125,6 +126,24 @@ def test_activation_checkpointing_changes_no_gradient(real_list: Path, small_con
         grads.append(gradients(model))
         assert calls[0] == (2 if switch == "true" else 1)
     assert all(torch.equal(g, grads[1][name]) for name, g in grads[0].items())
+
+
+@pytest.mark.slow
+def test_compiled_blocks_give_the_same_gradients_and_names(
+    real_list: Path, small_config: SmallConfig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    grads = []
+    for switch in ("false", "true"):
+        cfg = small_config("student.drop_path_rate=0", "student.depth=1", f"train.compile={switch}")
+        model, _ = build(cfg, CPU)
+        model.forward_backward(first_step(cfg, real_list), 0.05)
+        grads.append(gradients(model))
+    assert grads[0].keys() == grads[1].keys()
+    for name, grad in grads[0].items():
+        torch.testing.assert_close(grads[1][name], grad, rtol=1e-3, atol=1e-5 * float(grad.abs().max()) + 1e-7, msg=name)
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    build(small_config("train.compile=true"), CPU)
+    assert "train.compile has no effect: a C++ compiler was not found" in caplog.text
 
 
 def test_crops_in_half_precision_change_nothing(real_list: Path, small_config: SmallConfig) -> None:

@@ -1,0 +1,61 @@
+"""What a run is built from: model, optimiser, start weights, checkpoints."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import torch
+from omegaconf import DictConfig
+from torch.optim import AdamW
+
+from dinov2.data.streams import Kind, torch_seed
+from dinov2.distributed.runtime import Runtime
+from dinov2.fsdp import Checkpointer
+from dinov2.fsdp.parallel import parallelise
+from dinov2.layers.attention import resolve_attention
+from dinov2.models.weights import load_backbone, load_heads, read_weights
+from dinov2.train.ssl_meta_arch import DTYPES, SSLMetaArch
+
+logger = logging.getLogger(__name__)
+
+
+def build(cfg: DictConfig, runtime: Runtime, load_start: bool = False) -> tuple[SSLMetaArch, AdamW]:
+    """Model from the run's seed or its start weights, spread over the ranks, and the optimiser over the student."""
+    torch.manual_seed(torch_seed(cfg.train.seed, Kind.INIT, 0))
+    model = SSLMetaArch(cfg, resolve_attention(cfg.student.attention, runtime.device.type)).to(runtime.device)
+    if load_start:
+        load_start_weights(model, cfg)
+    logger.info("student of %.1f M parameters", sum(p.numel() for p in model.student.parameters()) / 1e6)
+    parallelise(model, cfg, runtime)
+    o = cfg.optim
+    optimizer = AdamW(model.get_params_groups(), betas=(o.adamw_beta1, o.adamw_beta2), fused=True)
+    needs_scaler = runtime.device.type == "cuda" and compute_dtype(cfg, runtime) == torch.float16
+    model.grad_scaler = torch.amp.GradScaler(runtime.device.type, enabled=cfg.compute_precision.grad_scaler and needs_scaler)
+    return model, optimizer
+
+
+def compute_dtype(cfg: DictConfig, runtime: Runtime) -> torch.dtype:
+    """The dtype in which the student's backbone multiplies; fp16 on a CPU is fp32."""
+    dtype = DTYPES[cfg.compute_precision.student.backbone.mixed_precision.param_dtype]
+    return torch.float32 if dtype == torch.float16 and runtime.device.type == "cpu" else dtype
+
+
+def load_start_weights(model: SSLMetaArch, cfg: DictConfig) -> None:
+    """Start from a backbone, or from backbone and heads; optimiser and centres start afresh either way."""
+    path = cfg.student.full_pretrained_weights or cfg.student.pretrained_weights or cfg.MODEL.WEIGHTS
+    if not path:
+        return
+    weights = read_weights(path)
+    load_backbone(model.student["backbone"], weights, path)
+    if cfg.student.full_pretrained_weights:
+        load_heads({k: v for k, v in model.student.items() if k != "backbone"}, weights, path)
+    model.start_teacher_from_student()
+    logger.info("started from %s", path)
+
+
+def build_checkpointer(cfg: DictConfig, output_dir: Path) -> Checkpointer:
+    """Checkpoints of a run; those at evaluation periods are milestones and stay."""
+    period = cfg.evaluation.eval_period_iterations
+    folder = output_dir / "checkpoints"
+    return Checkpointer(folder, cfg.train.checkpoint_keep, lambda i: period > 0 and (i + 1) % period == 0)
