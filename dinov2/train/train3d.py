@@ -183,7 +183,8 @@ def do_train(
                 checkpointer.save(state.state_dict(), iteration)
             if stop and iteration < total - 1:
                 checkpointer.finish()
-                logger.info("stopped after iteration %d; start the same command again to continue", iteration)
+                why = stop_asked[0] if stop_asked else "another rank's signal"
+                logger.info("stopped after iteration %d on %s; start the same command again to continue", iteration, why)
                 return EXIT_RESUMABLE
         checkpointer.finish()
     if loader.bad_volumes:
