@@ -115,7 +115,7 @@ def test_hundreds_of_plans_give_the_references_crops(fast: Apply) -> None:
     shapes = [(70, 61, 40), (33, 90, 25), (24, 20, 130), (7, 5, 3)]
     augmentation = DataAugmentationDINO3d(local_crops_number=2, global_crops_size=32, local_crops_size=20)
     kinds: dict[str, int] = {}
-    for seed in range(120):
+    for seed in range(240):
         volume = voxels(*shapes[seed % len(shapes)], seed=seed)
         plan = augmentation.plan(tuple(volume.shape[1:]), np.random.default_rng(seed))
         for crop in (*plan.global_crops, *plan.local_crops):
