@@ -24,7 +24,7 @@ from torch import Tensor
 
 from dinov2.data import DataAugmentationDINO3d, apply_fast, apply_monai
 from dinov2.data import augmentation_plan as ap
-from dinov2.data.loaders import keep_freed_memory
+from dinov2.data.workers import keep_freed_memory
 from dinov2.ops import augmentation as ops
 from dinov2.ops import compiled_operators
 

@@ -27,8 +27,8 @@ import torch
 from dinov2.data import DataAugmentationDINO3d, read_datalist
 from dinov2.data.cache import VolumeCache
 from dinov2.data.datalist import Datalist, Entry
-from dinov2.data.loaders import keep_freed_memory
 from dinov2.data.store import load_volume
+from dinov2.data.workers import keep_freed_memory
 from dinov2.errors import BadVolume
 
 NUM_PLANS = 8

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from multiprocessing import parent_process
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import default_collate
 
 from dinov2.data.augmentations import NUM_GLOBAL_CROPS
 from dinov2.data.dataset import Sample
@@ -73,7 +73,14 @@ class Collate:
 def _crop_major(samples: list[Sample], key: str) -> torch.Tensor:
     """All samples' first crop, then all samples' second, ...; an empty tensor where there are none.
 
-    In a loader process torch's collation writes straight into shared memory, so that crops are copied once.
+    In a loader process they are written straight into shared memory, so that crops are copied once.
     """
     crops = [s[key][i] for i in range(len(samples[0][key])) for s in samples]
-    return default_collate(crops) if crops else torch.empty(0)
+    if not crops:
+        return torch.empty(0)
+    if parent_process() is None:
+        return torch.stack(crops)
+    one = crops[0]
+    # what torch's default_collate calls in its own workers; there is no public way to new shared memory
+    storage = torch.UntypedStorage._new_shared(len(crops) * one.numel() * one.element_size())
+    return torch.stack(crops, out=one.new_empty(0).set_(storage, 0, (len(crops), *one.shape)))

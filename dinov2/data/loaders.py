@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import ctypes
 import logging
-import signal
 from collections.abc import Iterator
 from itertools import islice
 
 import torch
 from omegaconf import DictConfig
-from torch.utils.data import DataLoader
 
 from dinov2.data.augmentations import DataAugmentationDINO3d
 from dinov2.data.cache import VolumeCache
@@ -18,13 +15,10 @@ from dinov2.data.collate import Batch, Collate
 from dinov2.data.datalist import Datalist
 from dinov2.data.dataset import PretrainDataset
 from dinov2.data.samplers import PositionSampler
-from dinov2.distributed.signals import SIGNALS
+from dinov2.data.workers import compute_in_order
 from dinov2.errors import BadInput
 
 logger = logging.getLogger(__name__)
-
-PR_SET_PDEATHSIG = 1  # of Linux's prctl.h
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
 
 def build_augmentation(cfg: DictConfig, dtype: torch.dtype = torch.float32) -> DataAugmentationDINO3d:
@@ -52,7 +46,7 @@ class TrainLoader:
         datalist: The volumes, already filtered.
         start_step: First step to deliver.
         rank, world_size: This rank's share.
-        device: Where batches go; pinned memory is used for CUDA.
+        device: Where batches go; through pinned memory to CUDA.
 
     Iteration raises `BadInput` where no volume of the list can be used, or a loader process was killed.
     Volumes that were replaced are named in the log once each and counted in `bad_volumes`.
@@ -72,9 +66,9 @@ class TrainLoader:
         self.datalist = datalist
         self.accumulation_steps = t.accumulation_steps
         self.bad_volumes: dict[str, str] = {}
-        sampler = PositionSampler(t.batch_size_per_gpu, t.accumulation_steps, rank, world_size, start_step)
+        self._sampler = sampler = PositionSampler(t.batch_size_per_gpu, t.accumulation_steps, rank, world_size, start_step)
         grid = cfg.crops.global_crops_size // cfg.student.patch_size
-        collate = Collate(
+        self._collate = Collate(
             t.seed,
             sampler.effective_batch,
             grid**3,
@@ -83,15 +77,8 @@ class TrainLoader:
         )
         augmentation = build_augmentation(cfg, crop_dtype(cfg, self.device))
         cache = VolumeCache(t.cache_dir, t.cache_max_gb) if t.cache_dir else None
-        dataset = PretrainDataset(datalist, augmentation, t.seed, t.memory_store_mb * 2**20, cache)
-        self._loader = DataLoader(
-            dataset,
-            batch_sampler=sampler,
-            collate_fn=collate,
-            num_workers=t.num_workers,
-            pin_memory=self.device.type == "cuda",
-            worker_init_fn=_start_worker,
-        )
+        self._dataset = PretrainDataset(datalist, augmentation, t.seed, t.memory_store_mb * 2**20, cache)
+        self._num_workers = t.num_workers
 
     def __iter__(self) -> Iterator[list[Batch]]:
         batches = self._on_cuda() if self.device.type == "cuda" else self._batches()
@@ -103,11 +90,14 @@ class TrainLoader:
         stream, waiting = torch.cuda.Stream(self.device), None
         for batch in self._batches():
             with torch.cuda.stream(stream):
-                moved = {k: v.to(self.device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
+                moved = {k: self._copied(v) if torch.is_tensor(v) else v for k, v in batch.items()}
                 copied = stream.record_event()
             if waiting is not None:
                 yield self._arrived(*waiting)
             waiting = moved, copied
+
+    def _copied(self, value: torch.Tensor) -> torch.Tensor:
+        return value.pin_memory().to(self.device, non_blocking=True)
 
     def _arrived(self, batch: Batch, copied: torch.cuda.Event) -> Batch:
         """The batch for use on the current stream, its memory kept until that stream is done with it."""
@@ -119,17 +109,12 @@ class TrainLoader:
         return batch
 
     def _batches(self) -> Iterator[Batch]:
-        batches = iter(self._loader)
-        while True:
-            try:
-                batch = next(batches)
-            except RuntimeError as err:  # torch's only sign of a worker that was killed
-                if "DataLoader worker" not in str(err):
-                    raise
-                reason = str(err).splitlines()[0]
-                raise BadInput(f"{reason}: most likely memory ran out: use fewer train.num_workers or volumes") from err
+        for batch in compute_in_order(self._compute, self._sampler, self._num_workers):
             self._report(batch)
             yield batch
+
+    def _compute(self, positions: list[int]) -> Batch:
+        return self._collate([self._dataset[position] for position in positions])
 
     def _report(self, batch: Batch) -> None:
         for path, reason in batch["bad"].items():
@@ -139,38 +124,3 @@ class TrainLoader:
         if "positions" not in batch:
             reason = next(iter(batch["bad"].values()))
             raise BadInput(f"{self.datalist.path}: none of its {len(self.datalist)} volumes can be used; the first: {reason}")
-
-
-def keep_freed_memory() -> None:
-    """Let this process keep what it frees, where its C library is glibc; elsewhere nothing.
-
-    By default glibc hands blocks of the size of a crop back to the system, and paging in the next one costs about as much
-    as computing it.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(M_MMAP_THRESHOLD, 32 * 2**20)  # the largest value it takes
-        mallopt(M_TRIM_THRESHOLD, 2**30)
-
-
-def die_with_parent() -> None:
-    """End this process at once when the one that started it ends, where the system is Linux.
-
-    A loader process that outlives a killed run for some seconds would hold on to what it inherited, the lock of the output
-    folder among it, and the same command started again would find the folder in use.
-    """
-    prctl = getattr(ctypes.CDLL(None), "prctl", None)
-    if prctl is not None:
-        prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
-def _start_worker(_worker: int) -> None:
-    """One thread each (the workers are the parallelism), memory kept, and signals left to the main process.
-
-    A scheduler signals the whole job; the main process finishes its step, which needs them, and then ends them itself.
-    """
-    die_with_parent()
-    torch.set_num_threads(1)
-    keep_freed_memory()
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import gzip
+import itertools
 import json
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -27,6 +31,7 @@ from dinov2.data.samplers import EndlessOrder, PositionSampler
 from dinov2.data.store import VolumeStore
 from dinov2.data.streams import Kind, stream
 from dinov2.data.volumes import describe, open_volume
+from dinov2.data.workers import compute_in_order
 from dinov2.errors import BadInput, BadVolume
 
 SmallConfig = Callable[..., DictConfig]
@@ -369,15 +374,48 @@ def test_a_list_without_a_usable_volume_ends_the_run(tmp_path: Path, small_confi
         next(iter(TrainLoader(small_config(f"train.num_workers={workers}"), read_datalist(tmp_path / "l.json"))))
 
 
-def test_a_killed_loader_process_ends_the_run_with_its_reason(real_list: Path, small_config: SmallConfig) -> None:
-    loader = TrainLoader(small_config("train.num_workers=1"), read_datalist(real_list))
+@pytest.mark.parametrize("delay_s", [0.0, 0.02])
+def test_a_killed_loader_process_ends_the_run_with_its_reason(
+    real_list: Path, small_config: SmallConfig, delay_s: float
+) -> None:
+    """At whatever it was: computing, sending a batch, or handing over its shared memory."""
+    loader = TrainLoader(small_config("train.num_workers=2"), read_datalist(real_list))
     batches = iter(loader)
     next(batches)
-    (worker,) = multiprocessing.active_children()
-    os.kill(worker.pid, signal.SIGKILL)
-    with pytest.raises(BadInput, match="DataLoader worker .*(killed by signal|exited unexpectedly).*train.num_workers"):
+    workers = multiprocessing.active_children()
+    time.sleep(delay_s)
+    os.kill(workers[0].pid, signal.SIGKILL)
+    with pytest.raises(BadInput, match=r"loader process \d+ was ended by SIGKILL: .*train.num_workers"):
         for _ in range(50):
             next(batches)
+    assert not multiprocessing.active_children(), "the other one goes with it"
+
+
+def _third_fails(request: int) -> int:
+    if request == 3:
+        raise KeyError("the third")
+    return request * request
+
+
+def test_what_a_loader_process_raises_is_raised_here_with_its_place() -> None:
+    answers = compute_in_order(_third_fails, itertools.count(), num_workers=2)
+    assert [next(answers) for _ in range(3)] == [0, 1, 4]
+    with pytest.raises(KeyError, match="the third") as caught:
+        next(answers)
+    assert "in _third_fails" in caught.value.__notes__[0]
+
+
+def test_a_loader_process_that_ignores_signals_ends_with_the_program() -> None:
+    """An iterator that is still referred to must not keep the program from ending."""
+    code = (
+        "import itertools, os, signal, time\n"
+        "from dinov2.data.workers import compute_in_order\n"
+        "answers = compute_in_order(lambda i: (os.getpid(), os.kill(os.getpid(), signal.SIGTERM))[0], itertools.count(), 2)\n"
+        "print(next(answers), next(answers))\n"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert run.returncode == 0, run.stderr
+    assert not [pid for pid in run.stdout.split() if Path(f"/proc/{pid}").exists()]
 
 
 def test_the_store_keeps_to_its_size(tmp_path: Path) -> None:
