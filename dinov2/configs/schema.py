@@ -163,7 +163,10 @@ class TrainConfig:
     memory_store_mb: int = key(1024, "preprocessed volumes kept in memory, MiB per loader process; 0 keeps none")
     augmentation: str = key("auto", "monai (the reference), fast (the same crops sooner), auto: fast")
     compile: bool = key(False, "torch.compile for each block; faster after a minute or more of compiling")
-    activation_checkpointing: bool = key(False, "keep only each block's input and compute it again in the backward pass")
+    activation_checkpointing: str = key(
+        "none",
+        "what blocks compute again in the backward pass: none, selective (all but products and attention), full",
+    )
     strategy: str = key("auto", "single, ddp, fsdp, or auto: single in one process, else fsdp on GPUs and ddp on CPUs")
     backend: str = key("auto", "between ranks: nccl, gloo, or auto: nccl where every rank has a GPU, else gloo")
     timeout_s: float = key(600.0, "seconds that a rank waits for the others before it gives up")
@@ -172,6 +175,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         require_choice("train.centering", self.centering, ("sinkhorn_knopp", "centering"))
         require_choice("train.strategy", self.strategy, ("auto", "single", "ddp", "fsdp"))
+        require_choice("train.activation_checkpointing", self.activation_checkpointing, ("none", "selective", "full"))
         require_choice("train.backend", self.backend, ("auto", "nccl", "gloo"))
         require(self.timeout_s > 0, f"train.timeout_s={self.timeout_s} must be positive")
         require_choice("train.augmentation", self.augmentation, ("auto", "monai", "fast"))

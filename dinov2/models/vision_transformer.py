@@ -11,9 +11,9 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from dinov2.layers import Block, Mlp, PatchEmbed3d, Segment, SwiGLUFFN
+from dinov2.layers.recompute import run_block
 from dinov2.layers.rope import rotary_table
 
 FFN_LAYERS = {"mlp": Mlp, "swiglu": SwiGLUFFN, "swiglufused": SwiGLUFFN}
@@ -73,7 +73,7 @@ class DinoVisionTransformer3d(nn.Module):
         self.patch_size = patch_size
         self.num_register_tokens = num_register_tokens
         self.interpolate_offset = interpolate_offset
-        self.checkpoint_blocks = False  # in training: keep only each block's input, compute it again in the backward pass
+        self.activation_checkpointing = "none"  # see run_block
         self.patch_embed = PatchEmbed3d(patch_size, in_chans, embed_dim)
         self.grid_hwd = self.patch_embed.grid((img_size,) * 3)  # of the learned positions
         num_patches = self.grid_hwd[0] * self.grid_hwd[1] * self.grid_hwd[2]
@@ -169,10 +169,7 @@ class DinoVisionTransformer3d(nn.Module):
         mask_list = masks if isinstance(masks, list) else [masks] * len(xs)
         packed, segments = self._pack(xs, mask_list)
         for block in self.block_list:
-            if self.checkpoint_blocks and self.training and torch.is_grad_enabled():
-                packed = checkpoint(block, packed, segments, use_reentrant=False)
-            else:
-                packed = block(packed, segments)
+            packed = run_block(block, packed, segments, self.activation_checkpointing)
         normed = self.norm(packed)  # [T, E]
 
         rows = [seg.num_rows for seg in segments]

@@ -13,6 +13,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from dinov2.errors import EXIT_OK
 from tests.conftest import ROOT, Trainer, read_json_lines
@@ -51,9 +55,9 @@ def ranks_of(process: subprocess.Popen[str]) -> list[int]:
     return [int(p) for p in subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()]
 
 
-def kill_all(process: subprocess.Popen[str]) -> None:
+def kill_all(process: subprocess.Popen[str], ranks: list[int] | None = None) -> None:
     """As a machine that loses power: launcher and ranks at once."""
-    for pid in [process.pid, *ranks_of(process)]:
+    for pid in [process.pid, *(ranks or ranks_of(process))]:
         os.kill(pid, signal.SIGKILL)
     process.communicate()
 
@@ -87,6 +91,10 @@ def assert_close(one: Path, many: Path, rtol: float, atol: float, losses_only: b
             if losses_only and not key.endswith("loss"):
                 continue
             assert other[key] == pytest.approx(value, rel=max(rtol, 1e-6), abs=max(atol, 1e-7)), (key, row["iteration"])
+
+
+def half_written(output_dir: Path) -> bool:
+    return any((output_dir / "checkpoints").glob(".incomplete-*/*.distcp"))
 
 
 LAYOUTS = {  # ranks, volumes a rank and pass, passes, strategy
@@ -163,19 +171,49 @@ def test_two_ranks_in_float32_stay_near_one(trainer: Trainer, tmp_path: Path) ->
 def test_all_ranks_killed_anywhere_the_result_is_the_same_bit_for_bit(trainer: Trainer, tmp_path: Path, strategy: str) -> None:
     words = ["train.OFFICIAL_EPOCH_LENGTH=20", "optim.epochs=2", "train.checkpoint_period=3", "train.batch_size_per_gpu=2"]
     words += [f"train.strategy={strategy}", "train.num_workers=1"]
+    words += ["dino.head_n_prototypes=4096", "dino.head_bottleneck_dim=256"]  # 16 MB: a checkpoint takes its time
     assert run(torchrun(trainer, 2, tmp_path / "whole", *words)).returncode == EXIT_OK
     killed = tmp_path / "killed"
-    for wanted in (5, 14):
-        process = start(torchrun(trainer, 2, killed, *words))
-        while process.poll() is None and lines(killed) < wanted:
-            time.sleep(0.02)
-        kill_all(process)
-    assert 5 <= lines(killed) < 40
+    process = start(torchrun(trainer, 2, killed, *words))
+    while process.poll() is None and lines(killed) < 5:
+        time.sleep(0.02)
+    kill_all(process)
+    process = start(torchrun(trainer, 2, killed, *words))
+    while process.poll() is None and lines(killed) < 12:
+        time.sleep(0.02)
+    ranks = ranks_of(process)
+    while process.poll() is None and not half_written(killed):
+        time.sleep(0.001)
+    kill_all(process, ranks)
+    assert 12 <= lines(killed) < 40 and half_written(killed), "killed inside a checkpoint"
     result = run(torchrun(trainer, 2, killed, *words))
     assert result.returncode == EXIT_OK, result.stderr
     a, b = teacher(tmp_path / "whole", 39), teacher(killed, 39)
     assert all(torch.equal(v, b[k]) for k, v in a.items())
     assert metrics(killed) == metrics(tmp_path / "whole")
+
+
+def test_an_overflow_in_one_ranks_share_is_seen_by_all(tmp_path: Path) -> None:
+    """Sharded gradients under a loss scale: otherwise one rank would skip the update that the other makes."""
+    mp.spawn(_overflow, (str(tmp_path / "store"),), nprocs=2)
+
+
+def _overflow(rank: int, store: str) -> None:
+    dist.init_process_group("gloo", f"file://{store}", rank=rank, world_size=2)
+    torch.manual_seed(0)
+    net = torch.nn.Linear(4, 4)
+    fully_shard(net, mesh=init_device_mesh("cpu", (2,)))
+    optimizer = torch.optim.SGD(net.parameters(), lr=1.0)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    scaler.scale(net(torch.ones(1, 4)).sum()).backward()
+    if rank == 1:
+        net.weight.grad.to_local().fill_(float("inf"))
+    before = net.weight.to_local().clone()
+    scaler.unscale_(optimizer)
+    scaler.step(optimizer)
+    scaler.update()
+    assert torch.equal(net.weight.to_local(), before) and scaler.get_scale() == 2.0
+    dist.destroy_process_group()
 
 
 @pytest.mark.slow

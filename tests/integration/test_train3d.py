@@ -121,6 +121,7 @@ def test_both_augmentations_train_alike(real_list: Path, small_config: Callable[
             total.append(train_step(state, schedules(step), next(batches), 3.0, False)["total_loss"])
         return torch.stack(total)
 
+    torch.set_num_threads(1)  # two that wait for each other on a busy machine take many times as long
     monai, fast, other = losses("monai", 0), losses("fast", 0), losses("fast", 1)
     backends, seeds = (monai - fast).abs(), (other - fast).abs()
     assert float(backends[:20].mean()) < 0.01 * float(seeds[:20].mean())

@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 import torch
 from omegaconf import DictConfig
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
 
 from dinov2.data import TrainLoader, read_datalist
 from dinov2.distributed.runtime import Runtime
@@ -113,19 +115,32 @@ def test_half_precision_trains_and_stays_near_fp32(real_list: Path, small_config
     assert totals[1] == pytest.approx(totals[0], rel=0.05) and totals[1] != totals[0]
 
 
-def test_activation_checkpointing_changes_no_gradient(real_list: Path, small_config: SmallConfig) -> None:
+def test_activation_checkpointing_changes_no_gradient_and_keeps_less(real_list: Path, small_config: SmallConfig) -> None:
     """Stochastic depth too is drawn again the same way."""
-    grads = []
-    for switch in ("false", "true"):
-        cfg = small_config("student.drop_path_rate=0.3", f"train.activation_checkpointing={switch}")
+    grads, products, kept = {}, {}, {}
+    for mode in ("none", "selective", "full"):
+        cfg = small_config("student.drop_path_rate=0.3", f"train.activation_checkpointing={mode}")
         model, _ = build(cfg, CPU)
-        calls = [0]
-        model.student["backbone"].block_list[0].register_forward_pre_hook(lambda *_, c=calls: c.__setitem__(0, c[0] + 1))
+        batch = first_step(cfg, real_list)
         torch.manual_seed(5)
-        model.forward_backward(first_step(cfg, real_list), 0.05)
-        grads.append(gradients(model))
-        assert calls[0] == (2 if switch == "true" else 1)
-    assert all(torch.equal(g, grads[1][name]) for name, g in grads[0].items())
+        with FlopCounterMode(display=False) as counter:
+            model.forward_backward(batch, 0.05)
+        products[mode] = counter.get_total_flops()
+        grads[mode] = gradients(model)
+        kept[mode] = _bytes_kept(model, batch[0])
+    for mode in ("selective", "full"):
+        assert all(torch.equal(g, grads[mode][name]) for name, g in grads["none"].items())
+    assert products["none"] == products["selective"] < products["full"]
+    assert kept["none"] > 1.3 * kept["selective"] and kept["selective"] > 2 * kept["full"]
+
+
+def _bytes_kept(model: SSLMetaArch, batch: dict) -> int:
+    """Memory that a forward pass of the student's backbone leaves allocated for its backward pass."""
+    backbone = model.student["backbone"]
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        kept = backbone(batch["collated_global_crops"], is_training=True)
+    assert kept["x_norm_clstoken"].requires_grad
+    return sum(event.self_cpu_memory_usage for event in profiler.key_averages())
 
 
 @pytest.mark.slow
