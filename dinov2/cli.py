@@ -123,6 +123,20 @@ def index(args: argparse.Namespace) -> int:
     return code
 
 
+def curate(args: argparse.Namespace) -> int:
+    """Choose the volumes of a list to train on, by a file of rules."""
+    from dinov2.data.curation import curate as run_curate
+
+    return run_curate(args.list, args.rules, args.output, args.explain, say)
+
+
+def overlap(args: argparse.Namespace) -> int:
+    """Look for scans and patients that two lists share; exit code 2 where there are any."""
+    from dinov2.data.overlap import overlap as run_overlap
+
+    return run_overlap(args.first, args.second, say)
+
+
 def checkpoint_inspect(args: argparse.Namespace) -> int:
     """Say what weights or a training checkpoint hold."""
     from dinov2.fsdp.export import describe
@@ -179,7 +193,7 @@ def build_parser() -> argparse.ArgumentParser:
         if name == "verify":
             action.add_argument("--remove", action="store_true", help="remove damaged files, so that they are made anew")
         action.set_defaults(function=function)
-    _add_index(commands)
+    _add_corpus(commands)
     checkpoint = commands.add_parser("checkpoint", help="weights and training checkpoints in their forms")
     checkpoint = checkpoint.add_subparsers(required=True, metavar="ACTION")
     for name, function in (("inspect", checkpoint_inspect), ("export", checkpoint_export)):
@@ -193,7 +207,7 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_index(commands: argparse._SubParsersAction) -> None:
+def _add_corpus(commands: argparse._SubParsersAction) -> None:
     action = commands.add_parser("index", help=index.__doc__.splitlines()[0])
     action.add_argument(
         "folders", type=Path, nargs="+", metavar="FOLDER", help="folders of volumes; with --merge: shards' lists"
@@ -214,6 +228,16 @@ def _add_index(commands: argparse._SubParsersAction) -> None:
     action.add_argument("--shard", default="1/1", metavar="I/N", help="only the I-th of N parts")
     action.add_argument("--merge", action="store_true", help="write one list of several shards'")
     action.set_defaults(function=index)
+    action = commands.add_parser("curate", help=curate.__doc__.splitlines()[0])
+    action.add_argument("list", type=Path, help="datalist (JSON)")
+    action.add_argument("--rules", required=True, help="YAML file or name; pretrain/curation/paper: the paper's")
+    action.add_argument("--output", type=Path, required=True, help="datalist to write")
+    action.add_argument("--explain", action="store_true", help="print what each rule kept")
+    action.set_defaults(function=curate)
+    action = commands.add_parser("overlap", help=overlap.__doc__.splitlines()[0])
+    action.add_argument("first", type=Path, help="datalist (JSON)")
+    action.add_argument("second", type=Path, help="datalist, or weights that carry the hashes of their training scans")
+    action.set_defaults(function=overlap)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

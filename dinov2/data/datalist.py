@@ -39,6 +39,12 @@ class Entry:
     channel: int | None = None
     extra: dict[str, Any] = field(default_factory=dict, compare=False)
 
+    def as_item(self) -> dict[str, Any]:
+        """The object that a list has for it."""
+        spacing = None if self.spacing_mm is None else list(self.spacing_mm)
+        known = {"image": self.image, "shape": list(self.shape), "spacing": spacing, "axes": self.axes, "channel": self.channel}
+        return {**{k: v for k, v in known.items() if v is not None}, **self.extra}
+
 
 @dataclass(frozen=True)
 class Datalist:
