@@ -168,7 +168,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands.add_parser("train", help="pretrain (the flags of train3d.py; `dinov2 train --help`)", add_help=False)
     action = commands.add_parser("demo", help=demo.__doc__.splitlines()[0])
     action.add_argument("--output", type=Path, default=Path("demo_output"), help="folder of the results")
-    action.add_argument("--data", type=Path, help="your own folder of NIfTI volumes instead of made ones")
+    action.add_argument("--data", type=Path, help="your own folder of volumes instead of made ones")
     action.add_argument("--seed", type=int, default=0)
     action.add_argument("overrides", nargs="*", metavar="key=value", help="of the training's configuration")
     action.set_defaults(function=demo)

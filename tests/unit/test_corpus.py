@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
+import io
 import json
 import random
 import re
 import time
 from collections import Counter
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from matplotlib.image import imread
 
 from dinov2.cli import main
 from dinov2.data import read_datalist, write_datalist
@@ -171,3 +176,56 @@ def test_weights_carry_what_they_saw_and_evaluations_are_warned(
     save_atomically({"teacher": teacher, "meta": {}}, weights)
     assert warn_of_overlap(test.entries, weights) is None and "does not say what it was trained on" in capsys.readouterr().err
     assert main(["overlap", str(tmp_path / "test.json"), str(earlier)]) == 2
+
+
+# ---------------------------------------------------------------------- report
+
+
+class Page(HTMLParser):
+    """What a page refers to, and its words."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.references: list[str] = []
+        self.tags: set[str] = set()
+        self.words = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        self.references += [
+            value or "" for name, value in attrs if name in ("src", "href", "srcset", "action", "data", "xmlns")
+        ]
+
+    def handle_data(self, data: str) -> None:
+        self.words += data + "|"
+
+
+def test_the_report_stands_alone_and_names_no_patient(tmp_path: Path) -> None:
+    folder = tmp_path / "Ward 7" / "<b>Study"
+    for seed in range(3):
+        save_nifti(folder / f"sub-Smith{seed}_T1w.nii.gz", scan(seed))
+    save_nifti(folder / "sub-Jones_ct.nii.gz", scan(5))
+    save_nifti(folder / "sub-Jones_mask.nii.gz", (scan(5) > 400).astype("u1"))
+    (folder / "sub-Brown_T1w.nii.gz").write_bytes(bytes(900))
+    save_nifti(folder / "sub-White_T1w.nii.gz", scan(6)[:, :, :4])
+    page_file = tmp_path / "report.html"
+    indexed(folder, tmp_path / "list.json", "--report", str(page_file), "--keep-ids")
+    text = page_file.read_text()
+    page = Page(text)
+    assert len(page.references) == 5 and all(r.startswith("data:image/png;base64,") for r in page.references)
+    assert not page.tags & {"script", "link", "iframe", "b>study"} and not re.search(r"https?:|url\(|@import", text)
+    for name in ("Smith", "Jones", "Brown", "White", "Ward 7", "sub-", str(tmp_path)):
+        assert name not in text, name
+    for words in ("|5|volumes|", "|MR |3|", "|CT |1|", "|label maps |1|", "|unreadable|", "|small_axis|", "|<b>Study|5|"):
+        assert words in page.words, words
+    picture = imread(io.BytesIO(base64.b64decode(page.references[0].split(",")[1])))
+    assert picture.shape[:2] == (round(150 * 12 * 1.25 / 15), round(150 * 14 * 0.75 / 15))  # in its true proportions
+    assert np.ptp(picture[..., 0]) > 0.4
+
+
+def test_a_report_of_nothing_listed_is_a_page_too(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "a.nii").write_bytes(b"")
+    indexed(tmp_path / "data", tmp_path / "list.json", "--report", str(tmp_path / "r.html"))
+    assert "|0|volumes|" in Page((tmp_path / "r.html").read_text()).words
