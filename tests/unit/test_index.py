@@ -24,6 +24,8 @@ from dinov2.data.index.walk import walk
 from dinov2.data.pool import unordered
 from dinov2.data.store import load_volume
 from dinov2.data.volumes import open_volume
+from dinov2.errors import BadInput
+from dinov2.run.data.index import shard_commands
 from tests.conftest import BUNDLED
 
 SPACING = (0.75, 1.25, 3.0)
@@ -405,6 +407,21 @@ def test_shards_merged_are_one_run(tmp_path: Path) -> None:
     assert read_datalist(merged).entries == read_datalist(tmp_path / "list.json").entries
     for suffix in (".quarantine.json", ".index.jsonl"):
         assert merged.with_name("list" + suffix).read_bytes() == (tmp_path / f"list{suffix}").read_bytes()
+
+
+def test_a_slurm_array_s_commands_write_what_one_run_does(tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    for seed in range(9):
+        save_nifti(data / f"{seed}.nii", scan(seed % 7, (14, 12, 9 + seed)))
+    flags = [str(data), "--min-axis", "10"]
+    assert main(["index", *flags, "--output", str(tmp_path / "whole.json"), "--workers", "0"]) == 0
+    rest = [*flags, "--output", str(tmp_path / "list.json"), f"--report={tmp_path / 'r.html'}"]
+    shards, merge = shard_commands(rest, 3, cpus=1)
+    assert [main(command) for command in (*shards, merge)] == [0, 0, 0, 0]
+    assert (tmp_path / "list.json").read_bytes() == (tmp_path / "whole.json").read_bytes()
+    assert (tmp_path / "r.html").exists() and len(list((tmp_path / "list.shards").iterdir())) == 9
+    with pytest.raises(BadInput, match="leave them out"):
+        shard_commands([*rest, "--shard", "1/2"], 3, cpus=1)
 
 
 def test_two_indexes_do_not_write_the_same_list(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

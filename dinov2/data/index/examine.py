@@ -135,13 +135,21 @@ def _row(entry: Row, image: ImageFile, unit: Unit) -> Row:
     raw = raw_volume(listed, image)
     entry["spacing"] = [round(float(s), 6) for s in raw.spacing_mm]
     if image.affine is not None:
-        entry["orientation"] = "".join(c or "?" for c in nib.aff2axcodes(image.affine))
+        entry["orientation"] = orientation(image.affine)
     entry["dtype"] = str(image.dtype)
     facts, non_finite = describe_voxels(raw)
     entry |= facts
     if entry.pop("few_values") or is_named_labels(unit):
         entry["label_map"] = True
     return {"entry": entry, "non_finite": non_finite}
+
+
+def orientation(affine: np.ndarray) -> str:
+    """Towards what each voxel axis runs, as RAS; of an oblique volume the closest."""
+    axes = np.argmax(np.abs(affine[:3, :3]), axis=0)
+    if len(set(axes.tolist())) < 3:  # far from any axes: settled by a decomposition, which takes longer
+        return "".join(code or "?" for code in nib.aff2axcodes(affine))
+    return "".join("LPI"[a] if affine[a, i] < 0 else "RAS"[a] for i, a in enumerate(axes))
 
 
 def describe_voxels(raw: RawVolume) -> tuple[Row, float]:

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import re
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -102,14 +103,14 @@ def is_named_labels(unit: Unit) -> bool:
 
 def _name_words(unit: Unit) -> list[str]:
     """Words of the names from the file up to the folder that was asked for."""
-    relative = Path(os.path.relpath(unit.path, unit.root)).parts
-    names = [*reversed(relative), Path(unit.root).name]
-    return [word for name in names for word in _words(name)]
+    relative = os.path.relpath(unit.path, unit.root).split(os.sep)
+    return [word for name in (*reversed(relative), os.path.basename(unit.root)) for word in _words(name)]
 
 
-def _words(text: str) -> list[str]:
+@lru_cache(maxsize=1024)  # folders' names come again and again
+def _words(text: str) -> tuple[str, ...]:
     parted = re.sub(r"([a-z])([A-Z])", r"\1 \2", text)
-    return re.findall(r"[a-z0-9]+", parted.lower())
+    return tuple(re.findall(r"[a-z0-9]+", parted.lower()))
 
 
 def read_sidecar(unit: Unit) -> dict[str, Any]:
