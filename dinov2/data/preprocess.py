@@ -115,7 +115,7 @@ def intensity_range(voxels: np.ndarray, name: str) -> tuple[float, float]:
     Raises:
         BadVolume: They are equal.
     """
-    low, high = np.percentile(voxels, PERCENTILES)
+    low, high = np.percentile(voxels.ravel("K"), PERCENTILES)  # in the order of memory: no transposed copy
     if not high > low:
         same = "constant" if voxels.min() == voxels.max() else "constant but for less than 0.1 % of its voxels"
         raise BadVolume(f"{name}: {same} (value {low:g})", "constant")

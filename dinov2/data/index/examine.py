@@ -211,8 +211,8 @@ def _add_voxels(digest: Any, voxels: np.ndarray) -> None:
 
 def has_few_values(voxels: np.ndarray) -> bool:
     """Whether it looks like a label map: at most `MAX_LABELS` different values, all of them whole numbers from 0."""
-    sample = voxels.reshape(-1)[:: max(1, voxels.size // _SAMPLED)]
-    for values in (sample, voxels):
+    flat = voxels.ravel("K")
+    for values in (flat[:: max(1, voxels.size // _SAMPLED) | 1], flat):  # an odd step, not to run along one plane
         found = np.unique(values)
         if len(found) > MAX_LABELS or found[0] < 0 or not (found == np.rint(found)).all():
             return False
