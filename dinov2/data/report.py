@@ -274,7 +274,6 @@ td,th{padding:6px 12px 6px 0;border-bottom:1px solid var(--line);vertical-align:
 .figures figcaption{margin-bottom:8px}
 .axis{display:flex;justify-content:space-between;color:var(--soft);font-size:13px;margin-top:4px}
 .sheet{display:grid;grid-template-columns:repeat(auto-fill,minmax(150px,1fr));gap:14px}
-.sheet figure{background:#000;border-radius:6px;overflow:hidden;display:flex;flex-direction:column}
-.sheet img{width:100%;height:150px;object-fit:contain;display:block}
-.sheet figcaption{margin-top:auto;background:var(--paper);padding:6px 2px 0;font-size:12px;line-height:1.35;color:var(--soft)}
+.sheet img{width:100%;height:150px;object-fit:contain;display:block;background:#000;border-radius:6px}
+.sheet figcaption{padding:6px 2px 0;font-size:12px;line-height:1.35;color:var(--soft)}
 """

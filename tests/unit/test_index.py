@@ -431,6 +431,18 @@ def test_two_indexes_do_not_write_the_same_list(tmp_path: Path, capsys: pytest.C
     assert "another index writes it" in capsys.readouterr().err
 
 
+def test_a_journal_killed_twice_keeps_all_whole_lines(tmp_path: Path) -> None:
+    path = tmp_path / "list.index.jsonl"
+    for unit in ("a", "b", "c"):
+        with Journal(path, {}) as journal:
+            journal.add(unit, "stamp", [{"path": unit}])
+        with path.open("ab") as file:
+            file.write(b'{"unit": "cut sho')
+    with Journal(path, {}) as journal:
+        assert [row["path"] for row in journal.rows()] == ["a", "b", "c"]
+        assert journal.knows("b", "stamp") and not journal.knows("b", "other")
+
+
 def die_on_thirteen(item: int) -> int:
     if item == 13:
         os._exit(1)
