@@ -120,12 +120,14 @@ def test_the_same_voxels_in_any_format_are_one_volume(tmp_path: Path) -> None:
 def test_a_content_hash_is_of_the_voxels_and_of_nothing_else(tmp_path: Path) -> None:
     voxels = scan()
     shas = []
-    for name, array in (
-        ("a.nii.gz", voxels),
-        ("b.nii", voxels[:, ::-1, ::-1]),
-        ("c.nii", voxels + (voxels == voxels[3, 4, 5])),
+    changed = voxels + (voxels == voxels[3, 4, 5])
+    for name, array, spacing in (
+        ("a.nii.gz", voxels, SPACING),
+        ("b.nii", voxels[:, ::-1, ::-1], (2, 2, 2)),
+        ("c.nii", changed, SPACING),
     ):
-        write_datalist(tmp_path / "l.json", [{"image": str(save_nifti(tmp_path / name, array)), "shape": [14, 12, 10]}])
+        path = save_nifti(tmp_path / name, array, spacing)
+        write_datalist(tmp_path / "l.json", [{"image": str(path), "shape": [14, 12, 10]}])
         shas.append(content_sha(read_datalist(tmp_path / "l.json").entries[0]))
     assert shas[0] == shas[1] != shas[2]
     even = np.ones((4, 5, 6), np.float32)
