@@ -451,6 +451,7 @@ def die_on_thirteen(item: int) -> int:
     return item
 
 
+@pytest.mark.slow
 def test_a_file_that_kills_its_process_costs_only_itself() -> None:
     found = sorted(unordered(die_on_thirteen, range(20), 2, on_death=lambda item: -item))
     assert found == [-13, *(i for i in range(20) if i != 13)]
