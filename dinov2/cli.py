@@ -70,7 +70,8 @@ def doctor(args: argparse.Namespace) -> int:
 
 def cache_build(args: argparse.Namespace) -> int:
     """Preprocess every volume of a datalist into a cache folder; a second call continues."""
-    from dinov2.data.cache_commands import build, default_workers
+    from dinov2.data.cache_commands import build
+    from dinov2.data.pool import default_workers
 
     workers = default_workers() if args.workers is None else args.workers
     return build(_datalist(args), args.cache_dir, args.max_gb, workers, say)
@@ -88,6 +89,52 @@ def cache_stats(args: argparse.Namespace) -> int:
     from dinov2.data.cache_commands import stats
 
     return stats(_datalist(args), args.cache_dir, say)
+
+
+def index(args: argparse.Namespace) -> int:
+    """List the volumes below folders, checked and described; what cannot be used is set aside with its reason."""
+    from dinov2.data.index.command import IndexRequest, merge, parse_shard
+    from dinov2.data.index.command import index as run_index
+    from dinov2.data.index.examine import ExamineOptions
+    from dinov2.data.index.metadata import compile_pattern
+    from dinov2.data.index.quality import Limits
+    from dinov2.data.pool import default_workers
+
+    request = IndexRequest(
+        output=args.output,
+        quarantine=args.quarantine,
+        limits=Limits(args.min_axis, args.max_nan),
+        examine=ExamineOptions(
+            pattern=compile_pattern(args.pattern) if args.pattern else None,
+            fourth_axis=args.fourth_axis,
+            spacing_mm=tuple(args.spacing) if args.spacing else None,
+            keep_ids=args.keep_ids,
+            id_salt=args.id_salt,
+        ),
+        shard=parse_shard(args.shard),
+        num_workers=default_workers() if args.workers is None else args.workers,
+    )
+    code = merge(args.folders, request, say) if args.merge else run_index(args.folders, request, say)
+    if code == EXIT_OK and args.report:
+        from dinov2.data.report import write_report
+
+        write_report(args.output, request.quarantine_path, args.report)
+        say(f"{args.report}: open it in a browser")
+    return code
+
+
+def curate(args: argparse.Namespace) -> int:
+    """Choose the volumes of a list to train on, by a file of rules."""
+    from dinov2.data.curation import curate as run_curate
+
+    return run_curate(args.list, args.rules, args.output, args.explain, say)
+
+
+def overlap(args: argparse.Namespace) -> int:
+    """Look for scans and patients that two lists share; exit code 2 where there are any."""
+    from dinov2.data.overlap import overlap as run_overlap
+
+    return run_overlap(args.first, args.second, say)
 
 
 def checkpoint_inspect(args: argparse.Namespace) -> int:
@@ -121,7 +168,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands.add_parser("train", help="pretrain (the flags of train3d.py; `dinov2 train --help`)", add_help=False)
     action = commands.add_parser("demo", help=demo.__doc__.splitlines()[0])
     action.add_argument("--output", type=Path, default=Path("demo_output"), help="folder of the results")
-    action.add_argument("--data", type=Path, help="your own folder of NIfTI volumes instead of made ones")
+    action.add_argument("--data", type=Path, help="your own folder of volumes instead of made ones")
     action.add_argument("--seed", type=int, default=0)
     action.add_argument("overrides", nargs="*", metavar="key=value", help="of the training's configuration")
     action.set_defaults(function=demo)
@@ -146,6 +193,7 @@ def build_parser() -> argparse.ArgumentParser:
         if name == "verify":
             action.add_argument("--remove", action="store_true", help="remove damaged files, so that they are made anew")
         action.set_defaults(function=function)
+    _add_corpus(commands)
     checkpoint = commands.add_parser("checkpoint", help="weights and training checkpoints in their forms")
     checkpoint = checkpoint.add_subparsers(required=True, metavar="ACTION")
     for name, function in (("inspect", checkpoint_inspect), ("export", checkpoint_export)):
@@ -157,6 +205,39 @@ def build_parser() -> argparse.ArgumentParser:
             action.add_argument("--no-heads", action="store_true", help="the backbone alone")
         action.set_defaults(function=function)
     return parser
+
+
+def _add_corpus(commands: argparse._SubParsersAction) -> None:
+    action = commands.add_parser("index", help=index.__doc__.splitlines()[0])
+    action.add_argument(
+        "folders", type=Path, nargs="+", metavar="FOLDER", help="folders of volumes; with --merge: shards' lists"
+    )
+    action.add_argument("--output", type=Path, required=True, help="datalist to write; what was seen is kept beside it")
+    action.add_argument("--quarantine", type=Path, help="what was set aside; default: beside the list")
+    action.add_argument("--report", type=Path, help="an HTML page of what is in the list")
+    action.add_argument("--min-axis", type=int, default=8, help="fewest voxels along the smallest axis")
+    action.add_argument("--max-nan", type=float, default=0.0, help="share of voxels that may be NaN or infinite")
+    action.add_argument(
+        "--pattern", help="what the folders' names are: '{dataset}/{patient}/*_{modality}.nii.gz'; also {organ}"
+    )
+    action.add_argument("--fourth-axis", choices=("time", "channels", "refuse"), default="refuse", help="where no header says")
+    action.add_argument("--spacing", type=float, nargs=3, metavar="MM", help="of files that have none (NumPy)")
+    action.add_argument("--keep-ids", action="store_true", help="patients' ids as they are, instead of their hashes")
+    action.add_argument("--id-salt", default="", help="secret word of the hashes; the same for lists that are to be compared")
+    action.add_argument("--workers", type=int, help="processes; default: one per core; 0: this one")
+    action.add_argument("--shard", default="1/1", metavar="I/N", help="only the I-th of N parts")
+    action.add_argument("--merge", action="store_true", help="write one list of several shards'")
+    action.set_defaults(function=index)
+    action = commands.add_parser("curate", help=curate.__doc__.splitlines()[0])
+    action.add_argument("list", type=Path, help="datalist (JSON)")
+    action.add_argument("--rules", required=True, help="YAML file or name; pretrain/curation/paper: the paper's")
+    action.add_argument("--output", type=Path, required=True, help="datalist to write")
+    action.add_argument("--explain", action="store_true", help="print what each rule kept")
+    action.set_defaults(function=curate)
+    action = commands.add_parser("overlap", help=overlap.__doc__.splitlines()[0])
+    action.add_argument("first", type=Path, help="datalist (JSON)")
+    action.add_argument("second", type=Path, help="datalist, or weights that carry the hashes of their training scans")
+    action.set_defaults(function=overlap)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -16,13 +16,14 @@ from torch import Tensor
 from dinov2.configs import load_and_merge_config_3d
 from dinov2.data import Datalist, write_datalist
 from dinov2.data.datalist import Entry, read_datalist
+from dinov2.data.index.command import IndexRequest, index
+from dinov2.data.pool import default_workers
 from dinov2.data.store import VolumeStore
 from dinov2.data.streams import Kind, stream
-from dinov2.data.volumes import describe
 from dinov2.demo.generate import TISSUES, Case, generate, write_list
 from dinov2.demo.pictures import draw_curves, draw_pca, draw_readout, pca_colours
 from dinov2.demo.readout import labelled_crops, raw_features, read_out
-from dinov2.errors import EXIT_OK, BadInput, BadVolume
+from dinov2.errors import EXIT_OK, EXIT_RESUMABLE, BadInput, BadVolume
 from dinov2.eval.features import patch_features, volume_features
 from dinov2.eval.setup import build_model_for_eval
 from dinov2.logging import read_metrics, setup_logging
@@ -47,7 +48,7 @@ def run_demo(output: Path, data: Path | None, seed: int, overrides: list[str], s
 
     Args:
         output: Gets everything.
-        data: The user's own folder of NIfTI volumes; None makes labelled ones.
+        data: The user's own folder of volumes in any format that is read; None makes labelled ones.
         seed: Of the volumes and of the training.
         overrides: `key=value` of the training.
         say: Prints a line of output.
@@ -65,6 +66,8 @@ def run_demo(output: Path, data: Path | None, seed: int, overrides: list[str], s
         else:
             train, test = [], []
             picture = list_folder(data, output, say)
+            if picture is None:
+                return EXIT_RESUMABLE
         teacher, cfg, code = train_small(output, seed, overrides, say)
         if code != EXIT_OK:
             return code
@@ -74,18 +77,23 @@ def run_demo(output: Path, data: Path | None, seed: int, overrides: list[str], s
     return EXIT_OK
 
 
-def list_folder(folder: Path, output: Path, say: Say) -> Entry:
-    """Write the datalist of a folder's NIfTI files but the held-out ones; returns one of those, for the picture."""
+def list_folder(folder: Path, output: Path, say: Say) -> Entry | None:
+    """Write the datalist of a folder's volumes but the held-out ones and label maps; returns one held out, for the picture.
+
+    None where it was stopped.
+    """
     if not folder.is_dir():
         raise BadInput(f"--data {folder}: no such folder")
-    items = []
-    for path in sorted(p for p in folder.rglob("*") if p.name.endswith((".nii", ".nii.gz"))):
-        try:
-            items.append(describe(path.absolute()))
-        except BadVolume as err:
-            logger.warning("left out: %s", err)
-    if len(items) < 2:
-        raise BadInput(f"--data {folder}: {len(items)} readable NIfTI volumes below it, at least 2 are needed")
+    request = IndexRequest(output / "found.json", num_workers=default_workers())
+    if index([folder], request, say) != EXIT_OK:
+        return None
+    for row in json.loads(request.quarantine_path.read_text(encoding="utf-8")):
+        logger.warning("left out: %s: %s", row["path"], row["detail"])
+    found = json.loads(request.output.read_text(encoding="utf-8"))
+    entries = [e for e in read_datalist(request.output).entries if not e.extra.get("label_map")] if found else []
+    if len(entries) < 2:
+        raise BadInput(f"--data {folder}: {len(entries)} usable volumes below it, at least 2 are needed")
+    items = [e.as_item() for e in entries]
     num_held_out = max(1, round(len(items) * HELD_OUT_SHARE))
     held_out, kept = items[-num_held_out:], items[:-num_held_out]
     write_datalist(output / "list.json", kept)

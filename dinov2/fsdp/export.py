@@ -41,6 +41,21 @@ def read_teacher(path: Path) -> Teacher:
     return {k: v for k, v in state.items() if isinstance(v, Tensor)}, content.get("meta", {})
 
 
+def read_meta(path: Path) -> dict[str, Any]:
+    """What a weights file says of itself; empty where it says nothing.
+
+    Raises:
+        BadInput: Not a weights file.
+    """
+    if path.suffix == ".safetensors":
+        return _from_safetensors(path)[1]
+    from dinov2.models.weights import open_weights
+
+    content = open_weights(path)
+    meta = content.get("meta", {}) if isinstance(content, dict) else {}
+    return meta if isinstance(meta, dict) else {}
+
+
 def _from_folder(path: Path) -> dict[str, Tensor]:
     if not (path / ".metadata").is_file():
         raise BadInput(f"{path}: no .metadata, not a complete training checkpoint")

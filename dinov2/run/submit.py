@@ -9,6 +9,8 @@ import os
 import shutil
 import subprocess
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import submitit
@@ -22,18 +24,26 @@ REQUEUE_WAIT_S = 600  # how long a task waits to be ended after it asked for its
 
 def add_cluster_arguments(parser: argparse.ArgumentParser) -> None:
     """DINOv2's flags for the cluster."""
-    group = parser.add_argument_group("cluster")
+    group = add_job_arguments(parser)
     group.add_argument("--nodes", type=int, default=1, help="machines")
     group.add_argument("--ngpus", type=int, default=4, help="GPUs, and so ranks, per machine")
     group.add_argument("--cpu", action="store_true", help="ranks on CPUs: --ngpus of them per machine, and no GPU asked for")
-    group.add_argument("--cpus-per-task", type=int, default=8, help="cores per rank, for its loader processes")
+
+
+def add_job_arguments(
+    parser: argparse.ArgumentParser, job_name: str = "dinov2", timeout: int = 2800
+) -> argparse._ArgumentGroup:
+    """The flags of any job."""
+    group = parser.add_argument_group("cluster")
+    group.add_argument("--cpus-per-task", type=int, default=8, help="cores per task, for its processes")
     group.add_argument("--mem", default="", help="memory per machine, as SLURM writes it (64G); default: the partition's")
-    group.add_argument("--timeout", type=int, default=2800, help="minutes until the job is saved and queued again")
+    group.add_argument("--timeout", type=int, default=timeout, help="minutes until the job is saved and queued again")
     group.add_argument("--signal-delay", type=int, default=120, help="seconds before the end at which SLURM asks to save")
     group.add_argument("--partition", default="", help="SLURM partition; default: the cluster's")
     group.add_argument("--exclude", default="", help="machines to avoid")
     group.add_argument("--comment", default="", help="shown by squeue")
-    group.add_argument("--job-name", default="dinov2")
+    group.add_argument("--job-name", default=job_name)
+    return group
 
 
 class Program:
@@ -76,22 +86,51 @@ def submit(program: Program, args: argparse.Namespace, folder: Path) -> str:
     Raises:
         BadInput: No SLURM here, or SLURM refuses the job.
     """
+    executor = _executor(args, folder)
+    executor.update_parameters(nodes=args.nodes, tasks_per_node=args.ngpus)
+    if not args.cpu:
+        executor.update_parameters(slurm_gpus_per_node=args.ngpus)
+    with _refusals():
+        return executor.submit(program).job_id
+
+
+def submit_array(programs: list[Program], last: Program, args: argparse.Namespace, folder: Path) -> list[str]:
+    """Submit programs of one task each as an array, and one that starts when all of them are done; returns the ids.
+
+    Raises:
+        BadInput: No SLURM here, or SLURM refuses a job.
+    """
+    executor = _executor(args, folder)
+    executor.update_parameters(nodes=1, tasks_per_node=1)
+    with _refusals():
+        with executor.batch():
+            jobs = [executor.submit(program) for program in programs]
+        array = jobs[0].job_id.split("_")[0]
+        executor.update_parameters(slurm_additional_parameters={"dependency": f"afterok:{array}"})
+        return [*(job.job_id for job in jobs), executor.submit(last).job_id]
+
+
+def _executor(args: argparse.Namespace, folder: Path) -> submitit.AutoExecutor:
     if shutil.which("sbatch") is None:
-        raise BadInput("sbatch was not found: start this on a machine of the cluster, or use torchrun without SLURM")
+        raise BadInput("sbatch was not found: start this on a machine of the cluster, or use the program without SLURM")
     executor = submitit.AutoExecutor(folder, cluster="slurm", slurm_max_num_timeout=10_000)
     optional = {"slurm_partition": args.partition, "slurm_exclude": args.exclude, "slurm_comment": args.comment}
-    optional |= {"slurm_mem": args.mem, "slurm_gpus_per_node": 0 if args.cpu else args.ngpus}
+    optional |= {"slurm_mem": args.mem}
     executor.update_parameters(
         name=args.job_name,
-        nodes=args.nodes,
-        tasks_per_node=args.ngpus,
         cpus_per_task=args.cpus_per_task,
         timeout_min=args.timeout,
         slurm_signal_delay_s=args.signal_delay,
         **{k: v for k, v in optional.items() if v},
     )
+    return executor
+
+
+@contextmanager
+def _refusals() -> Iterator[None]:
+    """SLURM's refusal of a job as one line."""
     try:
-        return executor.submit(program).job_id
+        yield
     except (submitit.core.utils.FailedJobError, subprocess.CalledProcessError) as err:
         reason = next((line for line in str(err).splitlines() if "error" in line), str(err).splitlines()[0])
         raise BadInput(f"SLURM refused the job: {reason.strip()}") from err

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import torch
 from omegaconf import DictConfig
 from torch.optim import AdamW
 
+from dinov2.data.datalist import Datalist
+from dinov2.data.overlap import TRAINED_ON, Seen, seen_by_weights, seen_in
 from dinov2.data.streams import Kind, torch_seed
+from dinov2.distributed import is_main_process
 from dinov2.distributed.runtime import Runtime
+from dinov2.errors import BadInput
 from dinov2.fsdp import Checkpointer
 from dinov2.fsdp.parallel import parallelise
 from dinov2.layers.attention import resolve_attention
@@ -41,9 +46,14 @@ def compute_dtype(cfg: DictConfig, runtime: Runtime) -> torch.dtype:
     return torch.float32 if dtype == torch.float16 and runtime.device.type == "cpu" else dtype
 
 
+def start_weights(cfg: DictConfig) -> str:
+    """The file that a run starts from; empty for none."""
+    return cfg.student.full_pretrained_weights or cfg.student.pretrained_weights or cfg.MODEL.WEIGHTS
+
+
 def load_start_weights(model: SSLMetaArch, cfg: DictConfig) -> None:
     """Start from a backbone, or from backbone and heads; optimiser and centres start afresh either way."""
-    path = cfg.student.full_pretrained_weights or cfg.student.pretrained_weights or cfg.MODEL.WEIGHTS
+    path = start_weights(cfg)
     if not path:
         return
     weights = read_weights(path)
@@ -52,6 +62,20 @@ def load_start_weights(model: SSLMetaArch, cfg: DictConfig) -> None:
         load_heads({k: v for k, v in model.student.items() if k != "backbone"}, weights, path)
     model.start_teacher_from_student()
     logger.info("started from %s", path)
+
+
+def data_record(datalist: Datalist, cfg: DictConfig) -> dict[str, Any]:
+    """What weights say of their data: the list's hash, and the scans and patients seen, by the start weights too."""
+    seen, path = seen_in(datalist.entries), start_weights(cfg)
+    if path and is_main_process():
+        try:
+            before = seen_by_weights(path)
+        except BadInput:
+            before = None
+        if before is None:
+            logger.warning("%s does not say what it was trained on; these weights will count that as unknown", path)
+        seen = seen | (before or Seen(frozenset(), frozenset(), 1))
+    return {"datalist_sha256": datalist.sha256, TRAINED_ON: seen.as_meta()}
 
 
 def build_checkpointer(cfg: DictConfig, output_dir: Path) -> Checkpointer:

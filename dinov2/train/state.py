@@ -137,15 +137,15 @@ def _materialise_moments(optimizer: AdamW) -> None:
             }
 
 
-def save_teacher(model: SSLMetaArch, cfg: DictConfig, folder: Path, iteration: int, datalist_sha256: str) -> Path:
+def save_teacher(model: SSLMetaArch, cfg: DictConfig, folder: Path, iteration: int, data: dict[str, Any]) -> Path:
     """Write `teacher_checkpoint.pth`: `{"teacher": state dict, "meta": plain JSON types}`, self-describing; all ranks call it.
 
-    `torch.load(path, weights_only=True)` opens it.
+    `data` is of `data_record`. `torch.load(path, weights_only=True)` opens it.
     """
     meta = {
         "config": OmegaConf.to_container(cfg),
         "preprocessing": PREPROCESSING,
-        "datalist_sha256": datalist_sha256,
+        **data,
         "iteration": iteration,
         "versions": versions(),
         "licence": "the weights' owner decides; the code is Apache-2.0",

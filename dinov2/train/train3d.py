@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 if __package__ in (None, ""):  # started as a file: the repository, not this folder, is where imports begin
     sys.path[0] = str(Path(__file__).resolve().parents[2])
@@ -33,7 +34,7 @@ from dinov2.fsdp import Checkpointer
 from dinov2.fsdp.parallel import resolve_strategy
 from dinov2.fsdp.tensors import whole
 from dinov2.logging import MetricWriter, setup_logging
-from dinov2.train.build import build, build_checkpointer, compute_dtype
+from dinov2.train.build import build, build_checkpointer, compute_dtype, data_record
 from dinov2.train.progress import Progress, progress_line
 from dinov2.train.provenance import run_record, write_json, write_text
 from dinov2.train.schedules import Schedules, StepParams, apply_schedules, build_schedules
@@ -127,7 +128,7 @@ def prepare_and_train(args: argparse.Namespace, cfg: DictConfig, runtime: Runtim
     state = TrainState(*build(cfg, runtime, load_start=checkpointer.newest() is None))
     state.resume(checkpointer)
     if args.eval_only:
-        return write_teacher_only(state, cfg, output_dir, datalist)
+        return write_teacher_only(state, cfg, output_dir, data_record(datalist, cfg))
     schedules = build_schedules(cfg, runtime.world_size)
     if state.iteration + 1 >= schedules.total_iters:
         logger.info("%s: finished already, all %d iterations are done", output_dir, schedules.total_iters)
@@ -154,6 +155,7 @@ def do_train(
     loader = TrainLoader(cfg, datalist, first, runtime.rank, runtime.world_size, runtime.device)
     volumes_per_step = cfg.train.batch_size_per_gpu * cfg.train.accumulation_steps * runtime.world_size
     progress = Progress(runtime, volumes_per_step, compute_dtype(cfg, runtime))
+    data = data_record(datalist, cfg)
     what = "iterations %d to %d, %d volumes a step from %d, on %s"
     logger.info(what, first, total - 1, volumes_per_step, len(datalist), runtime.device)
     with (
@@ -177,7 +179,7 @@ def do_train(
                 metrics.write(row)
                 logger.info("%s", progress_line(iteration, total, row))
             if checkpointer.is_milestone(iteration) or iteration == total - 1:
-                save_teacher(model, cfg, output_dir / "eval" / f"training_{iteration}", iteration, datalist.sha256)
+                save_teacher(model, cfg, output_dir / "eval" / f"training_{iteration}", iteration, data)
             stop = any_rank(bool(stop_asked), runtime.device)  # all ranks stop after the same step
             if is_checkpoint_due(cfg, checkpointer, iteration, total) or stop:
                 checkpointer.save(state.state_dict(), iteration)
@@ -263,12 +265,12 @@ def is_checkpoint_due(cfg: DictConfig, checkpointer: Checkpointer, iteration: in
     return periodic or checkpointer.is_milestone(iteration) or iteration == total - 1
 
 
-def write_teacher_only(state: TrainState, cfg: DictConfig, output_dir: Path, datalist: Datalist) -> int:
+def write_teacher_only(state: TrainState, cfg: DictConfig, output_dir: Path, data: dict[str, Any]) -> int:
     """`--eval-only`: the latest checkpoint's teacher as a file of its own."""
     if state.iteration < 0:
         raise BadInput(f"{output_dir}: no checkpoint to take a teacher from")
     folder = output_dir / "eval" / f"manual_{state.iteration}"
-    logger.info("wrote %s", save_teacher(state.model, cfg, folder, state.iteration, datalist.sha256))
+    logger.info("wrote %s", save_teacher(state.model, cfg, folder, state.iteration, data))
     return EXIT_OK
 
 

@@ -82,6 +82,7 @@ def test_a_run_on_real_volumes_leaves_everything_that_decided_it(trainer: Traine
     assert manual.returncode == 0, manual.stderr
     saved = torch.load(out / "eval" / "manual_11" / "teacher_checkpoint.pth", weights_only=True)
     assert_same_weights(saved["teacher"], teacher(out, 11))
+    assert saved["meta"]["trained_on"] == {"scans": [], "patients": [], "num_unknown": 2}  # a list without hashes
 
 
 @pytest.mark.slow
@@ -324,6 +325,8 @@ def test_the_high_resolution_stage_starts_from_the_first_stages_teacher(trainer:
     result = trainer.run(tmp_path / "two", "optim.epochs=1", *second)
     assert result.returncode == 0, result.stderr
     assert "positions of a grid of 4 cubed interpolated to (5, 5, 5)" in result.stderr
+    saved = torch.load(tmp_path / "two" / "eval" / "training_5" / "teacher_checkpoint.pth", weights_only=True)
+    assert saved["meta"]["trained_on"]["num_unknown"] == 4  # two volumes without a hash, in each of the two runs
 
 
 @pytest.mark.slow

@@ -28,7 +28,7 @@ def run(tmp_path: Path, small_config: SmallConfig) -> tuple[TrainState, Path, Pa
     state = TrainState(*build(cfg, Runtime(torch.device("cpu"))))
     checkpointer = Checkpointer(tmp_path / "checkpoints", 1)
     checkpointer.save(state.state_dict(), 7)
-    return state, checkpointer.path(7), save_teacher(state.model, cfg, tmp_path / "eval", 7, "abc")
+    return state, checkpointer.path(7), save_teacher(state.model, cfg, tmp_path / "eval", 7, {"datalist_sha256": "abc"})
 
 
 def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:

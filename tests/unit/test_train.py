@@ -260,7 +260,7 @@ def test_monitors_tell_a_collapse() -> None:
 def teacher_file(tmp_path: Path, small_config: SmallConfig) -> Path:
     cfg = small_config()
     model = SSLMetaArch(cfg)
-    return save_teacher(model, cfg, tmp_path / "eval" / "training_5", 5, "0" * 64)
+    return save_teacher(model, cfg, tmp_path / "eval" / "training_5", 5, {"datalist_sha256": "0" * 64})
 
 
 def test_a_teacher_checkpoint_describes_itself_and_opens_safely(teacher_file: Path) -> None:

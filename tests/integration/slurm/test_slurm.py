@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import socket
@@ -14,8 +15,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from dinov2.run.data.index import main as index_main
 from dinov2.run.train.train import main
-from tests.conftest import ROOT, Trainer
+from tests.conftest import BUNDLED, ROOT, Trainer
 from tests.distributed.test_ranks import lines, metrics, run, teacher, torchrun
 
 HERE = Path(__file__).parent
@@ -114,3 +116,20 @@ def test_a_machine_without_slurm_is_told_what_to_do(
     assert main(["--output-dir", str(tmp_path / "run")]) == 2
     assert "sbatch was not found" in capsys.readouterr().err
     assert main([]) == 2 and "--output-dir is needed" in capsys.readouterr().err
+
+
+@needs_slurm
+@pytest.mark.slow
+def test_an_index_as_an_array_is_merged_when_its_shards_are_done(slurm: None, tmp_path: Path) -> None:
+    data, out = tmp_path / "data", tmp_path / "list.json"
+    data.mkdir()
+    for path in BUNDLED.glob("*.nii.gz"):
+        (data / path.name).write_bytes(path.read_bytes())
+    (data / "broken.nii.gz").write_bytes(bytes(900))
+    words = ["--shards", "2", "--cpus-per-task", "1", "--timeout", "5", str(data), "--output", str(out)]
+    assert index_main(words) == 0
+    deadline = time.monotonic() + 120
+    while not out.with_name("list.quarantine.json").exists():
+        assert time.monotonic() < deadline, subprocess.run(["squeue"], capture_output=True, text=True).stdout
+        time.sleep(0.5)
+    assert len(json.loads(out.read_text())) == 2 and len(json.loads(out.with_name("list.quarantine.json").read_text())) == 1

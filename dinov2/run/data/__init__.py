@@ -1,0 +1,1 @@
+"""Work on data as SLURM jobs."""
