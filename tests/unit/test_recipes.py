@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -140,3 +141,12 @@ def test_masks_that_no_label_value_has_get_the_closest_value(tmp_path: Path) -> 
 def test_schemes_are_not_changed_by_those_who_use_them() -> None:
     load_recipe("BraTS").regions["TC"].append(9)
     assert LABEL_SCHEMES["brats2021"]["TC"] == [1, 4]
+
+
+def test_every_key_of_a_recipe_is_read_by_code() -> None:
+    """Those of training are read by the crops and by the engine's loss."""
+    code = "\n".join(p.read_text() for p in (ROOT / "dinov2").rglob("*.py"))
+    keys = re.findall(r"^    (\w+): .*= (?:key|section)\(", (ROOT / "dinov2/data/recipes.py").read_text(), re.M)
+    elsewhere = {"loss", "dice_squared", "metrics"}
+    assert len(keys) > 20
+    assert not [k for k in keys if k not in elsewhere and not re.search(rf"(recipe|self|train|plan)\S*\.{k}\b", code)]
