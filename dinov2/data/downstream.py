@@ -99,7 +99,7 @@ def _load(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as err:
         raise BadInput(
-            f"datalist {path}: {err.strerror}: make it (docs/datasets.md) or give its folder as --base-data-dir"
+            f"datalist {path}: {err.strerror}: make it (docs/downstream.md) or give its folder as --base-data-dir"
         ) from err
     except ValueError as err:
         raise BadInput(f"datalist {path} is not valid JSON, perhaps half-written: {err}: make it again") from err
@@ -162,8 +162,8 @@ def _case_names(raw: Sequence[dict[str, Any]], images: Sequence[tuple[str, ...]]
 
     def name(paths: tuple[str, ...], depth: int) -> str:
         letters = takewhile(lambda column: len(set(column)) == 1, zip(*map(stem, paths), strict=False))
-        first = "".join(column[0] for column in letters).rstrip("_-. ") or stem(paths[0])
-        return "_".join([*Path(paths[0]).parts[-1 - depth : -1], first])
+        shared = stem(paths[0]) if len(paths) == 1 else "".join(column[0] for column in letters).rstrip("_-. ")
+        return "_".join([*Path(paths[0]).parts[-1 - depth : -1], *([shared] if shared else [])])
 
     deepest = max(len(Path(paths[0]).parts) for paths in images)
     for depth in range(deepest):
