@@ -246,6 +246,19 @@ def test_a_written_list_is_read_again_with_relative_paths_and_readable_names(
     check_headers(items["test"], TWO)
 
 
+def test_a_written_training_list_is_shuffled_by_the_seed_it_records(tmp_path: Path) -> None:
+    rows = {"training": [{"case": f"{i:02}"} for i in range(20)], "validation": [], "test": [{"case": "b"}, {"case": "a"}]}
+    orders = {}
+    for seed in (1, 2):
+        write_downstream_datalist(tmp_path / "l.json", rows, seed)
+        content = json.loads((tmp_path / "l.json").read_text())
+        assert content["shuffle_seed"] == seed and [r["case"] for r in content["test"]] == ["b", "a"]
+        orders[seed] = [r["case"] for r in content["training"]]
+    assert sorted(orders[1]) == sorted(orders[2]) == [r["case"] for r in rows["training"]]
+    assert orders[1] != orders[2] and sorted(orders[1]) not in orders.values()
+    assert [p.name for p in tmp_path.iterdir()] == ["l.json"]
+
+
 def test_a_list_that_is_not_said_to_be_shuffled_warns(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     content = dataset(tmp_path)
     del content["shuffle_seed"]
