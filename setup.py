@@ -71,6 +71,8 @@ setup(
         "omegaconf>=2.3,<3",
         "numpy>=1.26",
         "nibabel>=5.2",
+        "pydicom>=3,<4",
+        "SimpleITK>=2.3,<3",
         "blosc2>=3",
         "safetensors>=0.4",
         "submitit>=1.5",

@@ -70,7 +70,8 @@ def doctor(args: argparse.Namespace) -> int:
 
 def cache_build(args: argparse.Namespace) -> int:
     """Preprocess every volume of a datalist into a cache folder; a second call continues."""
-    from dinov2.data.cache_commands import build, default_workers
+    from dinov2.data.cache_commands import build
+    from dinov2.data.pool import default_workers
 
     workers = default_workers() if args.workers is None else args.workers
     return build(_datalist(args), args.cache_dir, args.max_gb, workers, say)
@@ -111,6 +112,38 @@ def split(args: argparse.Namespace) -> int:
     write_downstream_datalist(args.output, parts, args.seed)
     say(f"{args.output}: " + ", ".join(f"{len(items)} {name}" for name, items in parts.items()))
     return EXIT_OK
+
+
+def index(args: argparse.Namespace) -> int:
+    """List the volumes below folders, checked and described; what cannot be used is set aside with its reason."""
+    from dinov2.data.index.command import IndexRequest, merge, parse_shard
+    from dinov2.data.index.command import index as run_index
+    from dinov2.data.index.examine import ExamineOptions
+    from dinov2.data.index.metadata import compile_pattern
+    from dinov2.data.index.quality import Limits
+    from dinov2.data.pool import default_workers
+
+    request = IndexRequest(
+        output=args.output,
+        quarantine=args.quarantine,
+        limits=Limits(args.min_axis, args.max_nan),
+        examine=ExamineOptions(
+            pattern=compile_pattern(args.pattern) if args.pattern else None,
+            fourth_axis=args.fourth_axis,
+            spacing_mm=tuple(args.spacing) if args.spacing else None,
+            keep_ids=args.keep_ids,
+            id_salt=args.id_salt,
+        ),
+        shard=parse_shard(args.shard),
+        num_workers=default_workers() if args.workers is None else args.workers,
+    )
+    code = merge(args.folders, request, say) if args.merge else run_index(args.folders, request, say)
+    if code == EXIT_OK and args.report:
+        from dinov2.data.report import write_report
+
+        write_report(args.output, request.quarantine_path, args.report)
+        say(f"{args.report}: open it in a browser")
+    return code
 
 
 def checkpoint_inspect(args: argparse.Namespace) -> int:
@@ -176,6 +209,7 @@ def build_parser() -> argparse.ArgumentParser:
     action.add_argument("--output-dir", type=Path, default=Path("recipe_check"), help="folder of the pictures")
     action.set_defaults(function=recipe_check)
     _add_split(commands)
+    _add_index(commands)
     checkpoint = commands.add_parser("checkpoint", help="weights and training checkpoints in their forms")
     checkpoint = checkpoint.add_subparsers(required=True, metavar="ACTION")
     for name, function in (("inspect", checkpoint_inspect), ("export", checkpoint_export)):
@@ -202,6 +236,29 @@ def _add_split(commands: argparse._SubParsersAction) -> None:
     action.add_argument("--parts", type=Path, metavar="JSON", help="a fixed split: file names of training, validation and test")
     action.add_argument("--parts-key", metavar="KEY", help="the key of that file below which they are")
     action.set_defaults(function=split)
+
+
+def _add_index(commands: argparse._SubParsersAction) -> None:
+    action = commands.add_parser("index", help=index.__doc__.splitlines()[0])
+    action.add_argument(
+        "folders", type=Path, nargs="+", metavar="FOLDER", help="folders of volumes; with --merge: shards' lists"
+    )
+    action.add_argument("--output", type=Path, required=True, help="datalist to write; what was seen is kept beside it")
+    action.add_argument("--quarantine", type=Path, help="what was set aside; default: beside the list")
+    action.add_argument("--report", type=Path, help="an HTML page of what is in the list")
+    action.add_argument("--min-axis", type=int, default=8, help="fewest voxels along the smallest axis")
+    action.add_argument("--max-nan", type=float, default=0.0, help="share of voxels that may be NaN or infinite")
+    action.add_argument(
+        "--pattern", help="what the folders' names are: '{dataset}/{patient}/*_{modality}.nii.gz'; also {organ}"
+    )
+    action.add_argument("--fourth-axis", choices=("time", "channels", "refuse"), default="refuse", help="where no header says")
+    action.add_argument("--spacing", type=float, nargs=3, metavar="MM", help="of files that have none (NumPy)")
+    action.add_argument("--keep-ids", action="store_true", help="patients' ids as they are, instead of their hashes")
+    action.add_argument("--id-salt", default="", help="secret word of the hashes; the same for lists that are to be compared")
+    action.add_argument("--workers", type=int, help="processes; default: one per core; 0: this one")
+    action.add_argument("--shard", default="1/1", metavar="I/N", help="only the I-th of N parts")
+    action.add_argument("--merge", action="store_true", help="write one list of several shards'")
+    action.set_defaults(function=index)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

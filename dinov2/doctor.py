@@ -22,6 +22,8 @@ _OPTIONAL = {
     "nilearn": "the quick start's built-in template; without it use `dinov2 demo --data FOLDER`",
     "matplotlib": "pictures of the quick start",
     "tensorboard": "curves while training",
+    "pydicom": "DICOM series",
+    "SimpleITK": "NRRD, MetaImage and DICOM series",
 }
 
 

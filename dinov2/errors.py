@@ -13,7 +13,15 @@ class BadInput(ValueError):
 
 
 class BadVolume(BadInput):
-    """One volume of a list that cannot be used; it is named, counted and replaced, the run goes on."""
+    """One volume of a list that cannot be used; it is named, counted and replaced, the run goes on.
+
+    Attributes:
+        reason: One word for the index's quarantine (docs/datasets.md lists them).
+    """
+
+    def __init__(self, message: str, reason: str = "unreadable") -> None:
+        super().__init__(message)
+        self.reason = reason
 
 
 class LostRank(RuntimeError):

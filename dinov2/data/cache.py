@@ -22,6 +22,7 @@ from typing import Any, BinaryIO
 from dinov2.data.cache_file import DamagedItem, Item, encode, open_item
 from dinov2.data.datalist import Entry
 from dinov2.data.preprocess import PREPROCESSING, Volume
+from dinov2.data.volumes import all_source_files
 from dinov2.errors import BadInput
 
 logger = logging.getLogger(__name__)
@@ -31,7 +32,6 @@ MANIFEST = "cache.json"
 SUFFIX = ".vol"
 _SAMPLE_BYTES = 65536  # of the source's beginning and end; a gzip file's end holds the checksum of all of it
 _RECOUNT_S = 5.0
-_PAIRS = {".hdr": ".img", ".img": ".hdr"}  # NIfTI and Analyze in two files
 
 
 class VolumeCache:
@@ -203,11 +203,8 @@ def key_of(made_from: Any) -> str:
 
 def _fingerprint(path: Path) -> dict[str, Any]:
     digest = hashlib.blake2b(digest_size=16)
-    parts = [path, path.with_suffix(_PAIRS[path.suffix])] if path.suffix in _PAIRS else [path]
     stats = []
-    for part in parts:
-        if part != path and not part.exists():
-            continue
+    for part in all_source_files(path):
         with part.open("rb") as file:
             stat = os.fstat(file.fileno())
             digest.update(file.read(_SAMPLE_BYTES))

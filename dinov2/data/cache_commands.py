@@ -4,25 +4,20 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import shutil
-import signal
 from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from functools import lru_cache, partial
-from itertools import islice
-from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
 from tqdm import tqdm
 
 from dinov2.data.cache import VolumeCache
 from dinov2.data.cache_file import DamagedItem, open_item
 from dinov2.data.datalist import Datalist, Entry
+from dinov2.data.pool import unordered
 from dinov2.data.store import count_times, load_volume
 from dinov2.errors import EXIT_BAD_INPUT, EXIT_OK, EXIT_RESUMABLE, BadInput, BadVolume
 
@@ -211,35 +206,18 @@ def _open_cache(folder: Path, max_gb: float | None) -> VolumeCache:
     return VolumeCache(folder, max_gb)
 
 
-def _start_worker() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process ends the work
-    torch.set_num_threads(1)
-
-
 def _build_in_worker(folder: Path, max_gb: float | None, entry: Entry) -> Built:
     return _build_entry(_open_cache(folder, max_gb), entry)
 
 
 def _build_all(cache: VolumeCache, entries: list[Entry], num_workers: int) -> Iterator[Built]:
-    """Entries in any order, a few ahead per process so that a stop does not wait for the whole list."""
+    """Entries in any order."""
     if num_workers == 0:
         yield from (_build_entry(cache, e) for e in entries)
         return
     work = partial(_build_in_worker, cache.folder, None if cache.max_bytes is None else cache.max_bytes / GIB)
-    todo = iter(entries)
-    pool = ProcessPoolExecutor(num_workers, get_context("spawn"), _start_worker)
     try:
-        running: set[Future] = {pool.submit(work, e) for e in islice(todo, 2 * num_workers)}
-        while running:
-            finished, running = wait(running, return_when=FIRST_COMPLETED)
-            running |= {pool.submit(work, e) for e in islice(todo, len(finished))}
-            yield from (f.result() for f in finished)
+        yield from unordered(work, entries, num_workers)
     except BrokenProcessPool as err:
         what = "a worker died, most likely memory ran out: use fewer --workers; the same command goes on"
         raise BadInput(f"{cache.folder}: {what}") from err
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-
-
-def default_workers() -> int:
-    return len(os.sched_getaffinity(0))

@@ -127,12 +127,14 @@ def write_datalist(path: str | Path, items: Iterable[dict[str, Any]]) -> int:
         The number of entries.
     """
     path = Path(path)
-    folder = Path(os.path.abspath(path.parent))
-    rows = []
-    for item in items:
-        image = Path(os.path.abspath(item["image"]))
-        rows.append({**item, "image": str(image.relative_to(folder) if image.is_relative_to(folder) else image)})
+    folder, count = Path(os.path.abspath(path.parent)), 0
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text("[\n" + ",\n".join(json.dumps(r) for r in rows) + "\n]\n", encoding="utf-8")
+    with temporary.open("w", encoding="utf-8") as file:  # item by item: a list may be longer than memory allows
+        for item in items:
+            image = Path(os.path.abspath(item["image"]))
+            row = {**item, "image": str(image.relative_to(folder) if image.is_relative_to(folder) else image)}
+            file.write(("[\n" if count == 0 else ",\n") + json.dumps(row))
+            count += 1
+        file.write("\n]\n" if count else "[]\n")
     os.replace(temporary, path)
-    return len(rows)
+    return count

@@ -80,15 +80,8 @@ def preprocess(voxels: np.ndarray, spacing_mm: tuple[float, float, float], name:
     Raises:
         BadVolume: No finite voxel, or (nearly) constant.
     """
-    finite = np.isfinite(voxels)
-    if not finite.all():
-        if not finite.any():
-            raise BadVolume(f"{name}: no finite voxel")
-        voxels = np.where(finite, voxels, voxels[finite].mean(dtype=np.float64)).astype(np.float32)
-    low, high = np.percentile(voxels, PERCENTILES)
-    if not high > low:
-        same = "constant" if voxels.min() == voxels.max() else "constant but for less than 0.1 % of its voxels"
-        raise BadVolume(f"{name}: {same} (value {low:g})")
+    voxels = fill_non_finite(voxels, name)
+    low, high = intensity_range(voxels, name)
     voxels -= np.float32(low)
     voxels *= np.float32(2.0 / (high - low))
     voxels -= np.float32(1.0)
@@ -102,9 +95,40 @@ def preprocess(voxels: np.ndarray, spacing_mm: tuple[float, float, float], name:
     return Volume(torch.from_numpy(stored)[None], tuple(spacing), axis, box)
 
 
+def fill_non_finite(voxels: np.ndarray, name: str) -> np.ndarray:
+    """Non-finite voxels replaced by the mean of the finite ones; the same array where there are none.
+
+    Raises:
+        BadVolume: No finite voxel.
+    """
+    finite = np.isfinite(voxels)
+    if finite.all():
+        return voxels
+    if not finite.any():
+        raise BadVolume(f"{name}: no finite voxel", "non_finite")
+    return np.where(finite, voxels, voxels[finite].mean(dtype=np.float64)).astype(np.float32)
+
+
+def intensity_range(voxels: np.ndarray, name: str) -> tuple[float, float]:
+    """The percentiles that become -1 and 1.
+
+    Raises:
+        BadVolume: They are equal.
+    """
+    low, high = np.percentile(voxels, PERCENTILES)
+    if not high > low:
+        same = "constant" if voxels.min() == voxels.max() else "constant but for less than 0.1 % of its voxels"
+        raise BadVolume(f"{name}: {same} (value {low:g})", "constant")
+    return float(low), float(high)
+
+
 def foreground_box(voxels: np.ndarray) -> tuple[slice, slice, slice]:
     """Bounding box of the voxels > -1 of [H, W, D]."""
-    inside = voxels > -1
+    return bounding_box(voxels > -1)
+
+
+def bounding_box(inside: np.ndarray) -> tuple[slice, slice, slice]:
+    """Of the true cells of [H, W, D], at least one."""
     box = []
     for axis in range(3):
         along = inside.any(axis=tuple(a for a in range(3) if a != axis)).nonzero()[0]

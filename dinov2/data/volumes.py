@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import math
-import zlib
+import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import nibabel as nib
 import numpy as np
-from nibabel.filebasedimages import ImageFileError
-from nibabel.spatialimages import HeaderDataError
 
 from dinov2.data.datalist import Entry
+from dinov2.data.dicom import dicom_files, is_dicom, open_series
+from dinov2.data.readers import (
+    ITK_SUFFIXES,
+    NIBABEL_SUFFIXES,
+    NUMPY_SUFFIXES,
+    READ_ERRORS,
+    ImageFile,
+    first_line,
+    open_itk,
+    open_nibabel,
+    open_numpy,
+    source_files,
+)
 from dinov2.errors import BadVolume
-
-# what reading a damaged, truncated or foreign file raises
-_READ_ERRORS = (OSError, EOFError, zlib.error, ImageFileError, HeaderDataError, ValueError, MemoryError, OverflowError)
 
 
 @dataclass(frozen=True)
@@ -26,12 +34,14 @@ class RawVolume:
 
     Attributes:
         path: The file.
+        image: Its header.
         spacing_mm: Of the first three axes.
         num_times: Length of the time axis; 1 without one.
+        channel: Which channel is read; None without channels.
     """
 
     path: str
-    image: Any
+    image: ImageFile
     spacing_mm: tuple[float, float, float]
     num_times: int
     channel: int | None
@@ -42,12 +52,42 @@ class RawVolume:
         Raises:
             BadVolume: The file is damaged.
         """
-        fourth = time if self.channel is None else self.channel
-        index = (slice(None),) * 3 + (fourth, *[0] * len(self.image.shape))[: len(self.image.shape) - 3]
         try:
-            return np.array(self.image.dataobj[index], dtype=np.float32)
-        except _READ_ERRORS as err:
-            raise BadVolume(f"{self.path}: cannot be read: {_first_line(err)}") from err
+            return self.image.read(time if self.channel is None else self.channel)
+        except BadVolume:
+            raise
+        except READ_ERRORS as err:
+            raise BadVolume(f"{self.path}: cannot be read: {first_line(err)}", _reason(err)) from err
+
+
+def open_image(path: str) -> ImageFile:
+    """Open a file of any supported format by its name; without a known ending, by its first bytes.
+
+    Raises:
+        BadVolume: Missing, of no such format, damaged, or shorter than its header says.
+    """
+    try:
+        return _opener(path)(path)
+    except BadVolume:
+        raise
+    except READ_ERRORS as err:
+        if not Path(path).exists():
+            raise BadVolume(f"{path}: no such file", "missing") from err
+        if not os.access(path, os.R_OK, effective_ids=True):  # nibabel does not tell
+            raise BadVolume(f"{path}: permission denied", "permission") from err
+        raise BadVolume(f"{path}: cannot be opened: {first_line(err)}", _reason(err)) from err
+
+
+def _opener(path: str) -> Callable[[str], ImageFile]:
+    name = path.lower()
+    for suffixes, opener in ((NIBABEL_SUFFIXES, open_nibabel), (ITK_SUFFIXES, open_itk), (NUMPY_SUFFIXES, open_numpy)):
+        if name.endswith(suffixes):
+            return opener
+    return open_series if is_dicom(path) else open_nibabel
+
+
+def _reason(err: BaseException) -> str:
+    return "permission" if isinstance(err, PermissionError) else "truncated" if isinstance(err, EOFError) else "unreadable"
 
 
 def open_volume(entry: Entry) -> RawVolume:
@@ -56,59 +96,50 @@ def open_volume(entry: Entry) -> RawVolume:
     Raises:
         BadVolume: Missing, not an image, not 3D or 4D, a fourth axis that nothing explains, no usable spacing.
     """
+    return raw_volume(entry, open_image(entry.image))
+
+
+def raw_volume(entry: Entry, image: ImageFile) -> RawVolume:
+    """What an entry makes of its opened file.
+
+    Raises:
+        BadVolume: As of `open_volume`.
+    """
     path = entry.image
-    try:
-        image = nib.load(path)
-        zooms = _stored_zooms(image)
-        shape = tuple(int(s) for s in image.shape)
-        dtype = image.get_data_dtype()
-    except _READ_ERRORS as err:
-        missing = not Path(path).exists()
-        raise BadVolume(f"{path}: {'no such file' if missing else 'cannot be opened: ' + _first_line(err)}") from err
+    shape, dtype = image.shape, image.dtype
     if not np.issubdtype(dtype, np.number) or np.issubdtype(dtype, np.complexfloating):
-        raise BadVolume(f"{path}: voxels of type {dtype} are not real numbers (colour and complex images are not supported)")
+        what = f"voxels of type {dtype} are not real numbers (colour and complex images are not supported)"
+        raise BadVolume(f"{path}: {what}", "not_real_numbers")
     while len(shape) > 3 and shape[-1] == 1:  # trailing axes of length 1 carry nothing
         shape = shape[:-1]
     if len(shape) not in (3, 4):
-        raise BadVolume(f"{path}: has {len(shape)} axes {shape}, expected 3, or 4 with time or channels last")
+        what = f"has {len(shape)} axes {shape}, expected 3, or 4 with time or channels last"
+        raise BadVolume(f"{path}: {what}", "axes")
     num_times, channel = 1, None
     if len(shape) == 4:
-        num_times, channel = _fourth_axis(entry, shape[3], zooms[3] if len(zooms) > 3 else 0.0)
-    spacing = entry.spacing_mm or zooms[:3]
+        num_times, channel = _fourth_axis(entry, image, shape[3])
+    spacing = entry.spacing_mm or image.spacing[:3]
+    if not spacing:
+        raise BadVolume(f"{path}: the format has no spacing: add it (mm) to the datalist's entry", "spacing")
     if not all(math.isfinite(s) and s > 0 for s in spacing):
-        raise BadVolume(f"{path}: spacing {tuple(spacing)} is not positive: correct the header or the datalist's spacing")
+        what = f"spacing {tuple(spacing)} is not positive: correct the header or the datalist's spacing"
+        raise BadVolume(f"{path}: {what}", "spacing")
     if min(shape) == 0:
-        raise BadVolume(f"{path}: is empty, shape {shape}")
+        raise BadVolume(f"{path}: is empty, shape {shape}", "axes")
     return RawVolume(path, image, tuple(spacing), num_times, channel)
 
 
-def _stored_zooms(image: Any) -> tuple[float, ...]:
-    """Spacings as the file has them; nibabel's own reader replaces a zero by 1."""
-    if not isinstance(image.header, nib.Nifti1Header):
-        return tuple(float(z) for z in image.header.get_zooms())
-    holder = image.file_map.get("header", image.file_map["image"])
-    with holder.get_prepare_fileobj("rb") as file:
-        header = type(image.header).from_fileobj(file, check=False)
-    return tuple(float(z) for z in header.get_zooms())
-
-
-def _fourth_axis(entry: Entry, length: int, spacing: float) -> tuple[int, int | None]:
+def _fourth_axis(entry: Entry, image: ImageFile, length: int) -> tuple[int, int | None]:
     """(time points, channel) of a 4D file."""
-    if entry.axes == "xyzc":
+    if entry.axes == "xyzc" or (entry.axes is None and image.is_channels):
         channel = entry.channel or 0
         if channel >= length:
-            raise BadVolume(f"{entry.image}: channel {channel} of {length}: correct the datalist's channel")
+            raise BadVolume(f"{entry.image}: channel {channel} of {length}: correct the datalist's channel", "axes")
         return 1, channel
-    if entry.axes == "xyzt" or spacing > 0:
+    if entry.axes == "xyzt" or (len(image.spacing) > 3 and image.spacing[3] > 0):
         return length, None
-    raise BadVolume(
-        f'{entry.image}: fourth axis of {length} is neither time nor channels: add "axes": "xyzt", or "axes": "xyzc" '
-        'and "channel", to its datalist entry'
-    )
-
-
-def _first_line(err: BaseException) -> str:
-    return (str(err).splitlines() or [type(err).__name__])[0] or type(err).__name__
+    what = 'add "axes": "xyzt", or "axes": "xyzc" and "channel", to its datalist entry'
+    raise BadVolume(f"{entry.image}: fourth axis of {length} is neither time nor channels: {what}", "axes")
 
 
 def describe(path: str | Path) -> dict[str, Any]:
@@ -117,10 +148,12 @@ def describe(path: str | Path) -> dict[str, Any]:
     Raises:
         BadVolume: It cannot be opened.
     """
-    try:
-        image = nib.load(path)
-        zooms = _stored_zooms(image)
-        shape = [int(s) for s in image.shape]
-    except _READ_ERRORS as err:
-        raise BadVolume(f"{path}: cannot be opened: {_first_line(err)}") from err
-    return {"image": str(path), "shape": shape, "spacing": [round(float(z), 6) for z in zooms[:3]]}
+    image = open_image(str(path))
+    return {"image": str(path), "shape": list(image.shape), "spacing": [round(z, 6) for z in image.spacing[:3]]}
+
+
+def all_source_files(path: Path) -> list[Path]:
+    """Every file that a volume is made from, `path` first; of a DICOM slice, the other DICOM files of its folder too."""
+    if not str(path).lower().endswith((*NIBABEL_SUFFIXES, *ITK_SUFFIXES, *NUMPY_SUFFIXES)) and is_dicom(path):
+        return [path, *(Path(p) for p in dicom_files(path.parent) if p != str(path))]
+    return [path, *source_files(path)]

@@ -173,6 +173,22 @@ def test_a_classifications_image_is_resized(tmp_path: Path) -> None:
     assert case.image.shape == (1, 8, 9, 7) and case.label is None
 
 
+def test_a_case_stored_as_nrrd_is_prepared_and_overlays_its_file(tmp_path: Path) -> None:
+    """LA-SEG and TDSC-ABUS; the label map is found against the same case as NIfTI."""
+    sitk = pytest.importorskip("SimpleITK")
+    item = saved_case(tmp_path, "PIR", (0.8, 1.0, 2.5))
+    as_nrrd = []
+    for path in (item.images[0], item.label):
+        as_nrrd.append(path.replace(".nii.gz", ".nrrd"))
+        sitk.WriteImage(sitk.ReadImage(path), as_nrrd[-1])
+    case = prepare_case(Item((as_nrrd[0],), as_nrrd[1], "one"), LIVER)
+    expected = prepare_case(item, LIVER)
+    assert torch.equal(case.image, expected.image) and torch.equal(case.label, expected.label)
+    back, truth = restore_prediction(case.label, case), nib.load(item.label)
+    assert np.array_equal(np.asanyarray(back.dataobj), np.asanyarray(truth.dataobj))
+    assert np.allclose(back.affine, truth.affine, atol=1e-5)
+
+
 # ---------------------------------------------------------------------- what cannot be used
 
 

@@ -1,0 +1,1 @@
+"""Folders to a datalist: walk -> examine (headers, voxels, metadata) -> judge -> list and quarantine; one file per arrow."""

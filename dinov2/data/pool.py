@@ -1,0 +1,89 @@
+"""Work on many items by several processes: results as they come, a few items ahead, so that a stop does not wait for all."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from itertools import islice
+from multiprocessing import get_context
+from typing import Any
+
+import torch
+
+
+def default_workers() -> int:
+    """One process per core that this one may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def _start_worker() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process ends the work
+    torch.set_num_threads(1)
+
+
+def unordered(
+    work: Callable[[Any], Any],
+    items: Iterable[Any],
+    num_workers: int,
+    on_death: Callable[[Any], Any] | None = None,
+) -> Iterator[Any]:
+    """Results of `work` for every item, in any order; 0 workers: in this process.
+
+    Args:
+        work: A function that can be pickled, of an item.
+        items: Taken as they are needed, two ahead per process.
+        num_workers: Processes.
+        on_death: Makes the result of an item whose process died (out of memory, a crash of a library); it is tried once more
+            alone before. None lets the error through.
+
+    Raises:
+        BrokenProcessPool: A process died and there is no `on_death`.
+    """
+    if num_workers == 0:
+        yield from map(work, items)
+        return
+    todo = iter(items)
+    while True:
+        suspects: list[Any] = []
+        for item, future in _run(work, todo, num_workers):
+            if not isinstance(future.exception(), BrokenProcessPool):
+                yield future.result()
+            elif on_death is None:
+                raise future.exception()
+            else:
+                suspects.append(item)
+        if not suspects:
+            return
+        for item in suspects:
+            [(_, future)] = _run(work, iter([item]), 1)
+            yield on_death(item) if isinstance(future.exception(), BrokenProcessPool) else future.result()
+
+
+def _run(work: Callable[[Any], Any], todo: Iterator[Any], num_workers: int) -> Iterator[tuple[Any, Future]]:
+    """Finished items with their futures, until all are done or the processes broke (then those in flight, failed)."""
+    pool = ProcessPoolExecutor(num_workers, get_context("spawn"), _start_worker)
+    running: dict[Future, Any] = {}
+
+    def hand_out(count: int) -> None:
+        for item in islice(todo, count):
+            try:
+                running[pool.submit(work, item)] = item
+            except BrokenProcessPool as err:  # broke since the last result
+                failed: Future = Future()
+                failed.set_exception(err)
+                running[failed] = item
+
+    try:
+        hand_out(2 * num_workers)
+        broken = False
+        while running:
+            finished, _ = wait(running, return_when=FIRST_COMPLETED)
+            for future in finished:
+                yield running.pop(future), future
+                broken = broken or isinstance(future.exception(), BrokenProcessPool)
+            hand_out(0 if broken else len(finished))
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
