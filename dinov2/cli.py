@@ -91,6 +91,29 @@ def cache_stats(args: argparse.Namespace) -> int:
     return stats(_datalist(args), args.cache_dir, say)
 
 
+def recipe_check(args: argparse.Namespace) -> int:
+    """Load and draw three cases of a downstream dataset, and say what looks wrong with its recipe or data."""
+    from dinov2.data.recipe_check import check_recipe
+
+    return check_recipe(args.recipe, args.base_data_dir, args.output_dir, say)
+
+
+def split(args: argparse.Namespace) -> int:
+    """Write a downstream datalist: a seeded split by patients of a folder of images and one of label maps."""
+    from dinov2.data.downstream import write_downstream_datalist
+    from dinov2.data.split import counts_of_fractions, find_pairs, read_parts, split_as_listed, split_patients
+
+    rows = find_pairs(args.images, args.labels, args.patient)
+    if args.parts:
+        parts = split_as_listed(rows, read_parts(args.parts, args.parts_key))
+    else:
+        counts = counts_of_fractions(len({row["patient"] for row in rows}), args.fractions)
+        parts = split_patients(rows, counts, args.seed)
+    write_downstream_datalist(args.output, parts, args.seed)
+    say(f"{args.output}: " + ", ".join(f"{len(items)} {name}" for name, items in parts.items()))
+    return EXIT_OK
+
+
 def index(args: argparse.Namespace) -> int:
     """List the volumes below folders, checked and described; what cannot be used is set aside with its reason."""
     from dinov2.data.index.command import IndexRequest, merge, parse_shard
@@ -193,6 +216,13 @@ def build_parser() -> argparse.ArgumentParser:
         if name == "verify":
             action.add_argument("--remove", action="store_true", help="remove damaged files, so that they are made anew")
         action.set_defaults(function=function)
+    recipe = commands.add_parser("recipe", help="downstream datasets").add_subparsers(required=True, metavar="ACTION")
+    action = recipe.add_parser("check", help=recipe_check.__doc__.splitlines()[0])
+    action.add_argument("recipe", help="YAML file, or a name of configs/eval/datasets")
+    action.add_argument("--base-data-dir", type=Path, required=True, help="folder of <dataset>_100_datalist.json")
+    action.add_argument("--output-dir", type=Path, default=Path("recipe_check"), help="folder of the pictures")
+    action.set_defaults(function=recipe_check)
+    _add_split(commands)
     _add_corpus(commands)
     checkpoint = commands.add_parser("checkpoint", help="weights and training checkpoints in their forms")
     checkpoint = checkpoint.add_subparsers(required=True, metavar="ACTION")
@@ -205,6 +235,21 @@ def build_parser() -> argparse.ArgumentParser:
             action.add_argument("--no-heads", action="store_true", help="the backbone alone")
         action.set_defaults(function=function)
     return parser
+
+
+def _add_split(commands: argparse._SubParsersAction) -> None:
+    action = commands.add_parser("split", help=split.__doc__.splitlines()[0])
+    action.add_argument("--images", type=Path, required=True, help="folder of images; nnU-Net's imagesTr too")
+    action.add_argument("--labels", type=Path, required=True, help="folder of label maps named as the images; labelsTr too")
+    action.add_argument("--output", type=Path, required=True, help="the list: <dataset>_100_datalist.json")
+    action.add_argument("--seed", type=int, default=0, help="of the split and of the training list's order")
+    fractions = {"nargs": 3, "default": [0.7, 0.1, 0.2], "metavar": ("TRAINING", "VALIDATION", "TEST")}
+    action.add_argument("--fractions", type=float, help="of the patients; default: 0.7 0.1 0.2", **fractions)
+    patient = "regular expression whose group is the patient in a file name; default: sub-... (BIDS), else a file is a patient"
+    action.add_argument("--patient", metavar="PATTERN", help=patient)
+    action.add_argument("--parts", type=Path, metavar="JSON", help="a fixed split: file names of training, validation and test")
+    action.add_argument("--parts-key", metavar="KEY", help="the key of that file below which they are")
+    action.set_defaults(function=split)
 
 
 def _add_corpus(commands: argparse._SubParsersAction) -> None:

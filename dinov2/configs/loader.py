@@ -49,13 +49,13 @@ def config_keys(node: Any = Config, prefix: str = "") -> Iterator[tuple[str, dat
             yield prefix + f.name, f
 
 
-def _explain(err: OmegaConfBaseException, source: str) -> ConfigError:
+def _explain(err: OmegaConfBaseException, source: str, schema: type) -> ConfigError:
     """One line from OmegaConf's several, with the nearest valid key where the key is what is wrong."""
     problem = str(err).splitlines()[0].rstrip(".")
     full_key = getattr(err, "full_key", "") or ""
-    leaves = [k for k, _ in config_keys()]
+    leaves = [k for k, _ in config_keys(schema)]
     known = leaves + list(dict.fromkeys(k[:i] for k in leaves for i, c in enumerate(k) if c == "."))
-    if full_key and full_key not in known:
+    if full_key and full_key not in known and not full_key.startswith(tuple(k + c for k in leaves for c in ".[")):
         return ConfigError(f"{source}: unknown key {full_key!r}{nearest(full_key, known)}")
     if "Merge error" in problem:
         return ConfigError(f"{source}: a section was given a plain value where it needs keys ({problem})")
@@ -92,6 +92,36 @@ def _read_overrides(overrides: Sequence[str]) -> DictConfig:
         raise ConfigError(f"overrides {list(overrides)}: {' '.join(str(err).split())}") from err
 
 
+def _merge(schema: type, layers: Sequence[tuple[str, DictConfig]]) -> DictConfig:
+    """A schema's defaults, and over them each (source, content) in turn; a mistake is named with its source."""
+    cfg = OmegaConf.structured(schema)
+    for source, layer in layers:
+        try:
+            cfg = OmegaConf.merge(cfg, layer)
+            OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)  # finds bad interpolations
+        except OmegaConfBaseException as err:
+            raise _explain(err, source, schema) from err
+    return cfg
+
+
+def _build(cfg: DictConfig, layers: Sequence[tuple[str, DictConfig]]) -> Any:
+    """The dataclasses of a merged configuration, whose `__post_init__` hold the rules."""
+    try:
+        return OmegaConf.to_object(cfg)
+    except ConfigError as err:
+        raise ConfigError(f"{err} ({' + '.join(s for s, _ in layers) or 'defaults'})") from err
+
+
+def load_typed(schema: type, path: Path) -> Any:
+    """A YAML file as an object of another dataclass schema, as strict as the configuration.
+
+    Raises:
+        ConfigError: As `load_and_merge_config_3d`.
+    """
+    layers = _file_layers(path)
+    return _build(_merge(schema, layers), layers)
+
+
 def load_and_merge_config_3d(name_or_path: str | Path | None = None, overrides: Sequence[str] | None = None) -> DictConfig:
     """The merged configuration, typed, checked and read-only.
 
@@ -103,22 +133,13 @@ def load_and_merge_config_3d(name_or_path: str | Path | None = None, overrides: 
     Raises:
         ConfigError: Unknown file, key or value, wrong type, or keys that do not go together; one line.
     """
-    cfg, source = OmegaConf.structured(Config), "defaults"
     layers = []
     if name_or_path is not None:
         layers += _file_layers(find_config(name_or_path))
     if overrides:
         layers.append(("command line", _read_overrides(overrides)))
-    for source, layer in layers:
-        try:
-            cfg = OmegaConf.merge(cfg, layer)
-            OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)  # finds bad interpolations
-        except OmegaConfBaseException as err:
-            raise _explain(err, source) from err
-    try:
-        OmegaConf.to_object(cfg)  # builds the dataclasses, whose __post_init__ hold the rules
-    except ConfigError as err:
-        raise ConfigError(f"{err} ({' + '.join(s for s, _ in layers) or source})") from err
+    cfg = _merge(Config, layers)
+    _build(cfg, layers)
     OmegaConf.set_readonly(cfg, True)
     return cfg
 

@@ -88,35 +88,39 @@ class VolumeCache:
         source = self._source(entry)
         if source is None:
             return None
-        return hashlib.blake2b(json.dumps([source, time_point], sort_keys=True).encode(), digest_size=20).hexdigest()
+        return key_of([source, time_point])
 
     def _source(self, entry: Entry) -> dict[str, Any] | None:
         """File name, size, time and a sample of the content, once per process; and what the list says of it.
 
         The folder's path is left out, so that a copied data set (with its file times) finds its cache.
         """
-        if entry.image not in self._fingerprints:
-            try:
-                self._fingerprints[entry.image] = _fingerprint(Path(entry.image))
-            except OSError:
-                self._fingerprints[entry.image] = None  # loading it will say what is wrong
-        file = self._fingerprints[entry.image]
+        file = self.fingerprint(entry.image)
         if file is None:
             return None
         return {"file": file, "spacing": entry.spacing_mm, "axes": entry.axes, "channel": entry.channel}
 
+    def fingerprint(self, path: str) -> dict[str, Any] | None:
+        """What tells a source file's content, read once per process; None where it cannot be read."""
+        if path not in self._fingerprints:
+            try:
+                self._fingerprints[path] = _fingerprint(Path(path))
+            except OSError:
+                self._fingerprints[path] = None  # loading it will say what is wrong
+        return self._fingerprints[path]
+
     def num_times(self, entry: Entry) -> int | None:
         """Time points of an entry, from its first cached one; None where that is not there."""
-        item = self._open(entry, 0)
+        item = self.open(self.key(entry, 0), entry.image)
         return None if item is None else item.header["source"]["num_times"]
 
     def load(self, entry: Entry, time_point: int) -> Volume | None:
         """A cached volume; None where it is not there, or is damaged (which is said)."""
-        item = self._open(entry, time_point)
+        item = self.open(self.key(entry, time_point), entry.image)
         return None if item is None else item.volume()
 
-    def _open(self, entry: Entry, time_point: int) -> Item | None:
-        key = self.key(entry, time_point)
+    def open(self, key: str | None, name: str) -> Item | None:
+        """A cached file whose checksum holds; None where it is not there, or is damaged (which is said, of `name`)."""
         if key is None:
             return None
         path = self.path(key)
@@ -128,19 +132,24 @@ class VolumeCache:
             return None
         except (DamagedItem, OSError) as err:
             what = "%s: the cached volume of %s %s; made anew from its source"
-            logger.warning(what, path, entry.image, err if isinstance(err, DamagedItem) else f"cannot be read ({err.strerror})")
+            logger.warning(what, path, name, err if isinstance(err, DamagedItem) else f"cannot be read ({err.strerror})")
             return None
 
     def store(self, entry: Entry, time_point: int, num_times: int, volume: Volume) -> int:
-        """Keep a volume; returns its bytes, 0 where it was not written.
+        """Keep a volume; returns its bytes, 0 where it was not written."""
+        return self.write(
+            self.key(entry, time_point), volume, {"image": entry.image, "time": time_point, "num_times": num_times}
+        )
+
+    def write(self, key: str | None, volume: Volume, source: dict[str, Any]) -> int:
+        """Keep what was made from `source` (JSON types) under a key; returns its bytes, 0 where it was not written.
 
         Another process that writes the same one, a full disk, a folder that may only be read or is as large as allowed, are
         no errors: the last three are said once, and nothing more is written.
         """
-        key = self.key(entry, time_point)
         if key is None or self._why_not_written:
             return 0
-        data = encode(volume, {"image": entry.image, "time": time_point, "num_times": num_times})
+        data = encode(volume, source)
         if self.max_bytes is not None and self._size() + len(data) > self.max_bytes:
             self._stop_writing(f"has reached its limit of {self.max_bytes / 2**30:.3g} GiB")
             return 0
@@ -185,6 +194,11 @@ class VolumeCache:
                     path.unlink()
                     count += 1
         return count
+
+
+def key_of(made_from: Any) -> str:
+    """A key from all that something is made from (JSON types)."""
+    return hashlib.blake2b(json.dumps(made_from, sort_keys=True).encode(), digest_size=20).hexdigest()
 
 
 def _fingerprint(path: Path) -> dict[str, Any]:

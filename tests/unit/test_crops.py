@@ -1,0 +1,151 @@
+"""Training crops: deterministic, inside the volume, image and label turned alike, augmented as the recipe says."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from dinov2.data.cases import Case
+from dinov2.data.crops import is_smaller, training_crops
+from dinov2.data.downstream import Item
+from dinov2.data.grids import GridMap
+from dinov2.data.recipes import Recipe, Training, load_recipe
+from dinov2.data.streams import Kind, stream
+
+SHAPE = (13, 11, 9)
+PLAIN = Training(crops_per_volume=4)
+
+
+def recipe(**train: object) -> Recipe:
+    return Recipe(classes={0: "background", 1: "organ"}, train=dataclasses.replace(PLAIN, **train), name="r")
+
+
+def case(label: torch.Tensor | None = None, shape: tuple[int, int, int] = SHAPE) -> Case:
+    """Every voxel of the image has its own value above -1, and by default the label says which it is."""
+    count = math.prod(shape)
+    number = torch.arange(count).reshape(1, *shape)
+    image = number.float() / count - 0.5
+    return Case(
+        Item(("a",), "b", "one"),
+        torch.cat([image, image / 2]),
+        number.to(torch.int16) if label is None else label,
+        GridMap(shape, np.eye(4), "RAS", None),
+    )
+
+
+def value_of(label: torch.Tensor, shape: tuple[int, int, int] = SHAPE) -> torch.Tensor:
+    return label.float() / math.prod(shape) - 0.5
+
+
+def draw(index: int) -> np.random.Generator:
+    return stream(7, Kind.SAMPLE, index)
+
+
+@pytest.mark.parametrize("crop", ["random", "pos_neg"])
+def test_image_and_label_stay_voxel_by_voxel_together(crop: str) -> None:
+    """Whatever flips and turns came: each voxel of the image, of both channels, still has the value of its label."""
+    kinds = set()
+    for i in range(30):
+        for made in training_crops(case(), recipe(crop=crop, flip_p=0.5, rot90_p=0.5), 5, draw(i)):
+            assert made["image"].shape == (2, 5, 5, 5) and made["label"].shape == (1, 5, 5, 5)
+            assert torch.equal(made["image"][:1], value_of(made["label"])) and torch.equal(
+                made["image"][1:] * 2, made["image"][:1]
+            )
+            kinds.add(tuple(int(made["label"].long().diff(dim=d).flatten()[0]) for d in (1, 2, 3)))
+    assert len(kinds) == 16  # 8 flips, each with the first two axes in place or swapped
+
+
+def test_the_same_stream_gives_the_same_crops_and_another_gives_others() -> None:
+    everything = recipe(crop="pos_neg", flip_p=0.5, rot90_p=0.5, scale=0.1, shift=0.1)
+    one, same, other = (training_crops(case(), everything, 5, draw(i)) for i in (3, 3, 4))
+    for a, b, c in zip(one, same, other, strict=True):
+        assert torch.equal(a["image"], b["image"]) and torch.equal(a["label"], b["label"])
+        assert not torch.equal(a["image"], c["image"])
+
+
+def test_random_crops_reach_every_place() -> None:
+    starts = [set(), set(), set()]
+    for i in range(150):
+        for made in training_crops(case(), recipe(), 5, draw(i)):
+            first = np.unravel_index(int(made["label"][0, 0, 0, 0]), SHAPE)
+            for axis in range(3):
+                starts[axis].add(int(first[axis]))
+    assert starts == [set(range(n - 5 + 1)) for n in SHAPE]
+
+
+def test_half_of_the_pos_neg_crops_are_centred_on_a_label_and_none_on_the_air_around() -> None:
+    label = torch.zeros(1, 31, 31, 31, dtype=torch.int16)
+    label[0, 15, 15, 15] = 1
+    made = case(label, (31, 31, 31))
+    made.image[:, :10] = -1  # air
+    centres = [
+        (c["label"][0, 2, 2, 2].item(), c["image"][0, 2, 2, 2].item())
+        for i in range(100)
+        for c in training_crops(made, recipe(crop="pos_neg"), 5, draw(i))
+    ]
+    assert 0.42 < sum(labelled for labelled, _ in centres) / 400 < 0.58
+    # a centre in air can only come from the volume's own border, which shifts the crop
+    assert all(value > -1 for _, value in centres)
+
+
+def test_a_case_without_a_label_of_the_wanted_kind_takes_the_other() -> None:
+    for value in (0, 1):
+        made = training_crops(case(torch.full((1, *SHAPE), value, dtype=torch.int16)), recipe(crop="pos_neg"), 5, draw(0))
+        assert len(made) == 4
+
+
+@pytest.mark.parametrize("crop", ["random", "pos_neg"])
+def test_a_volume_smaller_than_the_crop_is_padded_on_both_sides_with_background(crop: str) -> None:
+    small = case(shape=(4, 9, 3))
+    assert is_smaller(small, 7) and not is_smaller(small, 3)
+    for made in training_crops(small, recipe(crop=crop), 7, draw(0)):
+        inside = made["image"][0] > -1
+        assert inside.any((1, 2)).tolist() == [False, False, True, True, True, True, False]  # 2 of 3 before
+        assert inside.any((0, 1)).tolist() == [False, False, True, True, True, False, False]
+        assert not made["label"][0][~inside].any() and (made["image"][:, ~inside] == -1).all()
+
+
+def test_foreground_crops_leave_out_the_air_around() -> None:
+    made = case()
+    made.image[:, :3], made.image[:, :, 8:] = -1, -1
+    inside = recipe(foreground_crop=True)
+    values = torch.cat([c["image"][0].flatten() for i in range(40) for c in training_crops(made, inside, 3, draw(i))])
+    assert (values > -1).all()
+
+
+def test_intensities_are_scaled_and_shifted_within_range_and_as_often_as_said() -> None:
+    def lines(**train: float) -> np.ndarray:
+        """Slope and offset against the label's value, a row per crop."""
+        rows = []
+        for i in range(60):
+            for made in training_crops(case(), recipe(**train), 5, draw(i)):
+                rows.append(np.polyfit(value_of(made["label"]).flatten().numpy(), made["image"][0].flatten().numpy(), 1))
+        return np.array(rows)
+
+    scaled = lines(scale=0.1)
+    assert np.abs(scaled[:, 0] - 1).max() <= 0.1 + 1e-4 and scaled[:, 0].min() < 0.92 and scaled[:, 0].max() > 1.08
+    assert np.abs(scaled[:, 1]).max() < 1e-4
+    shifted = lines(shift=0.2, shift_p=0.5)
+    assert np.abs(shifted[:, 0] - 1).max() < 1e-3 and 0.15 < np.abs(shifted[:, 1]).max() <= 0.2 + 1e-4
+    assert 0.38 < (np.abs(shifted[:, 1]) > 1e-4).mean() < 0.62
+
+
+@pytest.mark.parametrize("axes", [[0], [1, 2]])
+def test_only_the_axes_that_may_be_flipped_are(axes: list[int]) -> None:
+    steps = torch.tensor([11 * 9, 9, 1])
+    flipped = torch.zeros(3, dtype=torch.bool)
+    for i in range(20):
+        for made in training_crops(case(), recipe(flip_p=0.5, flip_axes=axes), 5, draw(i)):
+            along = torch.tensor([int(made["label"].long().diff(dim=d).flatten()[0]) for d in (1, 2, 3)])
+            flipped |= along == -steps
+    assert flipped.nonzero().flatten().tolist() == axes
+
+
+@pytest.mark.parametrize("name", ["BTCV", "BraTS", "LA-SEG", "TDSC-ABUS", "MSD-Hippocampus"])
+def test_every_shipped_recipe_makes_its_crops(name: str) -> None:
+    made = training_crops(case(), load_recipe(name), 5, draw(0))
+    assert len(made) == 4 and all(c["image"].dtype == torch.float32 and c["label"].dtype == torch.int16 for c in made)
