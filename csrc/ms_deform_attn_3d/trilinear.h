@@ -71,12 +71,14 @@ HOST_DEVICE bool locate(const Level& level, const T* location, Cell<T>* cell) {
          locate_axis(location[2], level.size[2], &cell->axes[2]);
 }
 
-// Rows of `value` at the cell's corners, and their weights; D runs fastest, then W, then H.
+// Where the cell's corners lie in memory, `stride` elements from one row of `value` to the next; D runs fastest, then W, then
+// H.
 template <typename T>
-HOST_DEVICE void corner_rows(const Level& level, const Cell<T>& cell, int64_t rows[8]) {
+HOST_DEVICE void corner_offsets(const Level& level, const Cell<T>& cell, int64_t stride, int64_t offsets[8]) {
+  const int64_t step_w = level.size[2] * stride, step_h = level.size[1] * step_w;
   for (int k = 0; k < 8; ++k) {
-    const int64_t h = cell.axes[0].index[k >> 2], w = cell.axes[1].index[k >> 1 & 1], d = cell.axes[2].index[k & 1];
-    rows[k] = level.start + (h * level.size[1] + w) * level.size[2] + d;
+    offsets[k] = level.start * stride + cell.axes[0].index[k >> 2] * step_h + cell.axes[1].index[k >> 1 & 1] * step_w +
+                 cell.axes[2].index[k & 1] * stride;
   }
 }
 

@@ -53,7 +53,7 @@ def ms_deform_attn_3d(
     """
     dtype = _sum_dtype(value)
     locations, weights = sampling_locations.to(dtype), attention_weights.to(dtype)
-    if _is_compiled(value.device.type):
+    if value.device.type in COMPILED_FOR:
         return torch.ops.dinov2.ms_deform_attn_3d(value, _flatten(spatial_shapes), locations, weights)
     if not torch.compiler.is_compiling():
         _say_reference(value.device.type)
@@ -75,11 +75,9 @@ def ms_deform_attn_3d_reference(
     for level, (size, voxels) in enumerate(zip(spatial_shapes, levels, strict=True)):
         volumes = voxels.permute(0, 2, 3, 1).reshape(b * m, c, *size)
         grid = _to_grid(finite[:, :, :, level]).transpose(1, 2).reshape(b * m, q, p, 1, 3)
-        if grid.numel() == 0:  # grid_sample refuses an empty batch
-            continue
-        samples = F.grid_sample(volumes, grid, mode="bilinear", padding_mode="zeros", align_corners=False)  # [B*M, C, Q, P, 1]
+        samples = _sample(volumes, grid)  # [B*M, C, Q, P]
         level_weights = weights[:, :, :, level].transpose(1, 2).reshape(b * m, 1, q, p)
-        out = out + (samples.squeeze(-1) * level_weights).sum(-1)  # [B*M, C, Q]
+        out = out + (samples * level_weights).sum(-1)  # [B*M, C, Q]
     return out.view(b, m * c, q).transpose(1, 2).to(value.dtype)  # [B, Q, M*C]
 
 
@@ -108,13 +106,11 @@ def check_arguments(value: Tensor, sizes: Sequence[int], locations: Tensor, weig
         )
 
 
-def _is_compiled(device_type: str) -> bool:
-    return implementation(device_type)[0]
-
-
 @lru_cache
 def _say_reference(device_type: str) -> None:
-    logger.warning("3D deformable attention on %s runs in plain PyTorch, slower: %s", device_type, implementation(device_type)[1])
+    logger.warning(
+        "3D deformable attention on %s runs in plain PyTorch, slower: %s", device_type, implementation(device_type)[1]
+    )
 
 
 def _sum_dtype(value: Tensor) -> torch.dtype:
@@ -132,6 +128,13 @@ def _flatten(spatial_shapes: Sequence[Size3]) -> list[int]:
 def _to_grid(locations: Tensor) -> Tensor:
     """(h, w, d) in [0, 1] to what `grid_sample` takes for a volume [H, W, D]: the reverse order, in [-1, 1]."""
     return 2 * locations.flip(-1) - 1
+
+
+def _sample(volumes: Tensor, grid: Tensor) -> Tensor:
+    """[N, C, H, W, D] at [N, Q, P, 1, 3]: [N, C, Q, P]."""
+    if grid.numel() == 0:  # grid_sample refuses it; nothing is sampled, yet all stays differentiable
+        return (volumes.flatten(2)[..., :1, None] + grid.sum()).expand(-1, -1, *grid.shape[1:3])
+    return F.grid_sample(volumes, grid, mode="bilinear", padding_mode="zeros", align_corners=False).squeeze(-1)
 
 
 def _fake_forward(value: Tensor, spatial_shapes: Sequence[int], locations: Tensor, weights: Tensor) -> Tensor:
@@ -158,7 +161,14 @@ def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     return grad_value, None, grad_locations, grad_weights
 
 
-if compiled_operators()[0]:  # the compiled module is loaded here, so that nothing is loaded while a function is being traced
+def _register() -> frozenset[str]:
+    """Join these functions to the compiled operators; the devices that have kernels."""
+    if not compiled_operators()[0]:
+        return frozenset()
     torch.library.register_fake("dinov2::ms_deform_attn_3d", _fake_forward)
     torch.library.register_fake("dinov2::ms_deform_attn_3d_backward", _fake_backward)
     torch.library.register_autograd("dinov2::ms_deform_attn_3d", _backward, setup_context=_save_inputs)
+    return frozenset(device for device in ("cpu", "cuda") if implementation(device)[0])
+
+
+COMPILED_FOR = _register()  # when imported: torch.compile cannot look for files while it traces a function

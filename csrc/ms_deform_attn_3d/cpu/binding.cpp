@@ -39,12 +39,12 @@ std::vector<Part> divide(const Layout& x) {
 }
 
 template <typename T>
-void scatter_all(const Layout& x, const Operands<T>& in, const Gradients<T>& out) {
+void differentiate_all(const Layout& x, const Operands<T>& in, const Gradients<T>& out) {
   if (x.batch == 0) return;
   const std::vector<Part> parts = divide(x);
   const int64_t count = static_cast<int64_t>(parts.size());
   at::parallel_for(0, x.batch * count, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t task = begin; task < end; ++task) KERNEL(scatter, x, in, task / count, parts[task % count], out);
+    for (int64_t task = begin; task < end; ++task) KERNEL(differentiate, x, in, task / count, parts[task % count], out);
   });
 }
 
@@ -79,9 +79,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(const at::Tensor& grad_o
                                 g.const_data_ptr<scalar_t>()};
     const Gradients<scalar_t> out{grad_value.mutable_data_ptr<scalar_t>(), grad_locations.mutable_data_ptr<scalar_t>(),
                                   grad_weights.mutable_data_ptr<scalar_t>()};
-    at::parallel_for(0, x.batch * x.queries, queries_each(x),
-                     [&](int64_t begin, int64_t end) { KERNEL(differentiate, x, in, begin, end, out); });
-    scatter_all(x, in, out);
+    differentiate_all(x, in, out);
   });
   return {grad_value.to(value.scalar_type()), grad_locations, grad_weights};
 }

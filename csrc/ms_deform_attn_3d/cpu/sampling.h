@@ -70,35 +70,35 @@ struct Item {
   }
 };
 
-// Where a cell's corners lie in `memory` (the head's first voxel), which is asked for ahead of its use: the volumes do not fit
-// in a core's cache.
+// Up to GROUP points that lie inside: which, where, and their corners one after another.
 template <typename T>
-INLINE void corner_offsets(const Level& level, const Cell<T>& cell, int64_t row_stride, const T* memory, int64_t channels,
-                           int64_t offsets[8]) {
-  corner_rows(level, cell, offsets);
-  for (int k = 0; k < 8; ++k) {
-    offsets[k] *= row_stride;
-    for (int64_t c = 0; c < channels; c += CACHE_LINE / sizeof(T)) __builtin_prefetch(memory + offsets[k] + c);
-  }
-}
+struct Located {
+  int64_t count = 0, point[GROUP];
+  Cell<T> cells[GROUP];
+  Corner<T> corners[8 * GROUP];
 
-// Corners of the points [begin, end) with their weights, and how many; a point outside has none.
-template <typename T>
-INLINE int64_t list_corners(const Layout& x, const Item<T>& item, int64_t begin, int64_t end, const T* memory, int64_t channels,
-                            Corner<T>* corners) {
-  int64_t n = 0;
-  for (int64_t p = begin; p < end; ++p) {
-    const Level& level = x.levels[p / x.points];
-    Cell<T> cell;
-    if (!locate(level, item.locations + 3 * p, &cell)) continue;
-    int64_t offsets[8];
-    T weights[8];
-    corner_offsets(level, cell, item.row_stride, memory, channels, offsets);
-    corner_weights(cell, item.weights[p], weights);
-    for (int k = 0; k < 8; ++k) corners[n++] = {offsets[k], weights[k]};
+  // Of the points [begin, end). What will be read, and where given written, is asked for ahead of its use: the volumes do not
+  // fit in a core's cache.
+  INLINE Located(const Layout& x, const Item<T>& item, int64_t begin, int64_t end, const T* written) {
+    for (int64_t p = begin; p < end; ++p) {
+      const Level& level = x.levels[p / x.points];
+      Cell<T>& cell = cells[count];
+      if (!locate(level, item.locations + 3 * p, &cell)) continue;
+      int64_t offsets[8];
+      T weights[8];
+      corner_offsets(level, cell, item.row_stride, offsets);
+      corner_weights(cell, item.weights[p], weights);
+      for (int k = 0; k < 8; ++k) {
+        corners[8 * count + k] = {offsets[k], weights[k]};
+        for (int64_t c = 0; c < x.channels; c += CACHE_LINE / sizeof(T)) {
+          __builtin_prefetch(item.value + offsets[k] + c);
+          if (written) __builtin_prefetch(written + offsets[k] + c, 1);
+        }
+      }
+      point[count++] = p;
+    }
   }
-  return n;
-}
+};
 
 template <typename T, int N>
 INLINE void gather_vectors(const T* value, const Corner<T>* corners, int64_t n, T* out) {
@@ -149,35 +149,28 @@ INLINE void add_back(const T* grad_output, const Corner<T>* corners, int64_t n, 
 
 // Products of grad_output with the values at eight corners.
 template <typename T>
-INLINE void corner_products(const Item<T>& item, const int64_t offsets[8], int64_t channels, T products[8]) {
+INLINE void corner_products(const Item<T>& item, const Corner<T> corners[8], int64_t channels, T products[8]) {
   constexpr int64_t LANES = Vector<T>::LANES;
   V<T> sums[8] = {};
   int64_t c = 0;
   for (; c + LANES <= channels; c += LANES) {
     const V<T> grad = load(item.grad_output + c);
-    for (int k = 0; k < 8; ++k) sums[k] += grad * load(item.value + offsets[k] + c);
+    for (int k = 0; k < 8; ++k) sums[k] += grad * load(item.value + corners[k].offset + c);
   }
   sum_lanes(sums, products);
   for (int k = 0; k < 8; ++k) {
-    for (int64_t j = c; j < channels; ++j) products[k] += item.grad_output[j] * item.value[offsets[k] + j];
+    for (int64_t j = c; j < channels; ++j) products[k] += item.grad_output[j] * item.value[corners[k].offset + j];
   }
 }
 
-// Gradients of the locations and weights of the points [begin, end); `out` points at those of the item's first point.
+// Gradients of locations and weights; `out` points at those of the item's first point.
 template <typename T>
-INLINE void differentiate_points(const Layout& x, const Item<T>& item, int64_t begin, int64_t end, const Gradients<T>& out) {
-  Cell<T> cells[GROUP];
-  int64_t inside[GROUP], offsets[GROUP][8], n = 0;
-  for (int64_t p = begin; p < end; ++p) {
-    if (!locate(x.levels[p / x.points], item.locations + 3 * p, &cells[n])) continue;
-    corner_offsets(x.levels[p / x.points], cells[n], item.row_stride, item.value, x.channels, offsets[n]);
-    inside[n++] = p;
-  }
-  for (int64_t i = 0; i < n; ++i) {
-    const int64_t p = inside[i];
+INLINE void differentiate(const Layout& x, const Item<T>& item, const Located<T>& located, const Gradients<T>& out) {
+  for (int64_t i = 0; i < located.count; ++i) {
+    const int64_t p = located.point[i];
     T products[8], gradient[3];
-    corner_products(item, offsets[i], x.channels, products);
-    out.weights[p] = interpolate(x.levels[p / x.points], cells[i], products, gradient);
+    corner_products(item, located.corners + 8 * i, x.channels, products);
+    out.weights[p] = interpolate(x.levels[p / x.points], located.cells[i], products, gradient);
     for (int axis = 0; axis < 3; ++axis) out.locations[3 * p + axis] = item.weights[p] * gradient[axis];
   }
 }
@@ -186,45 +179,31 @@ INLINE void differentiate_points(const Layout& x, const Item<T>& item, int64_t b
 
 template <typename T>
 void sample(const Layout& x, const Operands<T>& in, int64_t begin, int64_t end, T* out) {
-  Corner<T> corners[8 * GROUP];
   std::fill(out + begin * x.heads * x.channels, out + end * x.heads * x.channels, T(0));
   for (int64_t query = begin; query < end; ++query) {
     for (int64_t head = 0; head < x.heads; ++head) {
       const Item<T> item(x, in, query, head);
       T* sums = out + (query * x.heads + head) * x.channels;
       for (int64_t p = 0; p < item.points; p += GROUP) {
-        const int64_t n = list_corners(x, item, p, std::min(p + GROUP, item.points), item.value, x.channels, corners);
-        gather(item.value, corners, n, x.channels, sums);
+        const Located<T> located(x, item, p, std::min(p + GROUP, item.points), nullptr);
+        gather(item.value, located.corners, 8 * located.count, x.channels, sums);
       }
     }
   }
 }
 
 template <typename T>
-void differentiate(const Layout& x, const Operands<T>& in, int64_t begin, int64_t end, const Gradients<T>& out) {
-  for (int64_t query = begin; query < end; ++query) {
-    for (int64_t head = 0; head < x.heads; ++head) {
-      const Item<T> item(x, in, query, head);
-      const int64_t point = (query * x.heads + head) * item.points;
-      for (int64_t p = 0; p < item.points; p += GROUP) {
-        const int64_t end_of_group = std::min(p + GROUP, item.points);
-        differentiate_points(x, item, p, end_of_group, {nullptr, out.locations + 3 * point, out.weights + point});
-      }
-    }
-  }
-}
-
-template <typename T>
-void scatter(const Layout& x, const Operands<T>& in, int64_t volume, const Part& part, const Gradients<T>& out) {
-  Corner<T> corners[8 * GROUP];
+void differentiate(const Layout& x, const Operands<T>& in, int64_t volume, const Part& part, const Gradients<T>& out) {
   const int64_t first = part.first_channel, channels = part.last_channel - first;
   for (int64_t query = volume * x.queries; query < (volume + 1) * x.queries; ++query) {
     for (int64_t head = part.first_head; head < part.last_head; ++head) {
       const Item<T> item(x, in, query, head);
+      const int64_t point = (query * x.heads + head) * item.points;
       T* grad_value = out.value + (volume * x.rows * x.heads + head) * x.channels + first;
       for (int64_t p = 0; p < item.points; p += GROUP) {
-        const int64_t n = list_corners(x, item, p, std::min(p + GROUP, item.points), grad_value, channels, corners);
-        add_back(item.grad_output + first, corners, n, channels, grad_value);
+        const Located<T> located(x, item, p, std::min(p + GROUP, item.points), grad_value);
+        if (first == 0) differentiate(x, item, located, {nullptr, out.locations + 3 * point, out.weights + point});
+        add_back(item.grad_output + first, located.corners, 8 * located.count, channels, grad_value);
       }
     }
   }
@@ -232,9 +211,7 @@ void scatter(const Layout& x, const Operands<T>& in, int64_t volume, const Part&
 
 template void sample(const Layout&, const Operands<float>&, int64_t, int64_t, float*);
 template void sample(const Layout&, const Operands<double>&, int64_t, int64_t, double*);
-template void differentiate(const Layout&, const Operands<float>&, int64_t, int64_t, const Gradients<float>&);
-template void differentiate(const Layout&, const Operands<double>&, int64_t, int64_t, const Gradients<double>&);
-template void scatter(const Layout&, const Operands<float>&, int64_t, const Part&, const Gradients<float>&);
-template void scatter(const Layout&, const Operands<double>&, int64_t, const Part&, const Gradients<double>&);
+template void differentiate(const Layout&, const Operands<float>&, int64_t, const Part&, const Gradients<float>&);
+template void differentiate(const Layout&, const Operands<double>&, int64_t, const Part&, const Gradients<double>&);
 
 }  // namespace dinov2::msda::KERNELS
