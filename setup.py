@@ -43,9 +43,9 @@ def compiled_operators() -> dict:
             super().__init__(*args, **{**kwargs, "no_python_abi_suffix": False})
 
         def run(self) -> None:
-            wanted, made = self.extensions, []
+            wanted, compiler, made = self.extensions, self.compiler, []
             for extension in wanted:
-                self.extensions = [extension]
+                self.extensions, self.compiler = [extension], compiler  # run() replaces the compiler's name by itself
                 try:
                     super().run()
                     made.append(extension)

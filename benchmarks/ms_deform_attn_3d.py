@@ -85,7 +85,7 @@ def extra_mib(case: str, way: str, random: bool) -> float:
     passes(WAYS[way], arguments)
     value, _, locations, weights = arguments
     results = value.numel() + locations.numel() + weights.numel() + 2 * locations.shape[1] * HEADS * CHANNELS
-    return resident_mib("VmHWM") - before - 4 * results / 2**20
+    return max(0.0, resident_mib("VmHWM") - before - 4 * results / 2**20)
 
 
 def measure_memory(case: str, way: str, random: bool) -> float:

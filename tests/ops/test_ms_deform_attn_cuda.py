@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.cpp_extension import COMMON_NVCC_FLAGS
 
 from dinov2.ops import cuda_kernels, ms_deform_attn_3d, ms_deform_attn_3d_reference
 from tests.conftest import ROOT
@@ -30,7 +31,7 @@ def run(*command: str | Path, text: str | None = None) -> str:
 @needs_nvcc
 def test_the_kernels_compile_for_every_architecture_without_a_warning(tmp_path: Path) -> None:
     targets = [w for sm in (80, 90, 100) for w in ("-gencode", f"arch=compute_{sm},code=sm_{sm}")]
-    options = ["-std=c++17", "-O3", "-Werror", "all-warnings", "-Xcompiler", "-Wall,-Wextra"]
+    options = ["-std=c++17", "-O3", *COMMON_NVCC_FLAGS, "-Werror", "all-warnings", "-Xcompiler", "-Wall,-Wextra"]
     run(NVCC, *options, *targets, "-fatbin", SOURCES / "cuda" / "kernels.cu", "-o", tmp_path / "kernels.fatbin")
 
 

@@ -13,6 +13,18 @@ namespace {
 
 constexpr int64_t THREADS = 256, MAX_BLOCKS = 1 << 20;  // a block goes on to further items
 
+// Half-precision numbers in memory; torch's build turns the toolkit's own conversions off.
+struct F16 {
+  __half bits;
+  HOST_DEVICE explicit F16(float x) : bits(__float2half_rn(x)) {}
+  HOST_DEVICE explicit operator float() const { return __half2float(bits); }
+};
+struct BF16 {
+  __nv_bfloat16 bits;
+  HOST_DEVICE explicit BF16(float x) : bits(__float2bfloat16_rn(x)) {}
+  HOST_DEVICE explicit operator float() const { return __bfloat162float(bits); }
+};
+
 template <typename S>
 struct LaneGroup {
   unsigned mask;  // lanes of the warp that share an item
@@ -96,9 +108,9 @@ cudaError_t launch_sample(Stored stored, const Layout& layout, const void* value
     case Stored::f32:
       return sample_as<float, float>(layout, value, locations, weights, out, stream);
     case Stored::f16:
-      return sample_as<__half, float>(layout, value, locations, weights, out, stream);
+      return sample_as<F16, float>(layout, value, locations, weights, out, stream);
     case Stored::bf16:
-      return sample_as<__nv_bfloat16, float>(layout, value, locations, weights, out, stream);
+      return sample_as<BF16, float>(layout, value, locations, weights, out, stream);
   }
   return cudaErrorInvalidValue;
 }
@@ -117,9 +129,9 @@ cudaError_t launch_differentiate(Stored stored, const Layout& layout, const void
     case Stored::f32:
       return differentiate_as<float, float>(layout, grad_output, value, locations, weights, out, stream);
     case Stored::f16:
-      return differentiate_as<__half, float>(layout, grad_output, value, locations, weights, out, stream);
+      return differentiate_as<F16, float>(layout, grad_output, value, locations, weights, out, stream);
     case Stored::bf16:
-      return differentiate_as<__nv_bfloat16, float>(layout, grad_output, value, locations, weights, out, stream);
+      return differentiate_as<BF16, float>(layout, grad_output, value, locations, weights, out, stream);
     default:
       return cudaErrorInvalidValue;
   }
