@@ -43,14 +43,14 @@ SMALL = ["student.depth=2", "crops.global_crops_size=48", "crops.local_crops_siz
 class Setup:
     """A model and one random batch."""
 
-    def __init__(self, overrides: list[str], batch: int = 4) -> None:
+    def __init__(self, overrides: list[str], batch: int = 4, device: str = "cpu") -> None:
         cfg = load_and_merge_config_3d(None, [*BASE, f"train.batch_size_per_gpu={batch}", *overrides])
-        model, optimizer = build(cfg, Runtime(torch.device("cpu")))
+        model, optimizer = build(cfg, Runtime(torch.device(device)))
         self.state = TrainState(model, optimizer)
-        self.batch = random_batch(cfg, batch)
+        self.batch = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in random_batch(cfg, batch).items()}
 
-    def step(self) -> None:
-        train_step(self.state, HP, [self.batch], clip_grad=3.0, monitor=False)
+    def step(self) -> dict[str, Tensor]:
+        return train_step(self.state, HP, [self.batch], clip_grad=3.0, monitor=False)
 
     @property
     def model(self) -> SSLMetaArch:
@@ -131,7 +131,7 @@ class MatrixProducts(TorchDispatchMode):
         return run
 
 
-def best_of(rounds: int, **variants: Callable[[], None]) -> dict[str, float]:
+def best_of(rounds: int, **variants: Callable[[], object]) -> dict[str, float]:
     """Best time of each, alternating."""
     times = dict.fromkeys(variants, float("inf"))
     for _ in range(rounds):
@@ -173,7 +173,7 @@ def full_depth(setup: Setup) -> Setup:
     return setup
 
 
-VARIANTS: dict[str, Callable[[list[str]], Callable[[], None]]] = {
+VARIANTS: dict[str, Callable[[list[str]], Callable[[], object]]] = {
     "step": lambda o: Setup(o).step,
     "step_full_depth": lambda o: full_depth(Setup(o)).step,
     "packed": lambda o: packed_pass(Setup(o)),

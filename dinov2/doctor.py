@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 import dinov2
-from dinov2.ops import compiled_operators
+from dinov2.ops import compiled_operators, cuda_kernels
 from dinov2.train.provenance import git_state, versions
 
 _OPTIONAL = {
@@ -44,12 +44,18 @@ def report() -> str:
     lines.append(_device_line())
     is_compiled, what = compiled_operators()
     lines.append(f"compiled operators: {what if is_compiled else what + '; plain PyTorch does the same, slower'}")
+    has_kernels, what = cuda_kernels()
+    lines.append(f"deformable attention: CPU {_in_use(is_compiled)}; CUDA {_in_use(has_kernels)} ({what})")
     lines.append("optional parts:")
     for name, meaning in _OPTIONAL.items():
         present = importlib.util.find_spec(name) is not None
         state = importlib.metadata.version(name) if present else "missing"
         lines.append(f"  {name:14} {state:10} {meaning}")
     return "\n".join(lines)
+
+
+def _in_use(is_compiled: bool) -> str:
+    return "compiled" if is_compiled else "plain PyTorch (grid_sample)"
 
 
 def _device_line() -> str:

@@ -4,9 +4,7 @@
 
 #include <cstdint>
 
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define DINOV2_HAS_AVX2_KERNELS
-#endif
+#include "../instruction_set.h"
 
 namespace dinov2 {
 

@@ -11,6 +11,7 @@
 #include <limits>
 #include <vector>
 
+#include "../instruction_set.h"
 #include "kernels.h"
 
 namespace dinov2 {
@@ -18,17 +19,6 @@ namespace {
 
 constexpr int64_t GRAIN = 65536;  // voxels a thread takes at least
 static_assert(GRAIN % NOISE_GROUP == 0, "noise parts start at whole groups");
-
-#ifdef DINOV2_HAS_AVX2_KERNELS
-bool has_avx2() {
-  static const bool has = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                          std::getenv("DINOV2_GENERIC_KERNELS") == nullptr;  // set: what other processors run, for tests
-  return has;
-}
-#define KERNEL(name, ...) (has_avx2() ? avx2::name(__VA_ARGS__) : generic::name(__VA_ARGS__))
-#else
-#define KERNEL(name, ...) generic::name(__VA_ARGS__)
-#endif
 
 struct ResizeTable {
   std::vector<int32_t> low, high;

@@ -1,4 +1,4 @@
-"""Which implementation of the operators is in use: the compiled module of `csrc/`, or plain PyTorch."""
+"""Which implementation of the operators is in use: the compiled modules of `csrc/`, or plain PyTorch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from pathlib import Path
 import torch
 
 PREFIX = "_C_torch_"
+CUDA_PREFIX = "_C_cuda_torch_"
 REINSTALL = "scripts/install, or pip install --no-build-isolation ., compiles them"
+CUDA_REINSTALL = "FORCE_CUDA=1 pip install --no-build-isolation . says what is missing"
 
 
 @lru_cache(maxsize=1)
@@ -19,15 +21,33 @@ def compiled_operators() -> tuple[bool, str]:
     Returns:
         Whether `torch.ops.dinov2.*` is there, and what to say about it: which module, or why not and what to do.
     """
+    return _load(PREFIX, REINSTALL)
+
+
+@lru_cache(maxsize=1)
+def cuda_kernels() -> tuple[bool, str]:
+    """Load the CUDA kernels of the operators where they are; as `compiled_operators`."""
+    is_compiled, what = compiled_operators()  # declares the operators that the kernels join
+    return _load(CUDA_PREFIX, CUDA_REINSTALL) if is_compiled else (False, what)
+
+
+def implementation(device_type: str) -> tuple[bool, str]:
+    """Whether deformable attention is compiled for `cpu`, `cuda`, ..., and what to say about it."""
+    if device_type == "cpu":
+        return compiled_operators()
+    return cuda_kernels() if device_type == "cuda" else (False, f"there is no kernel for {device_type}")
+
+
+def _load(prefix: str, advice: str) -> tuple[bool, str]:
     release = torch.__version__.split("+")[0].replace(".", "_")
-    built = sorted(p.name.split(".")[0] for p in Path(__file__).parents[1].glob(f"{PREFIX}*.so"))
-    if PREFIX + release not in built:
+    built = sorted(p.name.split(".")[0] for p in Path(__file__).parents[1].glob(f"{prefix}*.so"))
+    if prefix + release not in built:
         if not built:
-            return False, f"not compiled: {REINSTALL}"
-        others = ", ".join(name.removeprefix(PREFIX).replace("_", ".") for name in built)
-        return False, f"compiled for torch {others}, this is {torch.__version__}: {REINSTALL}"
+            return False, f"not compiled: {advice}"
+        others = ", ".join(name.removeprefix(prefix).replace("_", ".") for name in built)
+        return False, f"compiled for torch {others}, this is {torch.__version__}: {advice}"
     try:
-        importlib.import_module(f"dinov2.{PREFIX}{release}")
+        importlib.import_module(f"dinov2.{prefix}{release}")
     except ImportError as err:
-        return False, f"cannot be loaded ({str(err).splitlines()[0]}): {REINSTALL}"
-    return True, f"dinov2.{PREFIX}{release}"
+        return False, f"cannot be loaded ({str(err).splitlines()[0]}): {advice}"
+    return True, f"dinov2.{prefix}{release}"

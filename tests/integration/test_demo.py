@@ -116,7 +116,7 @@ def test_the_doctor_reports_what_is_there_and_what_is_missing(tmp_path: Path, ca
     assert main(["doctor", "--report", str(tmp_path / "r.txt")]) == 0
     said = capsys.readouterr().out
     assert (tmp_path / "r.txt").read_text() == said
-    for word in (torch.__version__, "device:", "cores", "xformers", "compiled operators"):
+    for word in (torch.__version__, "device:", "cores", "xformers", "compiled operators", "deformable attention: CPU "):
         assert word in said
     assert main(["doctor", "--report", str(tmp_path / "no" / "r.txt")]) == 2
     assert "choose another file" in capsys.readouterr().err

@@ -10,6 +10,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.conftest import ROOT
 
@@ -59,6 +60,31 @@ def test_without_a_compiler_it_installs_and_works_in_plain_torch(tmp_path: Path)
     assert python(SHOW_OPERATORS, site, cwd=tmp_path).stdout.startswith("False not compiled")
     crops = "import torch; from dinov2.data import DataAugmentationDINO3d as A; print(len(A()(torch.rand(1, 9, 9, 9), 0)))"
     assert python(crops, site, cwd=tmp_path).stdout == "3\n"
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="this torch is built for CUDA")
+def test_cuda_kernels_that_are_asked_for_and_cannot_be_built_are_an_error_of_one_line() -> None:
+    environment = {**os.environ, "FORCE_CUDA": "1"}
+    command = [sys.executable, "setup.py", "--version"]
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert result.returncode != 0
+    assert result.stderr.strip() == ("dinov2-3d: FORCE_CUDA=1, but this torch is a CPU-only build: install one for CUDA")
+
+
+@pytest.mark.skipif(shutil.which("nvidia-smi") is not None, reason="this machine has NVIDIA's tools")
+def test_the_gpu_check_without_a_gpu_says_so_in_one_line() -> None:
+    result = subprocess.run(["scripts/gpu_check"], cwd=ROOT, capture_output=True, text=True)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr == "gpu_check: no NVIDIA GPU here (nvidia-smi finds none): nothing was run\n"
+
+
+@pytest.mark.slow
+def test_what_the_gpu_check_measures_can_be_measured() -> None:
+    command = [sys.executable, "benchmarks/gpu.py", "--device", "cpu", "--rounds", "1", "--batch", "2"]
+    result = subprocess.run(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    for row in ("bfloat16, backward | ", "training step, fp16, 2 volumes", "differs from one process by 0.0e+00"):
+        assert row in result.stdout
 
 
 def test_metas_package_in_the_way_is_named(tmp_path: Path) -> None:

@@ -1,0 +1,10 @@
+// The kernels for any processor.
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+
+#include "kernels.h"
+
+#define KERNELS generic
+#include "sampling.h"
