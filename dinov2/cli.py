@@ -98,6 +98,13 @@ def recipe_check(args: argparse.Namespace) -> int:
     return check_recipe(args.recipe, args.base_data_dir, args.output_dir, say)
 
 
+def predict(args: argparse.Namespace) -> int:
+    """Segment scans by a trained network, each on its file's own grid and orientation."""
+    from dinov2.eval.segmentation_3d.predict import predict as run_predict
+
+    return run_predict(args.weights, args.input, args.output, args.overlap, say)
+
+
 def split(args: argparse.Namespace) -> int:
     """Write a downstream datalist: a seeded split by patients of a folder of images and one of label maps."""
     from dinov2.data.downstream import write_downstream_datalist
@@ -222,6 +229,7 @@ def build_parser() -> argparse.ArgumentParser:
     action.add_argument("--base-data-dir", type=Path, required=True, help="folder of <dataset>_100_datalist.json")
     action.add_argument("--output-dir", type=Path, default=Path("recipe_check"), help="folder of the pictures")
     action.set_defaults(function=recipe_check)
+    _add_predict(commands)
     _add_split(commands)
     _add_corpus(commands)
     checkpoint = commands.add_parser("checkpoint", help="weights and training checkpoints in their forms")
@@ -235,6 +243,16 @@ def build_parser() -> argparse.ArgumentParser:
             action.add_argument("--no-heads", action="store_true", help="the backbone alone")
         action.set_defaults(function=function)
     return parser
+
+
+def _add_predict(commands: argparse._SubParsersAction) -> None:
+    action = commands.add_parser("predict", help=predict.__doc__.splitlines()[0])
+    action.add_argument("--weights", type=Path, required=True, help="best_model.pth of segmentation3d.py")
+    files = "the channels of one case, in the recipe's order; or a folder of single-channel scans"
+    action.add_argument("--input", type=Path, nargs="+", required=True, metavar="FILE", help=files)
+    action.add_argument("--output", type=Path, required=True, help=".nii.gz file; for a folder a folder")
+    action.add_argument("--overlap", type=float, default=0.75, help="share of a window that the next one covers too, 0 to 1")
+    action.set_defaults(function=predict)
 
 
 def _add_split(commands: argparse._SubParsersAction) -> None:

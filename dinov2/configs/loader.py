@@ -122,6 +122,16 @@ def load_typed(schema: type, path: Path) -> Any:
     return _build(_merge(schema, layers), layers)
 
 
+def typed_from(schema: type, content: dict[str, Any], source: str) -> Any:
+    """A plain dictionary, such as weights carry, as an object of a dataclass schema, as strict as a file.
+
+    Raises:
+        ConfigError: As `load_typed`.
+    """
+    layers = [(source, OmegaConf.create(content))]
+    return _build(_merge(schema, layers), layers)
+
+
 def load_and_merge_config_3d(name_or_path: str | Path | None = None, overrides: Sequence[str] | None = None) -> DictConfig:
     """The merged configuration, typed, checked and read-only.
 

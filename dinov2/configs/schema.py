@@ -308,6 +308,29 @@ class EvaluationConfig:
 
 
 @dataclass
+class SegmentationConfig:
+    decoder_channels: list[int] = key([256, 128, 64, 32], "decoder widths at 1/8, 1/4, 1/2 and 1 of the size")
+    inplanes: int = key(64, "channels of the adapter's convolutions at 1/2; up to four times as many at 1/16")
+    feature_ratio: float = key(0.25, "width of the deformable attention's values over the backbone's")
+    num_points: int = key(4, "points that a query reads, per head and level")
+    ffn_ratio: float = key(0.25, "hidden width of the extractors' feed-forward over the backbone's")
+    drop_path_rate: float = key(0.0, "stochastic depth of the extractors")
+    checkpointing: bool = key(False, "compute each of the adapter's stages again in the backward pass instead of keeping it")
+    linear_batch_norm: bool = key(False, "a BatchNorm between the two layers of the Linear head")
+    layerwise_decay: float = key(0.9, "learning rate of each block over that of the one above (--train-feature-model)")
+    window_batch: int = key(4, "windows a pass of the sliding window")
+
+    def __post_init__(self) -> None:
+        widths = self.decoder_channels
+        require(len(widths) == 4 and min(widths) > 0, f"segmentation.decoder_channels={widths} must be four positive widths")
+        for name in ("inplanes", "num_points", "window_batch"):
+            require(getattr(self, name) > 0, f"segmentation.{name}={getattr(self, name)} must be at least 1")
+        require(0 < self.feature_ratio <= 1, f"segmentation.feature_ratio={self.feature_ratio} must lie in (0, 1]")
+        require(0 <= self.drop_path_rate < 1, f"segmentation.drop_path_rate={self.drop_path_rate} must lie in [0, 1)")
+        require(0 < self.layerwise_decay <= 1, f"segmentation.layerwise_decay={self.layerwise_decay} must lie in (0, 1]")
+
+
+@dataclass
 class Config:
     MODEL: ModelConfig = section(ModelConfig, "start weights, DINOv2's spelling")
     compute_precision: ComputePrecisionConfig = section(ComputePrecisionConfig, "dtypes and sharding, per module")
@@ -319,6 +342,7 @@ class Config:
     optim: OptimConfig = section(OptimConfig, "optimiser and schedules")
     crops: CropsConfig = section(CropsConfig, "multi-crop geometry")
     evaluation: EvaluationConfig = section(EvaluationConfig, "teacher checkpoints")
+    segmentation: SegmentationConfig = section(SegmentationConfig, "adapter and decoders of segmentation3d.py")
 
     def __post_init__(self) -> None:
         """Rules between sections."""

@@ -30,7 +30,7 @@ def run_block(block: nn.Module, packed: Tensor, segments: list[Segment], mode: s
     `none` keeps all that autograd asks for; `selective` the results of matrix products and attention; `full` the input only.
     Stochastic depth is drawn the same way again. Results and gradients are the same in each.
     """
-    if mode == "none" or not (block.training and torch.is_grad_enabled()):
+    if mode == "none" or not torch.is_grad_enabled():
         return block(packed, segments)
     contexts = {"context_fn": partial(create_selective_checkpoint_contexts, _policy)} if mode == "selective" else {}
     return checkpoint(block, packed, segments, use_reentrant=False, **contexts)

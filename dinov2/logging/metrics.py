@@ -53,6 +53,13 @@ class MetricWriter:
             if name != "iteration":
                 self._board.add_scalar(f"train/{name}", value, int(metrics["iteration"]))
 
+    def write_image(self, name: str, path: Path, iteration: int) -> None:
+        """Show a PNG file on TensorBoard."""
+        if self._board is not None:
+            from matplotlib.image import imread
+
+            self._board.add_image(name, imread(path)[..., :3], iteration, dataformats="HWC")
+
     def __enter__(self) -> MetricWriter:
         return self
 

@@ -136,7 +136,8 @@ class DinoVisionTransformer3d(nn.Module):
             tokens = torch.cat([tokens[:, :1], registers, tokens[:, 1:]], 1)
         return tokens
 
-    def _segment(self, x: Tensor, tokens: Tensor) -> Segment:
+    def segment(self, x: Tensor, tokens: Tensor) -> Segment:
+        """How the tokens [B, 1 + R + N, E] of a batch [B, C, H, W, D] lie in a pass of their own."""
         if self.pos_embed is not None:
             return Segment(tokens.shape[0], tokens.shape[1])
         grid, head_dim = self.patch_embed.grid(tuple(x.shape[2:])), self.embed_dim // self.num_heads
@@ -146,8 +147,15 @@ class DinoVisionTransformer3d(nn.Module):
     def _pack(self, xs: list[Tensor], masks: list[Tensor | None]) -> tuple[Tensor, list[Segment]]:
         """Crops of any sizes to one token matrix [T, E] and its segments."""
         tokens = [self.prepare_tokens_with_masks(x, m) for x, m in zip(xs, masks, strict=True)]
-        segments = [self._segment(x, t) for x, t in zip(xs, tokens, strict=True)]
+        segments = [self.segment(x, t) for x, t in zip(xs, tokens, strict=True)]
         return torch.cat([t.flatten(0, 1) for t in tokens]), segments
+
+    def run_blocks(self, tokens: Tensor, segment: Segment, first: int, last: int) -> Tensor:
+        """Blocks `first` to `last` (exclusive) on one batch, [B, 1 + R + N, E] -> the same."""
+        packed = tokens.flatten(0, 1)
+        for block in self.block_list[first:last]:
+            packed = run_block(block, packed, [segment], self.activation_checkpointing)
+        return packed.view(tokens.shape)
 
     def forward_features(
         self, x: Tensor | list[Tensor], masks: Tensor | list[Tensor | None] | None = None

@@ -48,7 +48,7 @@ def open_weights(path: str | Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as err:
         raise BadInput(f"weights {path}: no such file") from err
-    except (OSError, EOFError, UnpicklingError, RuntimeError, ValueError, KeyError, AttributeError) as err:
+    except (OSError, EOFError, UnpicklingError, RuntimeError, ValueError, LookupError, AttributeError, TypeError) as err:
         if ".rank_" in Path(path).name:
             raise BadInput(f"weights {path}: one rank's share of an FSDP1 run: use its teacher_checkpoint.pth") from err
         reason = " ".join(str(err).split())[:120]

@@ -8,14 +8,16 @@ import logging
 import os
 import shutil
 import subprocess
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import submitit
 
-from dinov2.errors import EXIT_OK, EXIT_RESUMABLE, BadInput
+from dinov2.errors import EXIT_BAD_INPUT, EXIT_OK, EXIT_RESUMABLE, BadInput
+from dinov2.logging import setup_logging
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +46,32 @@ def add_job_arguments(
     group.add_argument("--comment", default="", help="shown by squeue")
     group.add_argument("--job-name", default=job_name)
     return group
+
+
+def launch(module: str, flags: argparse.ArgumentParser, argv: Sequence[str] | None, doc: str) -> int:
+    """The main function of a launcher: check the program's arguments here, before the job waits in a queue; then submit it.
+
+    Args:
+        module: The program, a module with `main(argv)`.
+        flags: Its parser; it has --output-dir.
+        argv: The launcher's words, the cluster's and the program's; None: this process's.
+        doc: The launcher's description.
+    """
+    cluster = argparse.ArgumentParser(description=doc, epilog=flags.format_help())
+    cluster.formatter_class = argparse.RawDescriptionHelpFormatter
+    add_cluster_arguments(cluster)
+    args, rest = cluster.parse_known_args(sys.argv[1:] if argv is None else list(argv))
+    own = flags.parse_intermixed_args(rest)
+    setup_logging()
+    try:
+        if not own.output_dir:
+            raise BadInput("--output-dir is needed: the job's logs and checkpoints go there")
+        job = submit(Program(module, rest), args, Path(own.output_dir).absolute() / "slurm")
+    except BadInput as err:
+        logger.error("%s", err)
+        return EXIT_BAD_INPUT
+    logger.info("submitted job %s; its log: %s", job, Path(own.output_dir) / "slurm" / f"{job}_0_log.err")
+    return EXIT_OK
 
 
 class Program:

@@ -1,0 +1,1 @@
+"""Adapter, decoders and engine of the segmentation evaluation."""

@@ -1,0 +1,81 @@
+"""Training batches of crops: a function of (seed, position), for any number of loader processes and ranks."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from dinov2.data.cases import SegmentationCases
+from dinov2.data.crops import is_smaller, training_crops
+from dinov2.data.samplers import EndlessOrder, PositionSampler
+from dinov2.data.streams import Kind, stream
+from dinov2.data.workers import compute_in_order
+from dinov2.distributed.runtime import Runtime
+
+logger = logging.getLogger(__name__)
+
+
+class CropBatches:
+    """Iterates over steps.
+
+    Args:
+        cases: Of the training part.
+        image_size: Edge of the crops.
+        batch_size: Cases of this rank a step.
+        seed: Of order and crops.
+        start_step: First step to deliver.
+        num_workers: Loader processes.
+        runtime: Rank and device.
+    """
+
+    def __init__(
+        self,
+        cases: SegmentationCases,
+        image_size: int,
+        batch_size: int,
+        seed: int,
+        start_step: int,
+        num_workers: int,
+        runtime: Runtime,
+    ) -> None:
+        self.cases = cases
+        self.image_size = image_size
+        self.seed = seed
+        self.num_workers = num_workers
+        self.device = runtime.device
+        self.order = EndlessOrder(len(cases), seed)
+        self.sampler = PositionSampler(batch_size, 1, runtime.rank, runtime.world_size, start_step)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """`images` [n, C, s, s, s] float32 and `labels` [n, 1, s, s, s] int64, n = cases x crops of each."""
+        for images, labels in compute_in_order(self._compute, self.sampler, self.num_workers):
+            yield images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True).long()
+
+    def _compute(self, positions: list[int]) -> tuple[Tensor, Tensor]:
+        crops = []
+        for position in positions:
+            case = self.cases[self.order(position)]
+            rng = stream(self.seed, Kind.SAMPLE, position)
+            crops += training_crops(case, self.cases.recipe, self.image_size, rng)
+        return torch.stack([c["image"] for c in crops]), torch.stack([c["label"] for c in crops])
+
+
+def prepare_all(cases: SegmentationCases, image_size: int, part: str, runtime: Runtime) -> None:
+    """Read every case of this rank's share once: what is wrong with one is said before the first iteration, not hours later.
+
+    It also fills the cache. Cases that are smaller than a window are counted and said once.
+
+    Raises:
+        BadInput: A case cannot be prepared.
+    """
+    small = []
+    for index in range(runtime.rank, len(cases), runtime.world_size):
+        case = cases[index]
+        if is_smaller(case, image_size):
+            small.append(case.name)
+    if small:
+        what = "%d of %d %s cases are smaller than the window of %d voxels (%s, ...): padded, predictions are cropped back"
+        logger.info(what, len(small), len(cases), part, image_size, small[0])

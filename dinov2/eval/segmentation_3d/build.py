@@ -1,0 +1,139 @@
+"""A segmentation network from a configuration, weights and a recipe; saved and read back as one file."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+
+from dinov2.configs.loader import typed_from
+from dinov2.configs.schema import Config
+from dinov2.data.recipes import Recipe
+from dinov2.data.streams import Kind, torch_seed
+from dinov2.distributed.runtime import Runtime
+from dinov2.errors import BadInput
+from dinov2.eval.segmentation_3d.adapter import AdapterOptions
+from dinov2.eval.segmentation_3d.heads import UNETR, Linear, ViTAdapterUNETR
+from dinov2.eval.setup import build_model_for_eval
+from dinov2.fsdp import save_atomically
+from dinov2.layers.attention import resolve_attention
+from dinov2.models import DinoVisionTransformer3d, build_backbone
+from dinov2.models.weights import open_weights
+
+logger = logging.getLogger(__name__)
+
+HEADS = ("UNETR", "ViTAdapterUNETR", "Linear")
+KIND = "segmentation"
+
+
+class Task(NamedTuple):
+    """What a network was made for, beside its weights; travels with them."""
+
+    recipe: Recipe
+    head: str
+    image_size: int
+    resize_scale: float
+
+
+def build_head(backbone: DinoVisionTransformer3d, cfg: DictConfig, task: Task) -> nn.Module:
+    """One of the three decoders around a backbone."""
+    s, channels, outputs = cfg.segmentation, task.recipe.channels, task.recipe.num_outputs
+    if task.head == "Linear":
+        return Linear(backbone, channels, outputs, s.linear_batch_norm)
+    if task.head == "UNETR":
+        return UNETR(backbone, channels, outputs, s.decoder_channels)
+    options = AdapterOptions(s.inplanes, s.num_points, s.feature_ratio, s.ffn_ratio, s.drop_path_rate, s.checkpointing)
+    return ViTAdapterUNETR(backbone, channels, outputs, s.decoder_channels, options)
+
+
+def build_segmentation(cfg: DictConfig, weights: str | Path, task: Task, train_backbone: bool, runtime: Runtime) -> nn.Module:
+    """A network to be trained: backbone from its weights, decoder from the configuration's seed.
+
+    Args:
+        cfg: Of the backbone; `segmentation` of the decoder.
+        weights: Teacher checkpoint, or ``random``.
+        task: Recipe, head, window.
+        train_backbone: Otherwise the backbone's parameters are frozen, and it stays in evaluation mode.
+        runtime: Where to put it; several GPUs share their BatchNorm statistics.
+
+    Raises:
+        BadInput: Weights of another network, a window that is no multiple of the patch, or a head that does not fit.
+    """
+    patch = cfg.student.patch_size
+    if task.image_size % patch:
+        nearest = sorted({max(patch, task.image_size // patch * patch), -(-task.image_size // patch) * patch})
+        raise BadInput(f"--image-size {task.image_size} is no multiple of the patch size {patch}: use {nearest}")
+    backbone = build_model_for_eval(cfg, weights, runtime)
+    torch.manual_seed(torch_seed(cfg.train.seed, Kind.INIT, 1))
+    model = build_head(backbone, cfg, task).to(runtime.device)
+    choose_trained(model, train_backbone)
+    if runtime.world_size > 1 and runtime.device.type == "cuda":
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    set_training(model, train_backbone)
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in model.parameters())
+    logger.info("%s: %.2f M parameters trained of %.2f M", task.head, trainable / 1e6, total / 1e6)
+    return model
+
+
+def choose_trained(model: nn.Module, train_backbone: bool) -> None:
+    """Which parameters get gradients; of a trained backbone all but those that this network never reads."""
+    model.backbone.requires_grad_(train_backbone)
+    model.backbone.mask_token.requires_grad_(False)
+    if isinstance(model, ViTAdapterUNETR):
+        model.backbone.norm.requires_grad_(False)  # the adapter takes tokens as they leave the blocks
+
+
+def set_training(model: nn.Module, train_backbone: bool) -> None:
+    """Training mode; a frozen backbone stays as it is used for features."""
+    model.train()
+    model.backbone.train(train_backbone)
+
+
+def save_segmentation(model: nn.Module, cfg: DictConfig, task: Task, path: Path) -> None:
+    """All weights, the backbone's too, with what is needed to use them: one file for `dinov2 predict`."""
+    meta = {
+        "kind": KIND,
+        "config": OmegaConf.to_container(cfg),
+        "recipe": json.dumps(dataclasses.asdict(task.recipe)),
+        "head": task.head,
+        "image_size": task.image_size,
+        "resize_scale": task.resize_scale,
+    }
+    save_atomically({"model": model.state_dict(), "meta": meta}, path)
+
+
+def load_segmentation(path: str | Path, runtime: Runtime) -> tuple[nn.Module, DictConfig, Task]:
+    """A network as it was saved, in evaluation mode.
+
+    Raises:
+        BadInput: No such file, or not one of `save_segmentation`.
+    """
+    content = open_weights(path)
+    meta = content.get("meta") if isinstance(content, dict) else None
+    if not isinstance(meta, dict) or meta.get("kind") != KIND:
+        raise BadInput(f"weights {path}: not a segmentation network: use the best_model.pth that segmentation3d.py wrote")
+    cfg = OmegaConf.create(dataclasses.asdict(typed_from(Config, meta["config"], str(path))))
+    recipe: Recipe = typed_from(Recipe, _plain(json.loads(meta["recipe"])), str(path))
+    task = Task(recipe, meta["head"], meta["image_size"], meta["resize_scale"])
+    attention = resolve_attention(cfg.student.attention, runtime.device.type)
+    model = build_head(build_backbone(cfg, teacher=True, attention=attention), cfg, task)
+    try:
+        model.load_state_dict(content["model"])
+    except RuntimeError as err:
+        raise BadInput(f"weights {path}: do not fit the network that they name ({str(err).splitlines()[0][:120]})") from err
+    return model.to(runtime.device).eval(), cfg, task
+
+
+def _plain(recipe: dict[str, Any]) -> dict[str, Any]:
+    """A recipe from JSON, which knows no whole numbers as keys."""
+    for name in ("classes", "label_map"):
+        if recipe[name]:
+            recipe[name] = {int(k): v for k, v in recipe[name].items()}
+    return recipe

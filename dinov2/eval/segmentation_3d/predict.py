@@ -1,0 +1,96 @@
+"""`dinov2 predict`: label maps of scans by a trained segmentation, each on its file's own grid."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import nibabel as nib
+from torch import Tensor
+
+from dinov2.data.cases import Case, prepare_case, restore_prediction
+from dinov2.data.downstream import Item, stem
+from dinov2.data.recipes import Recipe
+from dinov2.distributed.runtime import start_runtime
+from dinov2.errors import EXIT_BAD_INPUT, EXIT_OK, BadInput
+from dinov2.eval.segmentation_3d.build import load_segmentation
+from dinov2.eval.segmentation_3d.engine import compute_dtype
+from dinov2.eval.segmentation_3d.inference import predict_masks
+
+logger = logging.getLogger(__name__)
+
+FORMATS = (".nii", ".nii.gz", ".nrrd", ".nhdr", ".mha", ".mhd")
+
+
+def predict(weights: str | Path, inputs: Sequence[Path], output: Path, overlap: float, say: Callable[[str], None]) -> int:
+    """Segment one case into a file, or every scan of a folder into a folder.
+
+    Args:
+        weights: `best_model.pth` of segmentation3d.py.
+        inputs: The channels of one case, in the recipe's order; or one folder of single-channel scans.
+        output: A NIfTI file for one case; a folder for a folder. Written aside and renamed.
+        overlap: Of the sliding window.
+        say: Where the results are announced.
+
+    Returns:
+        The exit code; a scan of a folder that cannot be used is named, and the others are segmented.
+
+    Raises:
+        BadInput: Weights or files that cannot be used.
+    """
+    model, cfg, task = load_segmentation(weights, start_runtime())
+    jobs = _jobs(inputs, output, task.recipe)
+    failed = 0
+    for item, target in jobs:
+        try:
+            case = prepare_case(item, task.recipe, task.resize_scale)
+        except BadInput as err:
+            if len(jobs) == 1:
+                raise
+            failed += 1
+            logger.error("%s", err)
+            continue
+        masks = predict_masks(
+            model, case, task.recipe, task.image_size, overlap, cfg.segmentation.window_batch, compute_dtype(cfg)
+        )
+        _write(restore_prediction(task.recipe.compose(masks), case), target)
+        say(f"{target}: " + _volumes(masks, case, task.recipe))
+    if failed:
+        logger.error("%d of %d scans could not be used; they are named above", failed, len(jobs))
+    return EXIT_BAD_INPUT if failed else EXIT_OK
+
+
+def _jobs(inputs: Sequence[Path], output: Path, recipe: Recipe) -> list[tuple[Item, Path]]:
+    if len(inputs) == 1 and inputs[0].is_dir():
+        if recipe.channels > 1:
+            raise BadInput(f"--input {inputs[0]}: {recipe.name} has {recipe.channels} channels: give the files of one case")
+        files = sorted(p for p in inputs[0].iterdir() if p.name.endswith(FORMATS))
+        if not files:
+            raise BadInput(f"--input {inputs[0]}: no scan in this folder ({', '.join(FORMATS)})")
+        return [(Item((str(p),), None, stem(p)), output / f"{stem(p)}.nii.gz") for p in files]
+    for path in inputs:
+        if not path.is_file():
+            raise BadInput(f"--input {path}: no such file")
+    if not output.name.endswith((".nii", ".nii.gz")):
+        raise BadInput(f"--output {output}: must end in .nii.gz")
+    return [(Item(tuple(map(str, inputs)), None, stem(inputs[0])), output)]
+
+
+def _volumes(masks: Tensor, case: Case, recipe: Recipe) -> str:
+    """What was found, in millilitres of the prepared grid; without the background."""
+    ml = masks.flatten(1).sum(1) * math.prod(case.spacing_mm) / 1000
+    first = 0 if recipe.overlapping else 1
+    return ", ".join(f"{n} {v:.1f} ml" for n, v in zip(recipe.output_names[first:], ml[first:].tolist(), strict=True))
+
+
+def _write(image: nib.Nifti1Image, target: Path) -> None:
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = target.with_name(f".{target.name}")
+        nib.save(image, temporary)
+        os.replace(temporary, target)
+    except OSError as err:
+        raise BadInput(f"--output {target}: cannot be written ({err.strerror or err}): choose another place") from err

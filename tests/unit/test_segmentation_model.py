@@ -1,0 +1,172 @@
+"""Adapter and decoders: places, octants, channels, sizes, what is trained, and what is refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dinov2.distributed.runtime import Runtime
+from dinov2.errors import BadInput
+from dinov2.eval.segmentation_3d.adapter import AdapterOptions, ViTAdapter3d
+from dinov2.eval.segmentation_3d.build import choose_trained
+from dinov2.eval.segmentation_3d.deformable import MSDeformAttn3d, cell_centres, octant_offsets
+from dinov2.eval.segmentation_3d.engine import Plan, build_optimizer
+from dinov2.eval.segmentation_3d.heads import UNETR, Linear, ViTAdapterUNETR
+from dinov2.models import DinoVisionTransformer3d
+
+CPU = Runtime(torch.device("cpu"))
+OPTIONS = AdapterOptions(inplanes=4)
+WIDTHS = [12, 8, 6, 4]
+
+
+def backbone(patch_size: int = 4, depth: int = 4, **more: object) -> DinoVisionTransformer3d:
+    torch.manual_seed(0)
+    net = DinoVisionTransformer3d(
+        img_size=8 * patch_size, patch_size=patch_size, embed_dim=32, depth=depth, num_heads=2, init="xavier", **more
+    )
+    return net.eval().requires_grad_(False)
+
+
+def head(kind: str, net: DinoVisionTransformer3d, channels: int = 1, outputs: int = 3) -> torch.nn.Module:
+    if kind == "Linear":
+        return Linear(net, channels, outputs, batch_norm=True)
+    if kind == "UNETR":
+        return UNETR(net, channels, outputs, WIDTHS)
+    return ViTAdapterUNETR(net, channels, outputs, WIDTHS, OPTIONS)
+
+
+def test_first_offsets_point_into_the_octants_in_the_papers_order() -> None:
+    signs = ["---", "--+", "-+-", "-++", "+--", "+-+", "++-", "+++"]
+    offsets = octant_offsets(4)
+    for i, word in enumerate(signs):
+        one = torch.tensor([1.0 if c == "+" else -1.0 for c in word])
+        torch.testing.assert_close(offsets[i], one * torch.arange(1.0, 5.0)[:, None])
+
+
+def test_places_are_cell_centres_in_the_order_of_the_voxels() -> None:
+    places = cell_centres([(2, 3, 4), (1, 1, 2)])
+    assert places.shape == (26, 3)
+    torch.testing.assert_close(places[0], torch.tensor([1 / 4, 1 / 6, 1 / 8]))
+    torch.testing.assert_close(places[1], torch.tensor([1 / 4, 1 / 6, 3 / 8]))  # the last axis is the fastest
+    torch.testing.assert_close(places[4], torch.tensor([1 / 4, 1 / 2, 1 / 8]))
+    torch.testing.assert_close(places[25], torch.tensor([1 / 2, 1 / 2, 3 / 4]))
+
+
+def test_attention_reads_the_voxel_that_its_offsets_point_at() -> None:
+    """Values that are their own coordinates: one point of one head, set to an offset of (1, -2, 3) voxels."""
+    size = (8, 7, 9)
+    attention = MSDeformAttn3d(8, num_levels=1, num_points=1, ratio=1.0)
+    grid = torch.stack(torch.meshgrid(*[torch.arange(float(n)) for n in size], indexing="ij"), -1).reshape(1, -1, 3)
+    values = torch.nn.functional.pad(grid, (0, 5))  # [1, S, 8]: the coordinates are the first three channels
+    with torch.no_grad():
+        attention.sampling_offsets.bias.copy_(torch.tensor([1.0, -2.0, 3.0]).repeat(8))
+        for linear in (attention.value_proj, attention.output_proj):
+            linear.weight.copy_(torch.eye(8))
+    out = attention(torch.randn(1, len(grid[0]), 8), cell_centres([size]), values, [size])
+    inside = (grid[0] + torch.tensor([1.0, -2.0, 3.0]) >= 0).all(-1) & (
+        grid[0] + torch.tensor([1.0, -2.0, 3.0]) <= torch.tensor(size) - 1
+    ).all(-1)
+    torch.testing.assert_close(out[0, inside, :3], (grid[0] + torch.tensor([1.0, -2.0, 3.0]))[inside], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("patch_size", "depth", "size", "more"),
+    [
+        (4, 4, (32, 32, 32), {"pos_encoding": "rope"}),
+        (8, 8, (32, 48, 16), {"num_register_tokens": 2, "block_chunks": 2}),
+        (16, 4, (48, 32, 64), {}),
+        (7, 4, (21, 28, 35), {}),  # sizes that are no power of two: maps are rounded up
+    ],
+)
+def test_the_pyramid_has_its_sizes_for_any_patch_depth_and_shape(patch_size: int, depth: int, size: tuple, more: dict) -> None:
+    adapter = ViTAdapter3d(backbone(patch_size, depth, **more), 2, OPTIONS)
+    maps = adapter(torch.randn(2, 2, *size))
+    assert [m.shape for m in maps] == [(2, 32, *[-(-n // f) for n in size]) for f in (2, 4, 8, 16)]
+    logits = head("ViTAdapterUNETR", backbone(patch_size, depth, **more), channels=2)(torch.randn(2, 2, *size))
+    assert logits.shape == (2, 3, *size)
+
+
+def test_an_untrained_adapter_leaves_the_backbones_tokens_as_they_are() -> None:
+    net = backbone(pos_encoding="rope")
+    adapter = ViTAdapter3d(net, 1, OPTIONS)
+    seen = []
+    adapter.merges[3].register_forward_pre_hook(lambda _m, args: seen.append(args[0]))
+    x = torch.randn(2, 1, 32, 32, 32)
+    adapter(x)
+    (expected,) = net.get_intermediate_layers(x, 1, norm=False)
+    torch.testing.assert_close(seen[0], expected)
+    with torch.no_grad():
+        adapter.injectors[0].gamma.fill_(0.5)
+    adapter(x)
+    assert (seen[1] - expected).abs().max() > 1e-2
+
+
+def test_channels_are_averaged_for_the_adapter_and_told_apart_at_the_end() -> None:
+    """The same injection goes to every channel; exchanging two channels changes what is merged."""
+    net = backbone(pos_encoding="rope")
+    adapter = ViTAdapter3d(net, 2, OPTIONS)
+    with torch.no_grad():
+        adapter.injectors[0].gamma.fill_(0.5)
+    given = []
+    adapter.injectors[0].register_forward_hook(lambda _m, args, out: given.append((args[0], out)))
+    x = torch.randn(1, 2, 32, 32, 32)
+    adapter.eval()
+    one, other = adapter(x)[3], adapter(x.flip(1))[3]
+    tokens = net.prepare_tokens_with_masks(x.flatten(0, 1)[:, None])[:, 1:]
+    torch.testing.assert_close(given[0][0], tokens.mean(0, keepdim=True))
+    assert given[0][1].shape == (1, 512, 32)
+    assert (one - other).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("kind", ["ViTAdapterUNETR", "UNETR", "Linear"])
+@pytest.mark.parametrize("trained", [False, True])
+def test_every_trained_parameter_gets_a_gradient_and_a_frozen_backbone_none(kind: str, trained: bool) -> None:
+    net = backbone(8, 4)
+    model = head(kind, net, channels=2).train()
+    choose_trained(model, trained)
+    if kind == "ViTAdapterUNETR":
+        for injector in model.adapter.injectors:
+            torch.nn.init.ones_(injector.gamma)
+    logits = model(torch.randn(2, 2, 32, 32, 32))
+    assert logits.shape == (2, 3, 32, 32, 32)
+    logits.square().mean().backward()
+    without = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    assert not without
+    assert all(p.grad is None for p in net.parameters()) is not trained
+
+
+def test_checkpointing_changes_no_gradient() -> None:
+    grads = []
+    for switch in (False, True):
+        torch.manual_seed(1)
+        adapter = ViTAdapter3d(backbone(8, 4), 1, OPTIONS._replace(checkpointing=switch))
+        sum(m.square().mean() for m in adapter(torch.ones(2, 1, 32, 32, 32) * torch.arange(32.0) / 32)).backward()
+        grads.append({n: p.grad for n, p in adapter.named_parameters() if p.grad is not None})
+    assert grads[0].keys() == grads[1].keys()
+    for name, grad in grads[0].items():
+        torch.testing.assert_close(grads[1][name], grad, msg=name)
+
+
+def test_a_trained_backbone_learns_slower_towards_its_input() -> None:
+    net = backbone(8, 4).requires_grad_(True)
+    model = head("UNETR", net)
+    plan = Plan(10, 1, 5, 1, 0.1, True, 0)
+    optimizer = build_optimizer(model, plan, 0.5)
+    scale = {id(p): g["lr_scale"] for g in optimizer.param_groups for p in g["params"]}
+    assert scale[id(model.out.weight)] == scale[id(net.norm.weight)] == 1
+    assert scale[id(net.block_list[3].attn.qkv.weight)] == 0.5
+    assert scale[id(net.block_list[0].attn.qkv.weight)] == 0.5**4
+    assert scale[id(net.patch_embed.proj.weight)] == 0.5**5
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: head("ViTAdapterUNETR", backbone(depth=6)), "divisible by 4, this backbone has 6 blocks"),
+        (lambda: ViTAdapter3d(backbone(), 1, OPTIONS._replace(feature_ratio=0.1)), "feature_ratio=0.1.*multiple of 8"),
+        (lambda: head("UNETR", backbone(12)), "patch size of 2, 4, 8 or 16, this backbone has 12"),
+    ],
+)
+def test_a_head_that_does_not_fit_says_why(make: object, message: str) -> None:
+    with pytest.raises(BadInput, match=message):
+        make()
