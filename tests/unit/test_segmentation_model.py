@@ -118,6 +118,41 @@ def test_channels_are_averaged_for_the_adapter_and_told_apart_at_the_end() -> No
     assert (one - other).abs().max() > 1e-3
 
 
+def test_the_extractors_read_around_each_pyramid_voxels_own_place() -> None:
+    adapter = ViTAdapter3d(backbone(8, 4), 1, OPTIONS)
+    places = []
+    adapter.extractors[0].attn.register_forward_pre_hook(lambda _m, args: places.append(args[1]))
+    adapter(torch.randn(1, 1, 32, 16, 48))
+    torch.testing.assert_close(places[0], cell_centres([(8, 4, 12), (4, 2, 6), (2, 1, 3)]))
+
+
+def test_unetr_joins_later_blocks_at_coarser_sizes() -> None:
+    """Three quarters of the depth at twice the coarsest map's size, half at four times, a quarter at eight times."""
+    net = backbone(16, 4)
+    model, seen = head("UNETR", net).eval(), []
+    for project in model.projections:
+        project.register_forward_hook(lambda _m, args, out: seen.append((args[0], out)))
+    x = torch.randn(1, 1, 32, 32, 32)
+    model(x)
+    tokens = net.get_intermediate_layers(x, [0, 1, 2])
+    for (given, out), layer, edge in zip(seen, (2, 1, 0), (4, 8, 16), strict=True):
+        expected = model.merges[layer](tokens[layer]).transpose(1, 2).unflatten(2, (2, 2, 2))
+        torch.testing.assert_close(given, expected)
+        assert out.shape[2:] == (edge,) * 3
+
+
+@pytest.mark.parametrize("kind", ["ViTAdapterUNETR", "UNETR", "Linear"])
+def test_a_batch_of_multi_channel_volumes_gives_what_each_gives_alone(kind: str) -> None:
+    """Channels lie in the batch inside: none may end up with another volume's."""
+    model = head(kind, backbone(8, 4), channels=3).eval()
+    if kind == "ViTAdapterUNETR":
+        for injector in model.adapter.injectors:
+            torch.nn.init.ones_(injector.gamma)
+    x = torch.randn(2, 3, 32, 16, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), torch.cat([model(x[:1]), model(x[1:])]), rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.parametrize("kind", ["ViTAdapterUNETR", "UNETR", "Linear"])
 @pytest.mark.parametrize("trained", [False, True])
 def test_every_trained_parameter_gets_a_gradient_and_a_frozen_backbone_none(kind: str, trained: bool) -> None:
