@@ -140,6 +140,7 @@ setup(
         "submitit>=1.5",
         "tensorboard>=2.16",
         "tqdm>=4.60",
+        "scikit-learn>=1.4",
         "scipy>=1.11",
         "matplotlib>=3.8",
         "nilearn>=0.11",

@@ -105,6 +105,13 @@ def predict(args: argparse.Namespace) -> int:
     return run_predict(args.weights, args.input, args.output, args.overlap, say)
 
 
+def classify(args: argparse.Namespace) -> int:
+    """Say the class of scans by a saved probe."""
+    from dinov2.eval.probe_file import classify as run_classify
+
+    return run_classify(args.probe, args.input, args.pretrained_weights, args.output, say)
+
+
 def split(args: argparse.Namespace) -> int:
     """Write a downstream datalist: a seeded split by patients of a folder of images and one of label maps."""
     from dinov2.data.downstream import write_downstream_datalist
@@ -230,6 +237,7 @@ def build_parser() -> argparse.ArgumentParser:
     action.add_argument("--output-dir", type=Path, default=Path("recipe_check"), help="folder of the pictures")
     action.set_defaults(function=recipe_check)
     _add_predict(commands)
+    _add_classify(commands)
     _add_split(commands)
     _add_corpus(commands)
     checkpoint = commands.add_parser("checkpoint", help="weights and training checkpoints in their forms")
@@ -253,6 +261,16 @@ def _add_predict(commands: argparse._SubParsersAction) -> None:
     action.add_argument("--output", type=Path, required=True, help=".nii.gz file; for a folder a folder")
     action.add_argument("--overlap", type=float, default=0.75, help="share of a window that the next one covers too, 0 to 1")
     action.set_defaults(function=predict)
+
+
+def _add_classify(commands: argparse._SubParsersAction) -> None:
+    action = commands.add_parser("classify", help=classify.__doc__.splitlines()[0])
+    action.add_argument("--probe", type=Path, required=True, help="probe.pth of linear3d.py")
+    files = "scans; where the recipe has several channels, those of one case in its order"
+    action.add_argument("--input", type=Path, nargs="+", required=True, metavar="FILE", help=files)
+    action.add_argument("--output", type=Path, help="a table of the probabilities (CSV)")
+    action.add_argument("--pretrained-weights", help="of the backbone, where they are no longer where they were")
+    action.set_defaults(function=classify)
 
 
 def _add_split(commands: argparse._SubParsersAction) -> None:

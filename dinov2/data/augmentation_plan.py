@@ -172,13 +172,15 @@ def _contrast(rng: np.random.Generator) -> list[Intensity]:
     return [HistogramShift(tuple(points.tolist()))]
 
 
-def _smooth(rng: np.random.Generator) -> Smooth:
+def plan_smooth(rng: np.random.Generator) -> Smooth:
     return Smooth(tuple(rng.uniform(0.25, 1.5, 3).tolist()))
 
 
 def _smooth_or_sharpen(rng: np.random.Generator) -> Intensity:
-    if rng.random() < 0.5:
-        return _smooth(rng)
+    return plan_smooth(rng) if rng.random() < 0.5 else plan_sharpen(rng)
+
+
+def plan_sharpen(rng: np.random.Generator) -> Sharpen:
     sigma1 = rng.uniform(0.5, 1.0, 3)
     sigma2 = rng.uniform(0.5, sigma1)
     return Sharpen(tuple(sigma1.tolist()), tuple(sigma2.tolist()), rng.uniform(10.0, 30.0))
@@ -195,5 +197,5 @@ def plan_intensity(crop_index: int, num_global: int, rng: np.random.Generator) -
         if rng.random() < 0.2:
             steps.append(Gibbs(rng.uniform(0.0, 1.0)))
     elif rng.random() < 0.5:
-        steps.append(_smooth(rng))
+        steps.append(plan_smooth(rng))
     return tuple(steps)

@@ -21,13 +21,13 @@ from dinov2.data.cache import VolumeCache, key_of
 from dinov2.data.datalist import Entry
 from dinov2.data.downstream import Item
 from dinov2.data.grids import GridMap, farthest_corner_mm
-from dinov2.data.preprocess import Volume
+from dinov2.data.preprocess import Volume, foreground_box
 from dinov2.data.recipes import Recipe
 from dinov2.data.volumes import RawVolume, open_volume
 from dinov2.errors import BadInput
 from dinov2.ops.augmentation import INT16_SCALE
 
-PREPARATION = 1  # raised with every change of what is made from the same files and recipe; part of the cache's keys
+PREPARATION = 2  # raised with every change of what is made from the same files and recipe; part of the cache's keys
 SAME_PLACE = 0.1  # of a voxel, by which the corners of a case's files may lie apart
 
 
@@ -78,7 +78,7 @@ def prepare_case(item: Item, recipe: Recipe, resize_scale: float = 1.0) -> Case:
     opened = _open(item, recipe)
     grid = _grid(opened[0], recipe, resize_scale)
     channels = opened[: recipe.channels]
-    image = torch.from_numpy(np.stack([_prepare_channel(raw, grid, recipe) for raw in channels]))
+    image = torch.from_numpy(_whole_image(np.stack([_prepare_channel(raw, grid, recipe) for raw in channels]), recipe))
     label = None
     if len(opened) > recipe.channels:
         label = torch.from_numpy(grid.prepare(_read_label(opened[-1], recipe), linear=False))[None]
@@ -160,12 +160,21 @@ def _prepare_channel(raw: RawVolume, grid: GridMap, recipe: Recipe) -> np.ndarra
     if not finite.all():
         voxels = np.where(finite, voxels, voxels[finite].mean(dtype=np.float64)).astype(np.float32)
     voxels = grid.prepare(voxels, linear=True)
-    if recipe.resize:
-        voxels = interpolate(torch.from_numpy(voxels)[None, None], tuple(recipe.resize), mode="trilinear")[0, 0].numpy()
     low, high = recipe.intensity.limits(voxels)
     if not high > low:
         raise BadInput(f"{raw.path}: constant between the recipe's percentiles (value {low:g}): leave the case out of the list")
     return np.clip((voxels - np.float32(low)) * np.float32(2 / (high - low)) - 1, -1, 1)
+
+
+def _whole_image(image: np.ndarray, recipe: Recipe) -> np.ndarray:
+    """Of a classification [C, H, W, D]: its foreground, resized as the recipe says; of a segmentation as it is."""
+    if recipe.task == "segmentation":
+        return image
+    if recipe.train.foreground_crop:
+        image = image[:, *foreground_box(image.max(0))]
+    if recipe.resize:
+        image = interpolate(torch.from_numpy(image)[None], tuple(recipe.resize), mode="trilinear")[0].numpy()
+    return np.ascontiguousarray(image)
 
 
 def _read_label(raw: RawVolume, recipe: Recipe) -> np.ndarray:
@@ -277,6 +286,8 @@ class SegmentationCases:
         decisive = {
             k: recipe[k] for k in ("task", "channels", "classes", "regions", "label_map", "space", "intensity", "resize")
         }
+        if self.recipe.task != "segmentation":
+            decisive["foreground_crop"] = self.recipe.train.foreground_crop
         return key_of([PREPARATION, item.case, sources, decisive, self.resize_scale])
 
 

@@ -1,5 +1,7 @@
 """Training crops of a prepared case: where they lie, and how they are flipped, turned and changed in intensity.
 
+Crops with label maps for a segmentation, views (one input of the network) for a classification.
+
 C channels, s the crop's edge (voxels).
 """
 
@@ -7,11 +9,16 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from dinov2.data import augmentation_plan as ap
+from dinov2.data.apply_fast import apply_intensity_
 from dinov2.data.cases import Case
 from dinov2.data.recipes import Recipe, Training
 
+ROTATION, SCALE, SHIFT = 30.0, (0.8, 1.25), 0.1  # of a random affine map: degrees about each axis, factor, share of the edge
+NOISE_STD = 0.1  # largest, MONAI's default
 BACKGROUND = -1.0  # of images; around what is smaller than a crop, and what a foreground is told from
 
 
@@ -98,3 +105,51 @@ def _change_intensity(image: Tensor, plan: Training, rng: np.random.Generator) -
     scale = 1 + rng.uniform(-plan.scale, plan.scale) if rng.random() < plan.scale_p else 1.0
     shift = rng.uniform(-plan.shift, plan.shift) if rng.random() < plan.shift_p else 0.0
     return image.contiguous() * scale + shift
+
+
+def central_view(image: Tensor, image_size: int) -> Tensor:
+    """The middle of a classification's image, [C, H, W, D] -> [C, s, s, s]; a smaller one is padded around."""
+    return _cut(image, [(n - image_size) // 2 for n in image.shape[1:]], image_size, BACKGROUND)
+
+
+def training_view(image: Tensor, recipe: Recipe, image_size: int, rng: np.random.Generator) -> Tensor:
+    """A random, augmented crop of a classification's image, [C, H, W, D] -> [C, s, s, s].
+
+    Source: 3DINO paper, Methods, "3DINO classification"; parameter ranges are MONAI's customary ones.
+    """
+    plan = recipe.train
+    free = [n - image_size for n in image.shape[1:]]
+    start = [int(rng.integers(f + 1)) if f > 0 else f // 2 for f in free]
+    (view,) = _turn([_cut(image, start, image_size, BACKGROUND)], plan, rng)
+    view = view.contiguous()
+    if plan.one_of and rng.random() < plan.one_of_p:
+        view = _one_of(view, plan.one_of[int(rng.integers(len(plan.one_of)))], rng)
+    return _change_intensity(view, plan, rng)
+
+
+def _one_of(view: Tensor, name: str, rng: np.random.Generator) -> Tensor:
+    """One named change, all channels alike but for noise."""
+    if name == "affine":
+        return _affine(view, rng)
+    if name == "noise":
+        std = rng.uniform(0.0, NOISE_STD)
+        steps: list[ap.Intensity] = [ap.Noise(std, int(rng.integers(2**31))) for _ in view]
+    else:
+        plans = {"gamma": lambda: ap.Gamma(rng.uniform(0.5, 2.0)), "smooth": lambda: ap.plan_smooth(rng)}
+        steps = [plans.get(name, lambda: ap.plan_sharpen(rng))()] * len(view)
+    return torch.cat([apply_intensity_(channel[None].contiguous(), step) for channel, step in zip(view, steps, strict=True)])
+
+
+def _affine(view: Tensor, rng: np.random.Generator) -> Tensor:
+    """Turned about each axis, scaled and shifted about the middle; what comes from outside is background."""
+    angles = np.deg2rad(rng.uniform(-ROTATION, ROTATION, 3))
+    matrix = np.eye(3) / rng.uniform(*SCALE)
+    for axis, angle in enumerate(angles):
+        a, b = (axis + 1) % 3, (axis + 2) % 3
+        turn = np.eye(3)
+        turn[[a, a, b, b], [a, b, a, b]] = np.cos(angle), -np.sin(angle), np.sin(angle), np.cos(angle)
+        matrix = matrix @ turn
+    shift = rng.uniform(-2 * SHIFT, 2 * SHIFT, 3)  # the edge of the cube is 2 in grid_sample's coordinates
+    theta = torch.from_numpy(np.column_stack([matrix, shift])).float()[None]
+    grid = F.affine_grid(theta, [1, 1, *view.shape[1:]], align_corners=False)
+    return F.grid_sample(view[None] - BACKGROUND, grid, align_corners=False)[0] + BACKGROUND

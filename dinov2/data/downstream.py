@@ -8,8 +8,10 @@ so that its first n items are a random subset.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
+import math
 import os
 import random
 import re
@@ -20,7 +22,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from dinov2.data.recipes import Recipe
+from dinov2.data.recipes import TERTILES, Recipe
 from dinov2.errors import BadInput
 from dinov2.train.provenance import write_text
 
@@ -36,13 +38,14 @@ class Item:
 
     Attributes:
         images: Absolute path of each channel, or of one file that holds all.
-        label: Path of the label map; of a classification the class's number; None where there is none (prediction).
+        label: Path of the label map; of a classification the class's number, of a regression the value; None where there is
+            none (prediction).
         case: A name that no other case of the list has.
         patient: Whose it is, where the list says it.
     """
 
     images: tuple[str, ...]
-    label: str | int | None
+    label: str | float | None
     case: str
     patient: str | None = None
 
@@ -136,21 +139,54 @@ def _images(item: dict[str, Any], recipe: Recipe, folder: Path, where: str) -> t
     return tuple(os.path.normpath(folder.absolute() / item[k]) for k in wanted)
 
 
-def _label(item: dict[str, Any], recipe: Recipe, folder: Path, where: str) -> str | int:
-    """A label map's path, or the number of the class that a value stands for."""
+def _label(item: dict[str, Any], recipe: Recipe, folder: Path, where: str) -> str | float:
+    """A label map's path, the number of the class that a value stands for, or the value of a regression."""
     value = item.get("label")
     if recipe.task == "segmentation":
         if not isinstance(value, str) or not value:
             raise BadInput(f"{where} ({_brief(item)}): label must be the path of a label map, got {json.dumps(value)[:80]}")
         return os.path.normpath(folder.absolute() / value)
+    if value is None:
+        raise BadInput(f"{where} ({_brief(item)}): has no label: add it, or leave the case out of the list")
+    if recipe.task == "regression":
+        if not _is_number(value):
+            raise BadInput(f"{where} ({_brief(item)}): label {json.dumps(value)[:80]} is not a number: correct the list")
+        return float(value)
     if recipe.bins:
-        inside = [isinstance(value, (int, float)) and low <= value < high for low, high in recipe.bins.values()]
+        inside = [_is_number(value) and low <= value < high for low, high in recipe.bins.values()]
     else:
         inside = [value in (number, name) for number, name in recipe.classes.items()]
     if not any(inside):
         classes = recipe.bins or recipe.classes
         raise BadInput(f"{where} ({_brief(item)}): label {json.dumps(value)[:80]} is in none of the recipe's {dict(classes)}")
     return inside.index(True)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def with_tertiles(recipe: Recipe, base_data_dir: str | Path) -> Recipe:
+    """The recipe, with `bins: tertiles` put into numbers: thirds of the training part's labels.
+
+    Raises:
+        BadInput: The list cannot be read, or its labels are not numbers of at least three values.
+    """
+    if recipe.bins != TERTILES:
+        return recipe
+    path = datalist_path(base_data_dir, recipe)
+    values = [item.get("label") for item in _load(path)["training"]]
+    for i, value in enumerate(values):
+        if not _is_number(value):
+            raise BadInput(
+                f"datalist {path}, training {i}: label {json.dumps(value)[:80]} is not a number, bins are {TERTILES}"
+            )
+    ordered = sorted(values)
+    first, second = (ordered[round(len(ordered) * share)] for share in (1 / 3, 2 / 3))
+    if not ordered[0] < first < second:
+        raise BadInput(f"datalist {path}: its {len(values)} training labels have no thirds: declare bins in numbers")
+    bins = {f"below {first:g}": [-math.inf, first], f"{first:g} to {second:g}": [first, second]}
+    return dataclasses.replace(recipe, bins={**bins, f"from {second:g}": [second, math.inf]})
 
 
 def _brief(item: dict[str, Any]) -> str:

@@ -22,9 +22,11 @@ from dinov2.configs.schema import key, require, require_choice, section
 from dinov2.data.preprocess import PERCENTILES
 
 FOLDER = "eval/datasets"
-TASKS = ("segmentation", "classification")
+TASKS = ("segmentation", "classification", "regression")
+ONE_OF = ("affine", "gamma", "sharpen", "smooth", "noise")
 CROPS = ("random", "pos_neg")
 LOSSES = ("dice", "dice_ce")
+TERTILES = "tertiles"  # as bins
 MAX_LABEL = 32767  # labels are kept in 16 bits
 # which label values make up the tumour core, whole tumour and enhancing tumour in each year's files
 LABEL_SCHEMES: dict[str, dict[str, list[int]]] = {
@@ -87,19 +89,25 @@ class Training:
     scale_p: float = key(1.0, "probability of the scaling")
     shift: float = key(0.0, "intensities (-1 to 1) plus u, u uniform within +- this")
     shift_p: float = key(1.0, "probability of the shift")
-    loss: str = key("dice_ce", "dice or dice_ce; overlapping regions through a sigmoid, classes through a softmax")
+    one_of: list[str] = key([], "of these one is chosen each time (classification): affine, gamma, sharpen, smooth, noise")
+    one_of_p: float = key(0.3, "probability that the chosen one is applied")
+    loss: str = key(
+        "dice_ce", "of a segmentation: dice or dice_ce; overlapping regions through a sigmoid, classes through a softmax"
+    )
     dice_squared: bool = key(False, "the Dice loss's denominator has squares")
 
     def __post_init__(self) -> None:
         require_choice("train.crop", self.crop, CROPS)
         require_choice("train.loss", self.loss, LOSSES)
         require(self.crops_per_volume > 0, f"train.crops_per_volume={self.crops_per_volume} must be at least 1")
-        for name in ("flip_p", "rot90_p", "scale_p", "shift_p"):
+        for name in ("flip_p", "rot90_p", "scale_p", "shift_p", "one_of_p"):
             value = getattr(self, name)
             require(0 <= value <= 1, f"train.{name}={value} must be a probability, 0 to 1")
         for name in ("scale", "shift"):
             value = getattr(self, name)
             require(0 <= value < 1, f"train.{name}={value} must be at least 0 and below 1")
+        for name in self.one_of:
+            require_choice("train.one_of", name, ONE_OF)
         require(set(self.flip_axes) <= {0, 1, 2}, f"train.flip_axes={self.flip_axes} must be of 0, 1, 2")
 
 
@@ -117,11 +125,11 @@ class Metrics:
 class Recipe:
     """One downstream dataset; made by `load_recipe`."""
 
-    task: str = key("segmentation", "segmentation or classification")
+    task: str = key("segmentation", "segmentation, classification, or regression (a number)")
     channels: int = key(1, "images of one case")
     classes: dict[int, str] | None = key(None, "name of each label value from 0, 0 being the background in a segmentation")
     regions: Any = key(None, "label values that make up each of several overlapping regions, or the name of a label scheme")
-    bins: dict[str, list[float]] | None = key(None, "[from, to) of each class of a number, such as an age (classification)")
+    bins: Any = key(None, "[from, to) of each class of a number, such as an age, or tertiles: thirds of the training labels")
     label_map: dict[int, int] | None = key(None, "stored label value: the value it is read as")
     space: Space = section(Space)
     intensity: Intensity = section(Intensity)
@@ -135,18 +143,23 @@ class Recipe:
         require(self.channels > 0, f"channels={self.channels} must be at least 1")
         given = [n for n in ("classes", "regions", "bins") if getattr(self, n)]
         allowed = ("classes", "regions") if self.task == "segmentation" else ("classes", "bins")
-        ok = len(given) == 1 and given[0] in allowed
-        require(ok, f"{self.task} needs exactly one of {' and '.join(allowed)}, got {' and '.join(given) or 'none'}")
+        ok = len(given) == 1 and given[0] in allowed if self.task != "regression" else not given
+        wanted = "none" if self.task == "regression" else f"exactly one of {' and '.join(allowed)}"
+        require(ok, f"{self.task} needs {wanted}, got {' and '.join(given) or 'none'}")
         if self.classes:
             in_order = list(self.classes) == list(range(len(self.classes))) and len(self.classes) > 1
             require(in_order, f"classes={dict(self.classes)} must be named 0, 1, 2, ... in order (label_map renames values)")
         if self.regions:
             object.__setattr__(self, "regions", _regions(self.regions))
-        for name, edges in (self.bins or {}).items():
-            require(len(edges) == 2 and edges[0] < edges[1], f"bins.{name}={edges} must be [from, to) with from < to")
+        if self.bins and self.bins != TERTILES:
+            _check_bins(self.bins)
         shape = self.resize
         require(shape is None or (len(shape) == 3 and min(shape) > 0), f"resize={shape} must be three positive voxel counts")
-        require(not (shape and self.task == "segmentation"), "resize is for classification; a segmentation is resampled")
+        segmentation, plan = self.task == "segmentation", self.train
+        require(not (shape and segmentation), "resize is for classification; a segmentation is resampled")
+        require(not (plan.one_of and segmentation), f"train.one_of={plan.one_of} is for classification")
+        centred = "train.crop=pos_neg is centred on labelled voxels, which only a segmentation has: use random"
+        require(segmentation or plan.crop == "random", centred)
         unknown = sorted(set((self.label_map or {}).values()) - set(self.values)) if self.task == "segmentation" else []
         require(not unknown, f"label_map leads to {unknown}, which are not among the recipe's values {list(self.values)}")
 
@@ -216,6 +229,19 @@ class Recipe:
             return min(members, key=lambda v: (distance[v], -sum(members[v]), v))
 
         return torch.tensor([closest(p) for p in range(2**self.num_outputs)], dtype=torch.int16)
+
+
+def _check_bins(given: Any) -> None:
+    """Raise `ConfigError` where bins are not ranges of numbers by name."""
+    require(isinstance(given, Mapping), f"bins={given!r} must be {TERTILES}, or {{name: [from, to)}}")
+    for name, edges in given.items():
+        ok = (
+            isinstance(edges, list)
+            and len(edges) == 2
+            and all(isinstance(e, (int, float)) for e in edges)
+            and edges[0] < edges[1]
+        )
+        require(ok, f"bins.{name}={edges} must be [from, to) with from < to")
 
 
 def _regions(given: Any) -> dict[str, list[int]]:

@@ -32,6 +32,24 @@ def patch_features(backbone: DinoVisionTransformer3d, windows: Tensor, layers: i
     return torch.cat(out)
 
 
+def class_features(backbone: DinoVisionTransformer3d, images: Tensor, layers: int = 4) -> Tensor:
+    """Normed class tokens of the last layers in their order, then the mean of the last layer's patch tokens.
+
+    Channels pass one by one and are averaged. Gradients are followed where they are wanted.
+
+    Args:
+        backbone: On the images' device.
+        images: [B, C, s, s, s] float32 in [-1, 1].
+        layers: n.
+
+    Returns:
+        [B, (n + 1) * E] float32.
+    """
+    pairs = backbone.get_intermediate_layers(images.flatten(0, 1)[:, None], layers, return_class_token=True)
+    parts = [*(token for _, token in pairs), pairs[-1][0].mean(1)]
+    return torch.cat(parts, -1).float().unflatten(0, images.shape[:2]).mean(1)
+
+
 @torch.inference_mode()
 def volume_features(backbone: DinoVisionTransformer3d, volume: Tensor, window: int, shift: int, batch_size: int = 64) -> Tensor:
     """Last-layer patch features of a whole volume by overlapping windows, on a grid finer than the patches.

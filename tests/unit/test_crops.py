@@ -8,12 +8,13 @@ import math
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from dinov2.data.cases import Case
-from dinov2.data.crops import is_smaller, training_crops
+from dinov2.data.crops import BACKGROUND, central_view, is_smaller, training_crops, training_view
 from dinov2.data.downstream import Item
 from dinov2.data.grids import GridMap
-from dinov2.data.recipes import Recipe, Training, load_recipe
+from dinov2.data.recipes import ONE_OF, Recipe, Training, load_recipe
 from dinov2.data.streams import Kind, stream
 
 SHAPE = (13, 11, 9)
@@ -149,3 +150,35 @@ def test_only_the_axes_that_may_be_flipped_are(axes: list[int]) -> None:
 def test_every_shipped_recipe_makes_its_crops(name: str) -> None:
     made = training_crops(case(), load_recipe(name), 5, draw(0))
     assert len(made) == 4 and all(c["image"].dtype == torch.float32 and c["label"].dtype == torch.int16 for c in made)
+
+
+# ---------------------------------------------------------------------- views of a classification
+
+
+def test_the_middle_is_cut_or_padded_around() -> None:
+    image = torch.arange(2 * 7 * 4 * 5.0).reshape(2, 7, 4, 5)
+    view = central_view(image, 5)
+    assert torch.equal(view[:, :, 1:], image[:, 1:6]) and (view[:, :, 0] == BACKGROUND).all()
+
+
+@pytest.mark.parametrize("name", ONE_OF)
+def test_each_change_of_a_view_is_drawn_from_its_stream_and_changes_it(name: str) -> None:
+    recipe = Recipe(task="classification", classes={0: "a", 1: "b"}, train=Training(one_of=[name], one_of_p=1.0))
+    g = torch.Generator().manual_seed(0)
+    image = F.avg_pool3d(torch.rand(2, 14, 13, 12, generator=g), 3, 1, 1) * 2 - 1
+    one, same, other = (training_view(image, recipe, 8, np.random.default_rng(s)) for s in (0, 0, 1))
+    assert torch.equal(one, same) and not torch.equal(one, other) and one.shape == (2, 8, 8, 8)
+    plain = training_view(image, dataclasses.replace(recipe, train=Training()), 8, np.random.default_rng(0))
+    assert not torch.allclose(one, plain) and one.isfinite().all()
+
+
+def test_an_affine_view_turns_about_the_middle_and_brings_in_background() -> None:
+    """A centred ball keeps its middle; of many views the volume varies by the cube of the scales, and none is sheared away."""
+    axes = torch.stack(torch.meshgrid(*[torch.linspace(-1, 1, 21)] * 3, indexing="ij"))
+    ball = torch.where(axes.norm(dim=0) < 0.5, 1.0, BACKGROUND)[None]
+    recipe = Recipe(task="classification", classes={0: "a", 1: "b"}, train=Training(one_of=["affine"], one_of_p=1.0))
+    views = [training_view(ball, recipe, 21, np.random.default_rng(s)) for s in range(40)]
+    volumes = torch.stack([(v > 0).sum() / (ball > 0).sum() for v in views])
+    assert 0.75**3 < volumes.min() < 0.7 and 1.4 < volumes.max() < 1.3**3
+    middles = torch.stack([(axes * (v[0] > 0)).sum((1, 2, 3)) / (v > 0).sum() for v in views])
+    assert 0.1 < middles.abs().max() < 0.44

@@ -13,6 +13,7 @@ from dinov2.data.recipes import LABEL_SCHEMES, Recipe, load_recipe
 from tests.conftest import ROOT
 
 DATASETS = sorted(p.stem for p in (ROOT / "configs" / "eval" / "datasets").glob("*.yaml"))
+SEGMENTATIONS = [name for name in DATASETS if load_recipe(name).task == "segmentation"]
 CLASSES = "classes: {0: background, 1: liver}\n"
 
 
@@ -25,13 +26,13 @@ def written(folder: Path, text: str, name: str = "mine") -> Path:
 @pytest.mark.parametrize("name", DATASETS)
 def test_every_shipped_recipe_loads_by_name_and_opens_with_what_it_follows(name: str) -> None:
     recipe = load_recipe(name)
-    assert recipe.name == name and recipe.task == "segmentation"
+    assert recipe.name == name
     head = (ROOT / "configs" / "eval" / "datasets" / f"{name}.yaml").read_text().split("\ntask:")[0]
     assert "3DINO paper, Methods" in head and f"--dataset-name {name}" in head
 
 
 def test_the_papers_outputs() -> None:
-    outputs = {name: (r.num_outputs, r.overlapping, r.channels) for name in DATASETS if (r := load_recipe(name))}
+    outputs = {name: (r.num_outputs, r.overlapping, r.channels) for name in SEGMENTATIONS if (r := load_recipe(name))}
     assert outputs == {
         "BTCV": (14, False, 1), "BraTS": (3, True, 4), "LA-SEG": (2, False, 1), "TDSC-ABUS": (2, False, 1),
         "MSD-Hippocampus": (3, False, 1),
@@ -118,7 +119,7 @@ def with_values(recipe: Recipe) -> torch.Tensor:
     return values[torch.randint(len(values), (1, 5, 4, 3), generator=torch.Generator().manual_seed(0))]
 
 
-@pytest.mark.parametrize("name", DATASETS)
+@pytest.mark.parametrize("name", SEGMENTATIONS)
 def test_masks_of_a_label_map_compose_to_it_again(name: str) -> None:
     recipe = load_recipe(name)
     label = with_values(recipe)

@@ -1,0 +1,94 @@
+"""The paper's 52 linear heads as one batched head, against 52 modules with `torch.optim.SGD`, on the same features in one run.
+
+    python benchmarks/linear_grid.py [--embed-dim E] [--iterations N] [--threads T]
+
+Features are drawn at random with the width of a backbone (1024: ViT-L). Both begin with the same weights and see the same
+batches; the largest difference of their weights at the end is printed beside the times. The modules share one optimiser with a
+parameter group each, and one backward pass over the sum of their losses, as in DINOv2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dinov2.eval.linear_heads import LEARNING_RATES, MOMENTUM, Head, LinearHeads, cosine_factor, head_grid
+
+LAYERS = 4
+MIN_SPEEDUP = 8.0
+
+
+class SeparateHeads:
+    """The reference: a module, a loss and a parameter group for every head."""
+
+    def __init__(self, heads: list[Head], batched: LinearHeads, embed_dim: int) -> None:
+        self.columns = [h.columns(LAYERS, embed_dim) for h in heads]
+        self.modules = []
+        for i, columns in enumerate(self.columns):
+            module = nn.Linear(columns.stop - columns.start, batched.num_classes)
+            weight, bias = batched.head_weights(i)
+            module.load_state_dict({"weight": weight, "bias": bias})
+            self.modules.append(module)
+        self.rates = [h.learning_rate for h in heads]
+        groups = [{"params": m.parameters(), "lr": r} for m, r in zip(self.modules, self.rates, strict=True)]
+        self.optimizer = torch.optim.SGD(groups, momentum=MOMENTUM, weight_decay=0)
+
+    def step(self, features: Tensor, labels: Tensor, factor: float) -> None:
+        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = rate * factor
+        outputs = [m(features[:, c]) for m, c in zip(self.modules, self.columns, strict=True)]
+        loss = sum(F.cross_entropy(out, labels) for out in outputs)
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+
+
+def measure(embed_dim: int, iterations: int, rounds: int, batch: int = 32, classes: int = 4) -> tuple[float, float, float]:
+    """Best times of an iteration in ms, ours and the reference's, and the largest difference of the weights."""
+    generator = torch.Generator().manual_seed(0)
+    heads = head_grid(LEARNING_RATES, LAYERS)
+    ours = LinearHeads(heads, LAYERS, embed_dim, classes, generator)
+    reference = SeparateHeads(heads, ours, embed_dim)
+    data = [torch.randn(batch, (LAYERS + 1) * embed_dim, generator=generator) for _ in range(16)]
+    labels = [torch.randint(classes, (batch,), generator=generator) for _ in data]
+    best = {"ours": float("inf"), "reference": float("inf")}
+    for turn in range(rounds):
+        for name, step in (("ours", ours.step), ("reference", reference.step)):
+            start = time.perf_counter()
+            for i in range(turn * iterations, (turn + 1) * iterations):
+                step(data[i % 16], labels[i % 16], cosine_factor(i, rounds * iterations))
+            best[name] = min(best[name], 1e3 * (time.perf_counter() - start) / iterations)
+    pairs = [(ours.head_weights(i)[0], m.weight.detach()) for i, m in enumerate(reference.modules)]
+    apart = max(float((a - b).abs().max() / b.abs().max()) for a, b in pairs)
+    return best["ours"], best["reference"], apart
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--embed-dim", type=int, nargs="+", default=[384, 1024])
+    parser.add_argument("--iterations", type=int, default=40, help="of a round")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=1)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    slow = False
+    for width in args.embed_dim:
+        ours, reference, apart = measure(width, args.iterations, args.rounds)
+        slow |= reference / ours < MIN_SPEEDUP
+        print(
+            f"52 heads on {width} x 5 features: one head {ours:6.2f} ms, 52 modules {reference:6.2f} ms an iteration: ", end=""
+        )
+        print(f"{reference / ours:.1f} x; weights differ by {apart:.1e} of their largest")
+    return int(slow)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

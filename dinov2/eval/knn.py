@@ -1,0 +1,85 @@
+"""Weighted k nearest neighbours on frozen features: `python dinov2/eval/knn.py --dataset-name D ...`.
+
+Neighbours by cosine similarity, each voting with exp(similarity / temperature), as DINOv2's evaluation. Unlike there, k and the
+part of the features are chosen by the validation part.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+if __package__ in (None, ""):  # started as a file: the repository, not this folder, is where imports begin
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
+
+import numpy as np
+
+from dinov2.errors import EXIT_OK, BadInput
+from dinov2.eval.frozen import frozen_parser, open_setting, run_program
+from dinov2.eval.readout import all_features, choose, mean_auc, write_classification
+
+logger = logging.getLogger("dinov2.eval.knn")
+
+TEMPERATURE = 0.07
+NEIGHBOURS = (5, 10, 20, 50, 100, 200)
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    parser = frozen_parser("knn.py", "Weighted k nearest neighbours on a downstream dataset.")
+    parser.add_argument("--nb_knn", "--nb-knn", type=int, nargs="+", default=list(NEIGHBOURS), help="numbers of neighbours")
+    parser.add_argument("--temperature", type=float, default=TEMPERATURE, help="of the votes")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return run_program(run, get_args_parser().parse_args(argv))
+
+
+def knn_probabilities(
+    train: np.ndarray, labels: np.ndarray, queries: np.ndarray, k: int, num_classes: int, temperature: float = TEMPERATURE
+) -> np.ndarray:
+    """Votes of the k most similar training cases, all of them where there are fewer.
+
+    Args:
+        train: [n, F], not yet normalised.
+        labels: [n] int.
+        queries: [m, F].
+        k: Neighbours.
+        num_classes: K.
+
+    Returns:
+        [m, K], rows that sum to 1.
+    """
+    train, queries = (x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12) for x in (train, queries))
+    similarity = queries @ train.T  # [m, n]
+    nearest = np.argsort(-similarity, axis=1, kind="stable")[:, :k]
+    near = np.take_along_axis(similarity, nearest, 1)
+    votes = np.exp((near - near[:, :1]) / temperature)  # relative to the nearest: nothing overflows
+    totals = (votes[..., None] * np.eye(num_classes)[labels[nearest]]).sum(1)
+    return totals / totals.sum(1, keepdims=True)
+
+
+def run(args: argparse.Namespace) -> int:
+    if min(args.nb_knn) < 1 or args.temperature <= 0:
+        raise BadInput("--nb_knn and --temperature must be positive")
+    with open_setting(args, "classification") as setting:
+        parts, views = all_features(setting, args)
+        fit, num_classes = parts["training"], setting.recipe.num_outputs
+
+        def vote(part: str, view: str, k: int) -> np.ndarray:
+            columns = views[view]
+            return knn_probabilities(fit.view(columns), fit.y, parts[part].view(columns), k, num_classes, args.temperature)
+
+        numbers = sorted({min(k, len(fit.y)) for k in args.nb_knn})
+        validation = parts["validation"]
+        scores = {(v, k): mean_auc(vote("validation", v, k), validation) for v in views for k in numbers}
+        view, k = choose(scores)
+        write_classification(setting, parts, vote("test", view, k), {"features": view, "k": k}, scores)
+        return EXIT_OK
+
+
+if __name__ == "__main__":
+    sys.exit(main())

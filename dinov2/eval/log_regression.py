@@ -1,0 +1,60 @@
+"""Logistic regression on frozen features: `python dinov2/eval/log_regression.py --dataset-name D ...`.
+
+C and the part of the features are chosen by the validation part, as in DINOv2's evaluation; then the regression is fitted anew
+on training and validation.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+if __package__ in (None, ""):  # started as a file: the repository, not this folder, is where imports begin
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
+
+import numpy as np
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+from dinov2.errors import EXIT_OK
+from dinov2.eval.frozen import frozen_parser, open_setting, run_program
+from dinov2.eval.readout import all_features, choose, mean_auc, write_classification
+
+C_GRID = tuple(10.0**power for power in range(-6, 6))
+MAX_ITERATIONS = 1000
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    return frozen_parser("log_regression.py", "Logistic regression on a downstream dataset.")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return run_program(run, get_args_parser().parse_args(argv))
+
+
+def run(args: argparse.Namespace) -> int:
+    with open_setting(args, "classification") as setting:
+        parts, views = all_features(setting, args)
+        fit, validation, test = (parts[name] for name in ("training", "validation", "test"))
+
+        def fitted(x: np.ndarray, y: np.ndarray, c: float) -> LogisticRegression:
+            return make_pipeline(StandardScaler(), LogisticRegression(C=c, max_iter=MAX_ITERATIONS)).fit(x, y)
+
+        scores = {}
+        for name, columns in views.items():
+            for c in C_GRID:
+                model = fitted(fit.view(columns), fit.y, c)
+                scores[name, c] = mean_auc(model.predict_proba(validation.view(columns)), validation)
+        view, c = choose(scores)
+        both = np.concatenate([fit.view(views[view]), validation.view(views[view])])
+        model = fitted(both, np.concatenate([fit.y, validation.y]), c)
+        probabilities = model.predict_proba(test.view(views[view]))
+        write_classification(setting, parts, probabilities, {"features": view, "C": c}, scores)
+        return EXIT_OK
+
+
+if __name__ == "__main__":
+    sys.exit(main())
