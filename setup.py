@@ -142,6 +142,7 @@ setup(
         "blosc2>=3",
         "safetensors>=0.4",
         "huggingface-hub>=1,<3",
+        "pyarrow>=15",
         "submitit>=1.5",
         "tensorboard>=2.16",
         "tqdm>=4.60",

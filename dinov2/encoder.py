@@ -21,7 +21,7 @@ from dinov2.data.datalist import Entry
 from dinov2.data.preprocess import PREPROCESSING, normalise, percentiles_of
 from dinov2.data.scans import Scan, bare_volumes, load_scan
 from dinov2.distributed.runtime import Runtime
-from dinov2.errors import BadInput
+from dinov2.errors import BadInput, BadVolume
 from dinov2.eval.setup import build_model_for_eval
 from dinov2.eval.views import View, look
 from dinov2.fsdp.export import read_teacher
@@ -187,8 +187,9 @@ class Encoder:
         tokens = look(self.backbone, volumes.flatten(0, 1)[:, None], view, self.dtype)
         cls, patch = (t.unflatten(0, (num, channels)).mean(1) for t in (tokens.cls, tokens.patch))
         if not (torch.isfinite(cls).all() and torch.isfinite(patch).all()):
-            raise BadInput(
-                f"{name}: the network's features are not finite: use dtype='fp32', or other weights if it was that already"
+            raise BadVolume(
+                f"{name}: the network's features are not finite: use fp32 as dtype, or other weights if it was that already",
+                "non_finite_features",
             )
         step = torch.diag(torch.tensor([*tokens.step_vox, 1.0], dtype=torch.float64))
         if affine is None:
