@@ -125,7 +125,11 @@ setup(
     python_requires=">=3.11",
     packages=[*find_packages(include=["dinov2", "dinov2.*"]), "dinov2.recipes"],
     package_dir={"dinov2.recipes": "configs"},
-    package_data={"dinov2.configs": ["*.yaml", "train/*.yaml"], "dinov2.recipes": ["**/*.yaml"]},
+    package_data={
+        "dinov2": ["weights/*"],
+        "dinov2.configs": ["*.yaml", "train/*.yaml"],
+        "dinov2.recipes": ["**/*.yaml"],
+    },
     py_modules=["dinov2_3d"],
     install_requires=[
         "torch>=2.11,<3",
@@ -137,6 +141,8 @@ setup(
         "SimpleITK>=2.3,<3",
         "blosc2>=3",
         "safetensors>=0.4",
+        "huggingface-hub>=1,<3",
+        "pyarrow>=15",
         "submitit>=1.5",
         "tensorboard>=2.16",
         "tqdm>=4.60",

@@ -174,6 +174,28 @@ def overlap(args: argparse.Namespace) -> int:
     return run_overlap(args.first, args.second, say)
 
 
+def embed(args: argparse.Namespace) -> int:
+    """Write a Parquet table of features, a row a scan; continued after a stop."""
+    from dinov2.data.index.command import parse_shard
+    from dinov2.data.pool import default_workers
+    from dinov2.encoder import load_encoder
+    from dinov2.eval.embed import EmbedRequest, device_of_rank, shard_of_rank
+    from dinov2.eval.embed import embed as run_embed
+    from dinov2.eval.views import View
+
+    request = EmbedRequest(
+        output=args.output,
+        view=View(args.mode, args.size, args.overlap, args.layers, args.batch_size),
+        patch_tokens=args.patch_tokens,
+        shard=shard_of_rank(parse_shard(args.shard)),
+        num_workers=default_workers() if args.workers is None else args.workers,
+    )
+    if not args.source.exists():
+        raise BadInput(f"{args.source}: no such list or folder")
+    encoder = load_encoder(args.weights, device_of_rank(args.device), args.config_file, args.dtype)
+    return run_embed(args.source, encoder, request, say)
+
+
 def checkpoint_inspect(args: argparse.Namespace) -> int:
     """Say what weights or a training checkpoint hold."""
     from dinov2.fsdp.export import describe
@@ -240,6 +262,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_classify(commands)
     _add_split(commands)
     _add_corpus(commands)
+    _add_embed(commands)
     checkpoint = commands.add_parser("checkpoint", help="weights and training checkpoints in their forms")
     checkpoint = checkpoint.add_subparsers(required=True, metavar="ACTION")
     for name, function in (("inspect", checkpoint_inspect), ("export", checkpoint_export)):
@@ -319,6 +342,25 @@ def _add_corpus(commands: argparse._SubParsersAction) -> None:
     action.add_argument("first", type=Path, help="datalist (JSON)")
     action.add_argument("second", type=Path, help="datalist, or weights that carry the hashes of their training scans")
     action.set_defaults(function=overlap)
+
+
+def _add_embed(commands: argparse._SubParsersAction) -> None:
+    action = commands.add_parser("embed", help=embed.__doc__.splitlines()[0])
+    action.add_argument("source", type=Path, metavar="LIST|FOLDER", help="datalist (JSON), or a folder, which is indexed first")
+    action.add_argument("--weights", required=True, help="path, owner/name on the Hugging Face hub, demo, or a network's name")
+    action.add_argument("--output", type=Path, required=True, help="the table (.parquet); its other files lie beside it")
+    action.add_argument("--config-file", help="of the network, for weights that do not tell")
+    action.add_argument("--mode", default="full_image", help="full_image, resize or sliding_window")
+    action.add_argument("--size", type=int, help="edge of resize and of windows (voxels); default: that of pretraining")
+    action.add_argument("--overlap", type=float, default=0.5, help="of windows")
+    action.add_argument("--patch-tokens", action="store_true", help="write them too, a .npz a scan with the grid's affine")
+    action.add_argument("--layers", type=int, default=1, help="last layers whose patch tokens are written")
+    action.add_argument("--batch-size", type=int, default=8, help="windows, or channels of a scan, per pass")
+    action.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
+    action.add_argument("--dtype", default="auto", help="of matrix products: auto, fp32, bf16, fp16")
+    action.add_argument("--workers", type=int, help="processes that load; default: one per core; 0: this one")
+    action.add_argument("--shard", default="1/1", metavar="I/N", help="one of N shares; the last to end writes the table")
+    action.set_defaults(function=embed)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

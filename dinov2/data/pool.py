@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from dinov2.data.workers import die_with_parent
+
 
 def default_workers() -> int:
     """One process per core that this one may use."""
@@ -21,6 +23,7 @@ def default_workers() -> int:
 
 def _start_worker() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process ends the work
+    die_with_parent()  # or it would wait for ever for work from a process that was killed
     torch.set_num_threads(1)
 
 

@@ -7,13 +7,15 @@ Source: 3DINO paper, Methods, "3DINO" (percentiles), "3D" RandomResizedCrop (sli
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dinov2.errors import BadVolume
+from dinov2.errors import BadInput, BadVolume
 from dinov2.ops.augmentation import INT16_SCALE
 
 PERCENTILES = (0.05, 99.95)
@@ -80,19 +82,55 @@ def preprocess(voxels: np.ndarray, spacing_mm: tuple[float, float, float], name:
     Raises:
         BadVolume: No finite voxel, or (nearly) constant.
     """
-    voxels = fill_non_finite(voxels, name)
-    low, high = intensity_range(voxels, name)
-    voxels -= np.float32(low)
-    voxels *= np.float32(2.0 / (high - low))
-    voxels -= np.float32(1.0)
-    np.clip(voxels, -1.0, 1.0, out=voxels)
-
+    voxels = normalise(voxels, name)
     axis = slice_axis(spacing_mm)
     voxels = np.moveaxis(voxels, axis, -1)
     spacing = [s for i, s in enumerate(spacing_mm) if i != axis] + [spacing_mm[axis]]
     box = foreground_box(voxels)
-    stored = np.rint(np.ascontiguousarray(voxels[box]) / np.float32(INT16_SCALE)).astype(np.int16)
-    return Volume(torch.from_numpy(stored)[None], tuple(spacing), axis, box)
+    return Volume(torch.from_numpy(to_16_bits(voxels[box]))[None], tuple(spacing), axis, box)
+
+
+def normalise(voxels: np.ndarray, name: str, percentiles: tuple[float, float] = PERCENTILES) -> np.ndarray:
+    """Intensities to [-1, 1], clipped: the percentiles become -1 and 1.
+
+    Args:
+        voxels: Any shape, float32; may be changed in place.
+        name: Path for messages.
+        percentiles: Lower and upper.
+
+    Raises:
+        BadVolume: No finite voxel, or (nearly) constant.
+    """
+    voxels = fill_non_finite(voxels, name)
+    low, high = intensity_range(voxels, name, percentiles)
+    voxels -= np.float32(low)
+    voxels *= np.float32(2.0 / (high - low))
+    voxels -= np.float32(1.0)
+    return np.clip(voxels, -1.0, 1.0, out=voxels)
+
+
+def percentiles_of(preprocessing: Mapping[str, Any]) -> tuple[float, float]:
+    """The one thing in which weights' preprocessing may differ from this version's.
+
+    Raises:
+        BadInput: Another difference, by name.
+    """
+    other = [k for k, v in preprocessing.items() if k != "percentiles" and PREPROCESSING.get(k) != v]
+    if other:
+        raise BadInput(
+            f"the weights were trained with {other[0]}={preprocessing[other[0]]!r}, this version does "
+            f"{PREPROCESSING.get(other[0])!r}: use the version that wrote them"
+        )
+    found = preprocessing.get("percentiles", PREPROCESSING["percentiles"])
+    numbers = isinstance(found, (list, tuple)) and len(found) == 2 and all(isinstance(p, (int, float)) for p in found)
+    if not numbers or not 0 <= found[0] < found[1] <= 100:
+        raise BadInput(f"the weights' preprocessing has percentiles {found!r}: expected two rising numbers from 0 to 100")
+    return float(found[0]), float(found[1])
+
+
+def to_16_bits(voxels: np.ndarray) -> np.ndarray:
+    """[-1, 1] to int16, value * 32767, contiguous."""
+    return np.rint(np.ascontiguousarray(voxels) / np.float32(INT16_SCALE)).astype(np.int16)
 
 
 def fill_non_finite(voxels: np.ndarray, name: str) -> np.ndarray:
@@ -109,13 +147,13 @@ def fill_non_finite(voxels: np.ndarray, name: str) -> np.ndarray:
     return np.where(finite, voxels, voxels[finite].mean(dtype=np.float64)).astype(np.float32)
 
 
-def intensity_range(voxels: np.ndarray, name: str) -> tuple[float, float]:
-    """The percentiles that become -1 and 1.
+def intensity_range(voxels: np.ndarray, name: str, percentiles: tuple[float, float] = PERCENTILES) -> tuple[float, float]:
+    """The values that become -1 and 1.
 
     Raises:
         BadVolume: They are equal.
     """
-    low, high = np.percentile(voxels.ravel("K"), PERCENTILES)  # in the order of memory: no transposed copy
+    low, high = np.percentile(voxels.ravel("K"), percentiles)  # in the order of memory: no transposed copy
     if not high > low:
         same = "constant" if voxels.min() == voxels.max() else "constant but for less than 0.1 % of its voxels"
         raise BadVolume(f"{name}: {same} (value {low:g})", "constant")

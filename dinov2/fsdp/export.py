@@ -12,8 +12,10 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
+from omegaconf import OmegaConf
 from torch import Tensor
 
+from dinov2.configs import load_and_merge_config_3d
 from dinov2.errors import BadInput
 from dinov2.fsdp import save_atomically, writing
 
@@ -29,16 +31,15 @@ def read_teacher(path: Path) -> Teacher:
         BadInput: None of the forms, or one rank's file of an FSDP1 run.
     """
     if path.is_dir():
-        return _from_folder(path), {}
+        return _from_folder(path), _config_of_run(path)
     if _RANK_FILE.search(path.name):
         raise BadInput(f"{path}: one rank's share of an FSDP1 run: use its teacher_checkpoint.pth")
     if path.suffix == ".safetensors":
         return _from_safetensors(path)
-    from dinov2.models.weights import open_weights
+    from dinov2.models.weights import open_weights, state_of
 
     content = open_weights(path)
-    state = content.get("teacher", content)
-    return {k: v for k, v in state.items() if isinstance(v, Tensor)}, content.get("meta", {})
+    return state_of(content, path), _meta_of(content)
 
 
 def read_meta(path: Path) -> dict[str, Any]:
@@ -51,7 +52,10 @@ def read_meta(path: Path) -> dict[str, Any]:
         return _from_safetensors(path)[1]
     from dinov2.models.weights import open_weights
 
-    content = open_weights(path)
+    return _meta_of(open_weights(path))
+
+
+def _meta_of(content: Any) -> dict[str, Any]:
     meta = content.get("meta", {}) if isinstance(content, dict) else {}
     return meta if isinstance(meta, dict) else {}
 
@@ -68,13 +72,22 @@ def _from_folder(path: Path) -> dict[str, Tensor]:
     return {k.removeprefix(_PREFIX): v for k, v in tensors.items()}
 
 
+def _config_of_run(checkpoint: Path) -> dict[str, Any]:
+    """What a teacher's file would say of its network, from the output folder that a checkpoint lies in."""
+    file = checkpoint.absolute().parent.parent / "config.yaml"
+    return {"config": OmegaConf.to_container(load_and_merge_config_3d(file))} if file.is_file() else {}
+
+
 def _from_safetensors(path: Path) -> Teacher:
     from safetensors import SafetensorError, safe_open
 
+    from dinov2.models.weights import refuse_pointer
+
+    refuse_pointer(path)
     try:
         with safe_open(path, "pt") as file:
             meta = json.loads((file.metadata() or {}).get("meta", "{}"))
-            return {name: file.get_tensor(name) for name in file.keys()}, meta  # noqa: SIM118
+            return {name: file.get_tensor(name) for name in file.keys()}, _meta_of({"meta": meta})  # noqa: SIM118
     except (OSError, SafetensorError, ValueError) as err:
         raise BadInput(f"{path}: not a readable safetensors file ({str(err).splitlines()[0][:120]})") from err
 

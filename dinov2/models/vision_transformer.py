@@ -278,11 +278,19 @@ def _factory(embed_dim: int, depth: int, num_heads: int, **defaults):
     return build
 
 
-vit_tiny_3d = _factory(192, 12, 3)
-vit_small_3d = _factory(384, 12, 6)
-vit_base_3d = _factory(768, 12, 12)
-vit_large_3d = _factory(1024, 24, 16)
-vit_giant2_3d = _factory(1536, 40, 24, ffn_layer="swiglufused")
+SIZES = {  # embed_dim, depth, num_heads
+    "vit_tiny_3d": (192, 12, 3),
+    "vit_small_3d": (384, 12, 6),
+    "vit_base_3d": (768, 12, 12),
+    "vit_large_3d": (1024, 24, 16),
+    "vit_giant2_3d": (1536, 40, 24),
+}
+
+vit_tiny_3d = _factory(*SIZES["vit_tiny_3d"])
+vit_small_3d = _factory(*SIZES["vit_small_3d"])
+vit_base_3d = _factory(*SIZES["vit_base_3d"])
+vit_large_3d = _factory(*SIZES["vit_large_3d"])
+vit_giant2_3d = _factory(*SIZES["vit_giant2_3d"], ffn_layer="swiglufused")
 
 FACTORIES = {
     "vit_tiny_3d": vit_tiny_3d,

@@ -122,14 +122,20 @@ def submit(program: Program, args: argparse.Namespace, folder: Path) -> str:
         return executor.submit(program).job_id
 
 
-def submit_array(programs: list[Program], last: Program, args: argparse.Namespace, folder: Path) -> list[str]:
+def submit_array(
+    programs: list[Program], last: Program, args: argparse.Namespace, folder: Path, num_gpus: int = 0
+) -> list[str]:
     """Submit programs of one task each as an array, and one that starts when all of them are done; returns the ids.
+
+    Each gets `num_gpus` GPUs.
 
     Raises:
         BadInput: No SLURM here, or SLURM refuses a job.
     """
     executor = _executor(args, folder)
     executor.update_parameters(nodes=1, tasks_per_node=1)
+    if num_gpus:
+        executor.update_parameters(slurm_gpus_per_node=num_gpus)
     with _refusals():
         with executor.batch():
             jobs = [executor.submit(program) for program in programs]

@@ -1,1 +1,1 @@
-"""Launchers of trainings."""
+"""Launchers of evaluations."""

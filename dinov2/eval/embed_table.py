@@ -1,0 +1,227 @@
+"""The table of embeddings on disk: parts as they are done, and one Parquet file of them in the end.
+
+    feats.parquet            path, channel, sha, cls[E], pooled[E]; rows in the order of the list
+    feats.quarantine.json    scans that were set aside: path, reason, detail
+    feats.parts/             key.json (what was asked for), 000012.parquet, ...; gone when the table is there
+    feats.patches/           with patch tokens: a .npz a scan
+
+A part is a fixed stretch of the list, made by whoever finds it missing and written aside and renamed, so that a run continues
+after any kind of end, on any number of processes.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dinov2.errors import BadInput
+from dinov2.train.provenance import write_json
+
+logger = logging.getLogger(__name__)
+
+ROWS_PER_PART = 16
+PARTS_PER_GROUP = 64  # of the Parquet file's row groups
+_META = b"dinov2-3d"
+Row = dict[str, Any]
+
+
+def arrow() -> tuple[Any, Any]:
+    """The libraries, imported where they are used.
+
+    Raises:
+        BadInput: They are not installed.
+    """
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as err:
+        raise BadInput("Parquet files need pyarrow: pip install pyarrow") from err
+    return pyarrow, pyarrow.parquet
+
+
+class EmbeddingTable:
+    """One table and its parts.
+
+    Args:
+        output: The Parquet file.
+        key: All that its content depends on, plain types.
+        num_rows: Of the list.
+        width: E.
+        has_patches: A column names each scan's file of patch tokens.
+
+    Raises:
+        BadInput: No pyarrow, the place cannot be written, or it holds a table or parts of another key.
+    """
+
+    def __init__(self, output: Path, key: dict[str, Any], num_rows: int, width: int, has_patches: bool) -> None:
+        self.output, self.key = output, key
+        self.num_rows = num_rows
+        self.num_parts = -(-num_rows // ROWS_PER_PART)
+        stem = output.name.removesuffix(".parquet")
+        self.parts = output.with_name(f"{stem}.parts")
+        self.patches = output.with_name(f"{stem}.patches")
+        self.quarantine = output.with_name(f"{stem}.quarantine.json")
+        pa, _ = arrow()
+        vector = pa.list_(pa.float32(), width)
+        columns = {"path": pa.string(), "channel": pa.int32(), "sha": pa.string(), "cls": vector, "pooled": vector}
+        self._schema = pa.schema({**columns, **({"patches": pa.string()} if has_patches else {})})
+        self.is_done = self._check_table()
+        if not self.is_done:
+            self._start_parts()
+
+    def _check_table(self) -> bool:
+        """Whether the finished table is there."""
+        pa, pq = arrow()
+        if not self.output.exists():
+            return False
+        try:
+            found = json.loads((pq.read_schema(self.output).metadata or {}).get(_META, b"{}"))
+        except (OSError, ValueError, pa.ArrowException) as err:
+            raise BadInput(f"--output {self.output}: is there and no Parquet file: choose another or remove it") from err
+        self._require_same(found.get("key"), self.output)
+        return True
+
+    def _start_parts(self) -> None:
+        file = self.parts / "key.json"
+        try:
+            self.parts.mkdir(parents=True, exist_ok=True)
+            if file.exists():
+                self._require_same(json.loads(file.read_text(encoding="utf-8")), self.parts)
+            else:
+                write_json(file, self.key)
+        except OSError as err:
+            raise BadInput(f"--output {self.output}: {err.strerror}: choose another place") from err
+        except json.JSONDecodeError as err:
+            raise BadInput(f"{file}: is damaged: remove {self.parts} to begin anew") from err
+
+    def _require_same(self, found: Any, place: Path) -> None:
+        """A key that was begun with, against this one."""
+        if not isinstance(found, dict):
+            raise BadInput(f"{place}: was not written by `dinov2 embed`: choose another --output or remove it")
+        other = [k for k in self.key if found.get(k) != self.key[k]]
+        if other:
+            raise BadInput(f"{place}: was made with another {' and '.join(other)}: choose another --output or remove it")
+
+    def rows_of(self, part: int) -> range:
+        """Places in the list."""
+        return range(part * ROWS_PER_PART, min((part + 1) * ROWS_PER_PART, self.num_rows))
+
+    def part_of(self, row: int) -> int:
+        """The part that has a place of the list."""
+        return row // ROWS_PER_PART
+
+    def missing(self) -> list[int]:
+        """Parts that nobody has made yet."""
+        return [part for part in range(self.num_parts) if not self._part(part).exists()]
+
+    def _part(self, part: int) -> Path:
+        return self.parts / f"{part:06d}.parquet"
+
+    def write_part(self, part: int, rows: list[Row], set_aside: list[Row]) -> None:
+        """Keep a part.
+
+        Args:
+            part: Its number.
+            rows: Of the table; `cls` and `pooled` float32 arrays [E].
+            set_aside: Of the quarantine.
+
+        Raises:
+            BadInput: The disk is full.
+        """
+        pa, pq = arrow()
+        columns = [pa.array([row.get(f.name) for row in rows], f.type) for f in self._schema]
+        meta = {_META: json.dumps({"set_aside": set_aside})}
+        self._replace(self._part(part), lambda path: pq.write_table(pa.table(columns, self._schema.with_metadata(meta)), path))
+
+    def write_patches(self, name: str, **arrays: np.ndarray) -> str:
+        """Keep a scan's patch tokens; returns the file's path from the table's folder.
+
+        Raises:
+            BadInput: The disk is full.
+        """
+
+        def write(path: Path) -> None:
+            with path.open("wb") as file:
+                np.savez(file, **arrays)
+
+        self._replace(self.patches / f"{name}.npz", write)
+        return f"{self.patches.name}/{name}.npz"
+
+    def _replace(self, path: Path, write: Any) -> None:
+        """Write to a name of this process's own, then rename."""
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            path.parent.mkdir(exist_ok=True)
+            write(temporary)
+            os.replace(temporary, path)
+        except OSError as err:
+            temporary.unlink(missing_ok=True)
+            reason = err.strerror or str(err).splitlines()[0]
+            raise BadInput(f"{path}: cannot be written ({reason}): make room; the same command continues") from err
+
+    def assemble(self, about: dict[str, Any], set_aside: list[Row]) -> tuple[int, list[Row]]:
+        """Make the table of all parts and remove them; of several processes that try, one does it.
+
+        Args:
+            about: Further facts for the table's metadata, plain types.
+            set_aside: What was, before the list was made.
+
+        Returns:
+            Rows of the table, and all that was set aside.
+
+        Raises:
+            BadInput: No scan could be used, a part is damaged, or the disk is full.
+        """
+        try:
+            lock = (self.parts / "lock").open("a")
+        except FileNotFoundError:  # another process has just done it
+            lock = None
+        if lock is not None:
+            with lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                if not self._check_table():
+                    self._assemble(about, set_aside)
+        _, pq = arrow()
+        return pq.read_metadata(self.output).num_rows, json.loads(self.quarantine.read_text(encoding="utf-8"))
+
+    def _assemble(self, about: dict[str, Any], before: list[Row]) -> None:
+        """The table comes last: where it is, all is there."""
+        _, pq = arrow()
+        schema = self._schema.with_metadata({_META: json.dumps({"key": self.key, **about})})
+
+        def write(path: Path) -> None:
+            with pq.ParquetWriter(path, schema) as writer:
+                for group, _ in self._groups():
+                    writer.write_table(group.cast(schema))
+
+        bad = [row for _, rows in self._groups() for row in rows]
+        self._replace(self.quarantine, lambda path: write_json(path, [*before, *bad]))
+        if len(bad) < self.num_rows:
+            self._replace(self.output, write)
+        shutil.rmtree(self.parts)
+        if len(bad) == self.num_rows:
+            first = f"{bad[0]['path']}: {bad[0]['detail']}"
+            raise BadInput(f"none of the {self.num_rows} scans can be used (listed in {self.quarantine}), such as {first}")
+
+    def _groups(self) -> Iterator[tuple[Any, list[Row]]]:
+        """Rows of some parts at a time, and what these set aside."""
+        pa, pq = arrow()
+        for first in range(0, self.num_parts, PARTS_PER_GROUP):
+            tables: list[Any] = []
+            set_aside: list[Row] = []
+            for part in range(first, min(first + PARTS_PER_GROUP, self.num_parts)):
+                path = self._part(part)
+                try:
+                    tables.append(pq.read_table(path, schema=self._schema))
+                    set_aside += json.loads(pq.read_schema(path).metadata[_META])["set_aside"]
+                except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as err:
+                    raise BadInput(f"{path}: is damaged: remove it and start the same command again") from err
+            yield pa.concat_tables(tables).combine_chunks(), set_aside

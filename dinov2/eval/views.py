@@ -1,0 +1,146 @@
+"""What a frozen network makes of a volume seen whole, resized or through a sliding window.
+
+Shapes: B batch, H W D voxels, h w d patches, p patch size, E embedding, n layers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import product
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dinov2.errors import BadInput
+from dinov2.models import DinoVisionTransformer3d
+
+MODES = ("full_image", "resize", "sliding_window")
+
+
+@dataclass(frozen=True)
+class View:
+    """How a volume is shown to the network.
+
+    Attributes:
+        mode: `full_image`: all of it in one pass, padded at the far ends to a multiple of the patch size. `resize`: brought to
+            `size` cubed. `sliding_window`: windows of `size` cubed or less; tokens are averaged where they overlap.
+        size: Edge (voxels), a multiple of the patch size; None: that of the network's pretraining.
+        overlap: Of neighbouring windows, within [0, 1); the step is a whole number of patches.
+        layers: Of how many of the last layers the patch tokens are given, side by side.
+        batch_size: Volumes or windows per pass; does not change results beyond rounding.
+    """
+
+    mode: str = "full_image"
+    size: int | None = None
+    overlap: float = 0.5
+    layers: int = 1
+    batch_size: int = 8
+
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise BadInput(f"mode {self.mode!r}: choose one of {', '.join(MODES)}")
+        if not 0 <= self.overlap < 1:
+            raise BadInput(f"overlap {self.overlap}: must be at least 0 and below 1")
+        if self.layers < 1 or self.batch_size < 1:
+            raise BadInput(f"layers {self.layers} and batch size {self.batch_size}: both must be at least 1")
+
+    def fitted(self, backbone: DinoVisionTransformer3d) -> int:
+        """The edge for a network.
+
+        Raises:
+            BadInput: Not a multiple of its patch size, or more layers than it has.
+        """
+        p, depth = backbone.patch_size, len(backbone.block_list)
+        size = self.size or p * backbone.grid_hwd[0]
+        if size % p or size < p:
+            raise BadInput(f"size {size}: must be a multiple of the network's patch size {p}")
+        if self.layers > depth:
+            raise BadInput(f"layers {self.layers}: the network has {depth}")
+        return size
+
+
+class Tokens(NamedTuple):
+    """What a network makes of volumes.
+
+    Attributes:
+        cls: [B, E] normed class token of the last layer; with windows their mean.
+        patch: [B, h, w, d, n * E] normed patch tokens of the last n layers, the last layer's last.
+        step_vox: Distance of neighbouring patches along H, W, D, in voxels of the volume that was given.
+    """
+
+    cls: Tensor
+    patch: Tensor
+    step_vox: tuple[float, float, float]
+
+
+@torch.no_grad()  # not inference mode: a probe may be trained on the result
+def look(backbone: DinoVisionTransformer3d, volumes: Tensor, view: View, dtype: torch.dtype = torch.float32) -> Tokens:
+    """Tokens of volumes of one channel.
+
+    Args:
+        backbone: In evaluation mode.
+        volumes: [B, 1, H, W, D] float32 in [-1, 1].
+        view: How they are shown.
+        dtype: Of matrix products (autocast).
+
+    Returns:
+        float32, on the network's device.
+
+    Raises:
+        BadInput: The view does not fit the network.
+    """
+    size, p = view.fitted(backbone), backbone.patch_size
+    if view.mode == "resize":
+        step = tuple(p * n / size for n in volumes.shape[2:])
+        volumes = F.interpolate(volumes, (size,) * 3, mode="trilinear", align_corners=False)
+    else:
+        step = (float(p),) * 3
+        missing = [-n % p for n in volumes.shape[2:]]
+        volumes = F.pad(volumes, [0, missing[2], 0, missing[1], 0, missing[0]], value=-1.0)  # the last axis comes first
+    if view.mode == "sliding_window":
+        return Tokens(*_slide(backbone, volumes, size, view, dtype), step)
+    parts = [_pass(backbone, part, view.layers, dtype) for part in volumes.split(view.batch_size)]
+    return Tokens(torch.cat([cls for cls, _ in parts]), torch.cat([patch for _, patch in parts]), step)
+
+
+def _pass(backbone: DinoVisionTransformer3d, volumes: Tensor, layers: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """[B, E] and [B, h, w, d, n * E] of one forward pass."""
+    device = next(backbone.parameters()).device
+    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        outputs = backbone.get_intermediate_layers(volumes.to(device), layers, reshape=True, return_class_token=True)
+    patch = torch.cat([maps for maps, _ in outputs], 1).movedim(1, -1)
+    return outputs[-1][1].float(), patch.float()
+
+
+def _slide(
+    backbone: DinoVisionTransformer3d, volumes: Tensor, size: int, view: View, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """As `_pass`, by windows that start at whole patches; along a short axis a window is as long as the volume."""
+    p, lengths = backbone.patch_size, volumes.shape[2:]
+    edges = [min(size, n) for n in lengths]
+    boxes = [
+        tuple(slice(a, a + edge) for a, edge in zip(corner, edges, strict=True))
+        for corner in product(*(_starts(n, edge, p, view.overlap) for n, edge in zip(lengths, edges, strict=True)))
+    ]
+    grid, device = [n // p for n in lengths], next(backbone.parameters()).device
+    total = torch.zeros(len(volumes), *grid, view.layers * backbone.embed_dim, device=device)
+    count = torch.zeros(*grid, 1, device=device)
+    cls_sum = torch.zeros(len(volumes), backbone.embed_dim, device=device)
+    for first in range(0, len(boxes), view.batch_size):
+        part = boxes[first : first + view.batch_size]
+        windows = torch.cat([volumes[:, :, *box] for box in part])  # [windows * B, 1, ...]
+        cls, patch = _pass(backbone, windows, view.layers, dtype)
+        for box, tokens in zip(part, patch.split(len(volumes)), strict=True):
+            cells = tuple(slice(b.start // p, b.stop // p) for b in box)
+            total[:, *cells] += tokens
+            count[cells] += 1
+        cls_sum += cls.view(len(part), len(volumes), -1).sum(0)
+    return cls_sum / len(boxes), total / count
+
+
+def _starts(length: int, edge: int, patch_size: int, overlap: float) -> list[int]:
+    """Where windows start along an axis, the last one at its end; all numbers are multiples of the patch size."""
+    step = max(patch_size, int(edge * (1 - overlap)) // patch_size * patch_size)
+    return [*range(0, length - edge, step), length - edge]

@@ -1,0 +1,87 @@
+"""Which network weights are of: by what they say of themselves, or by the names and shapes of their tensors."""
+
+from __future__ import annotations
+
+import logging
+import re
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+from dinov2.configs import load_and_merge_config_3d
+from dinov2.errors import BadInput
+from dinov2.models.vision_transformer import SIZES
+from dinov2.models.weights import StateDict
+
+logger = logging.getLogger(__name__)
+
+_STUDENT_KEYS = (  # what `build_backbone` reads
+    "arch", "patch_size", "embed_dim", "depth", "num_heads", "layerscale", "ffn_layer", "qkv_bias", "proj_bias", "ffn_bias",
+    "num_register_tokens", "pos_encoding", "interpolate_offset", "init",
+)  # fmt: skip
+
+
+def config_of_weights(state: StateDict, meta: dict[str, Any], source: str | Path) -> DictConfig:
+    """A configuration that builds the backbone of some weights, blocks named flat.
+
+    Args:
+        state: Plain names (`plain_names`), with or without the `backbone.` prefix.
+        meta: What the file says of itself; its `config` is believed where there is one.
+        source: Named in messages.
+
+    Raises:
+        BadInput: Nothing says what the network is, or it is none that can be built.
+    """
+    saved = meta.get("config")
+    if isinstance(saved, dict) and isinstance(saved.get("student"), dict) and isinstance(saved.get("crops"), dict):
+        student = {k: saved["student"][k] for k in _STUDENT_KEYS if k in saved["student"]}
+        size = saved["crops"].get("global_crops_size", 96)
+    else:
+        student, size = _told_by_tensors({k.removeprefix("backbone."): v for k, v in state.items()}, source)
+    words = [f"student.{k}={'null' if v is None else v}" for k, v in student.items()]
+    words += ["student.block_chunks=0", f"crops.global_crops_size={size}", f"crops.local_crops_size={size}"]
+    return load_and_merge_config_3d(None, words)
+
+
+def config_of_name(arch: str, size: int | None = None) -> DictConfig:
+    """The configuration of a factory's network with default settings."""
+    size = size or 96
+    return load_and_merge_config_3d(
+        None,
+        [f"student.arch={arch}", "student.block_chunks=0", f"crops.global_crops_size={size}", f"crops.local_crops_size={size}"],
+    )
+
+
+def _told_by_tensors(state: StateDict, source: str | Path) -> tuple[dict[str, Any], int]:
+    """`student` keys and the edge (voxels) of the volume that learned positions are laid out for.
+
+    What a tensor that is not there would say keeps its default; the strict loader then names the tensor.
+    """
+    blocks = [int(m[1]) for m in (re.match(r"blocks\.(\d+)\.", k) for k in state) if m]
+    width = next((state[k].shape[-1] for k in ("cls_token", "norm.weight", "norm.bias", "mask_token") if k in state), None)
+    if not blocks or width is None:
+        raise BadInput(f"weights {source}: no vision transformer's tensors in it (cls_token, norm, blocks.0...)")
+    shape = (width, 1 + max(blocks))
+    arch = {(e, depth): name for name, (e, depth, _) in SIZES.items()}.get(shape)
+    if arch is None:
+        raise BadInput(
+            f"weights {source}: width {shape[0]} and {shape[1]} blocks are of no network known by name, and the file does not "
+            "say how many heads it has: give the configuration it was trained with (config=)"
+        )
+    projection, positions = state.get("patch_embed.proj.weight"), state.get("pos_embed")
+    patch_size = 16 if projection is None else projection.shape[-1]
+    edge = 6 if positions is None or positions.ndim != 3 else round((positions.shape[1] - 1) ** (1 / 3))
+    has = lambda *endings: any(k.endswith(endings) for k in state)  # noqa: E731
+    student = {
+        "arch": arch,
+        "patch_size": patch_size,
+        "ffn_layer": "swiglufused" if has(".mlp.w12.weight") else "mlp",
+        "qkv_bias": has(".attn.qkv.bias"),
+        "proj_bias": has(".attn.proj.bias"),
+        "ffn_bias": has(".mlp.fc1.bias", ".mlp.w12.bias"),
+        "num_register_tokens": state["register_tokens"].shape[1] if "register_tokens" in state else 0,
+        **({} if has(".ls1.gamma") else {"layerscale": None}),
+    }
+    logger.info("%s: %s by its tensors, patches of %d, positions for %d cubed", source, arch, patch_size, edge * patch_size)
+    return student, max(edge, 1) * patch_size
