@@ -113,11 +113,16 @@ def classify(args: argparse.Namespace) -> int:
 
 
 def split(args: argparse.Namespace) -> int:
-    """Write a downstream datalist: a seeded split by patients of a folder of images and one of label maps."""
+    """Write a downstream datalist: a seeded split by patients of images and label maps, or of a table of images and labels."""
     from dinov2.data.downstream import write_downstream_datalist
-    from dinov2.data.split import counts_of_fractions, find_pairs, read_parts, split_as_listed, split_patients
+    from dinov2.data.split import counts_of_fractions, find_pairs, read_parts, read_table, split_as_listed, split_patients
 
-    rows = find_pairs(args.images, args.labels, args.patient)
+    if args.table:
+        rows = read_table(args.table, args.image_column, args.label_column, args.patient_column)
+    elif args.images and args.labels:
+        rows = find_pairs(args.images, args.labels, args.patient)
+    else:
+        raise BadInput("give --images and --labels (segmentation), or --table (classification, regression)")
     if args.parts:
         parts = split_as_listed(rows, read_parts(args.parts, args.parts_key))
     else:
@@ -298,9 +303,12 @@ def _add_classify(commands: argparse._SubParsersAction) -> None:
 
 def _add_split(commands: argparse._SubParsersAction) -> None:
     action = commands.add_parser("split", help=split.__doc__.splitlines()[0])
-    action.add_argument("--images", type=Path, required=True, help="folder of images; nnU-Net's imagesTr too")
-    action.add_argument("--labels", type=Path, required=True, help="folder of label maps named as the images; labelsTr too")
-    action.add_argument("--output", type=Path, required=True, help="the list: <dataset>_100_datalist.json")
+    action.add_argument("--images", type=Path, help="folder of images; nnU-Net's imagesTr too")
+    action.add_argument("--labels", type=Path, help="folder of label maps named as the images; labelsTr too")
+    action.add_argument("--table", type=Path, metavar="CSV", help="instead of them: a table with an image and a label a line")
+    for name, default in (("image", "image"), ("label", "label"), ("patient", None)):
+        action.add_argument(f"--{name}-column", default=default, help=f"of the table; default: {default or 'none'}")
+    action.add_argument("--output", type=Path, required=True, help="the list: <dataset>_100_datalist.json, for a table _cls_")
     action.add_argument("--seed", type=int, default=0, help="of the split and of the training list's order")
     fractions = {"nargs": 3, "default": [0.7, 0.1, 0.2], "metavar": ("TRAINING", "VALIDATION", "TEST")}
     action.add_argument("--fractions", type=float, help="of the patients; default: 0.7 0.1 0.2", **fractions)

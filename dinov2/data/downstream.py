@@ -274,6 +274,8 @@ def write_downstream_datalist(path: str | Path, splits: dict[str, list[dict[str,
     def relative(key: str, value: Any) -> Any:
         if not isinstance(value, (str, Path)) or not re.fullmatch(r"image\d*|label", key):
             return value
+        if key == "label" and isinstance(value, str) and stem(value) == Path(value).name:
+            return value  # the name of a class
         absolute = Path(os.path.abspath(value))
         return str(absolute.relative_to(folder) if absolute.is_relative_to(folder) else absolute)
 

@@ -134,6 +134,7 @@ class Recipe:
     space: Space = section(Space)
     intensity: Intensity = section(Intensity)
     resize: list[int] | None = key(None, "shape (voxels) that images are resized to after the resampling")
+    skull_stripped: bool = key(False, "scans are brains without skull; one that looks otherwise is warned of")
     train: Training = section(Training)
     metrics: Metrics = section(Metrics)
     name: str = key("", "of the datalist, NAME_100_datalist.json; default: the file's")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import logging
 import random
@@ -43,6 +44,73 @@ def split_patients(rows: Sequence[Row], counts: Sequence[int], seed: int) -> dic
         parts[split] = [row for patient in patients[start : start + count] for row in of_patient[patient]]
         start += count
     return parts
+
+
+def split_scans(rows: Sequence[Row], counts: Sequence[int], seed: int) -> dict[str, list[Row]]:
+    """Deal patients out at random so that the parts' scans come nearest to the wanted counts.
+
+    Patients with many scans go first, each to the part that lacks most; those with one scan even the parts out.
+
+    Args:
+        rows: Items with `case` and `patient`.
+        counts: Scans of training, validation and test; taken as shares where there are more or fewer scans.
+        seed: Of `random.Random`; the order of the rows does not matter.
+    """
+    of_patient: dict[str, list[Row]] = {}
+    for row in sorted(rows, key=lambda row: str(row["case"])):
+        of_patient.setdefault(str(row["patient"]), []).append(row)
+    patients = sorted(of_patient)
+    random.Random(seed).shuffle(patients)
+    lacking = {split: count * len(rows) / sum(counts) for split, count in zip(SPLITS, counts, strict=True)}
+    parts: dict[str, list[Row]] = {split: [] for split in SPLITS}
+    for patient in sorted(patients, key=lambda patient: -len(of_patient[patient])):
+        split = max(SPLITS, key=lambda split: lacking[split])
+        parts[split] += of_patient[patient]
+        lacking[split] -= len(of_patient[patient])
+    return parts
+
+
+def read_table(path: Path, image_column: str, label_column: str, patient_column: str | None) -> list[Row]:
+    """Rows of a classification or regression from a CSV file, paths starting at its folder; numbers are read as numbers.
+
+    Raises:
+        BadInput: It cannot be read, a column is missing, or a row lacks its image, label or patient.
+    """
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            table = list(csv.DictReader(file))
+    except (OSError, UnicodeDecodeError, csv.Error) as err:
+        raise BadInput(f"--table {path}: cannot be read: {err}") from err
+    if not table:
+        raise BadInput(f"--table {path}: has no rows: give a CSV file with a first line of column names")
+    wanted = [image_column, label_column, *([patient_column] if patient_column else [])]
+    missing = [name for name in wanted if name not in table[0]]
+    if missing:
+        raise BadInput(f"--table {path}: has no column {missing[0]}: it has {', '.join(k for k in table[0] if k)}")
+    rows = []
+    for number, line in enumerate(table, 2):
+        empty = [name for name in wanted if not (line[name] or "").strip()]
+        if empty:
+            raise BadInput(f"--table {path}, line {number}: {empty[0]} is empty: complete it or remove the line")
+        given = line[image_column].strip()
+        patient = {"patient": line[patient_column].strip()} if patient_column else {}
+        label = _number_or_word(line[label_column].strip())
+        rows.append({"case": stem(given), **patient, "image": path.parent / given, "label": label})
+    if len({row["case"] for row in rows}) < len(rows):  # the same file names in several folders
+        rows = [{**row, "case": str(row["image"].with_name(row["case"]))} for row in rows]
+    if not patient_column:
+        whose = patients_of([row["case"] for row in rows], None)
+        rows = [{**row, "patient": whose[row["case"]]} for row in rows]
+    return rows
+
+
+def _number_or_word(text: str) -> float | int | str:
+    for read in (int, float):
+        try:
+            return read(text)
+        except ValueError:
+            continue
+    return text
 
 
 def counts_of_fractions(num_patients: int, fractions: Sequence[float]) -> list[int]:

@@ -28,6 +28,7 @@ from dinov2.data.datalist import Entry
 from dinov2.data.downstream import Item, datalist_path, read_downstream_datalist, select_percent, with_tertiles
 from dinov2.data.overlap import warn_of_overlap
 from dinov2.data.recipes import Recipe, load_recipe
+from dinov2.data.skull import warn_of_skulls
 from dinov2.data.workers import compute_in_order
 from dinov2.distributed import barrier, gather_objects, is_main_process
 from dinov2.distributed.runtime import Runtime, lost_rank_explained, start_runtime, stop_runtime
@@ -136,6 +137,7 @@ def open_setting(args: argparse.Namespace, task: str) -> Iterator[Setting]:
         setup_logging(output_dir, runtime.rank)
         for items in splits.values():
             check_headers(items, recipe)
+        warn_of_skulls(splits["training"], recipe)
         cache = args.cache_dir or output_dir / "cache"
         cases = {part: SegmentationCases(items, recipe, cache_dir=cache) for part, items in splits.items()}
         check_same_run(args, cfg, recipe, output_dir, runtime)

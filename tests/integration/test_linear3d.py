@@ -252,3 +252,17 @@ def test_another_command_in_the_same_folder_is_refused_and_no_resume_starts_anew
     assert "another epochs" in one_line(capfd)
     assert main(words(data, tmp_path, "--no-resume", epochs=2)) == EXIT_OK
     assert [v["iteration"] for v in results(tmp_path)["validation"]] == [9, 19]
+
+
+def test_sex_is_probed_on_real_brains_from_their_table(local_data: Path, tmp_path: Path) -> None:
+    """The whole way: table, fixed split, list, features, heads, results; no claim about the score of an untrained network."""
+    table, parts = str(local_data / "brain_t1" / "participants.csv"), str(local_data / "splits.json")
+    words_of_split = ["split", "--table", table, "--label-column", "sex", "--parts", parts, "--parts-key", "brain_t1"]
+    assert dinov2([*words_of_split, "--output", str(tmp_path / "sex_cls_datalist.json")]) == EXIT_OK
+    recipe = tmp_path / "sex.yaml"
+    recipe.write_text("task: classification\nclasses: {0: f, 1: m}\ntrain: {foreground_crop: true, flip_p: 0.5}\n")
+    flags = {"dataset_name": recipe, "base_data_dir": tmp_path, "cache_dir": tmp_path / "cache", "cached_views": 1}
+    assert main(words(tmp_path, tmp_path / "out", image_size=32, **flags)) == EXIT_OK
+    found = results(tmp_path / "out")
+    assert (found["n_train"], found["n_test"]) == (31, 11) and 0 <= found["test_auc"] <= 1
+    assert len(list(csv.DictReader((tmp_path / "out" / "predictions.csv").open()))) == 11

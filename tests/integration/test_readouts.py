@@ -95,6 +95,8 @@ def test_the_test_part_decides_nothing_but_its_own_score(data: Path, tmp_path: P
     one, other = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("true", "other"))
     assert one["chosen"] == other["chosen"] and one["validation"] == other["validation"]
     assert one["test_mae"] != other["test_mae"]
+    tables = [csv.DictReader((tmp_path / name / "predictions.csv").open()) for name in ("true", "other")]
+    assert [row["predicted"] for row in tables[0]] == [row["predicted"] for row in tables[1]]
 
 
 @pytest.mark.parametrize(
