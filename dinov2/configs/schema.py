@@ -291,12 +291,19 @@ class CropsConfig:
     global_crops_size: int = key(96, "edge of a global crop after resizing (voxels)")
     local_crops_size: int = key(48, "edge of a local crop after resizing (voxels)")
     region_mm: float | None = key(None, "edge (mm) of the cube all crops of a draw come from; null: the whole volume")
+    region_vox: float | None = key(None, "the same in voxels of each volume, instead of crops.region_mm")
+    turn_p: float = key(0.3, "probability of each of the three flips, and of quarter turns in each of the three planes")
 
     def __post_init__(self) -> None:
         for name in ("global_crops_in_slice", "global_crops_cross_slice", "local_crops_in_slice", "local_crops_cross_slice"):
             require_range(f"crops.{name}_scale", getattr(self, f"{name}_scale"), 0, 1)
         require(self.local_crops_number >= 0, "crops.local_crops_number must not be negative")
-        require(self.region_mm is None or self.region_mm > 0, f"crops.region_mm={self.region_mm} must be positive")
+        for name in ("region_mm", "region_vox"):
+            edge = getattr(self, name)
+            require(edge is None or edge > 0, f"crops.{name}={edge} must be positive")
+        one_region = self.region_mm is None or self.region_vox is None
+        require(one_region, "crops.region_mm and crops.region_vox are both set: make one of them null")
+        require(0 <= self.turn_p <= 1, f"crops.turn_p={self.turn_p} must lie in [0, 1]")
 
 
 @dataclass

@@ -17,8 +17,7 @@ Size3 = tuple[int, int, int]
 Range = tuple[float, float]
 
 ASPECT_RATIO = (0.9, 1 / 0.9)
-FLIP_P = 0.3
-ROTATE_P = 0.3
+TURN_P = 0.3
 ROTATION_PLANES = ((0, 1), (1, 2), (0, 2))
 HISTOGRAM_POINTS = 10
 
@@ -139,21 +138,21 @@ def _in_slice_box(height: int, width: int, scale: Range, rng: np.random.Generato
     return (height - h) // 2, (width - w) // 2, h, w
 
 
-def plan_region(
-    shape_hwd: Size3, spacing_mm: tuple[float, float, float], region_mm: float | None, rng: np.random.Generator
-) -> Box:
-    """The part of the volume that all crops of a draw come from: a cube of `region_mm` at a random place, or all."""
-    if region_mm is None:
+def plan_region(shape_hwd: Size3, edges_vox: tuple[float, float, float] | None, rng: np.random.Generator) -> Box:
+    """The part of the volume that all crops of a draw come from: a box of these edges at a random place, or all."""
+    if edges_vox is None:
         return Box((0, 0, 0), shape_hwd)
-    sizes = [min(n, max(1, round(region_mm / s))) for n, s in zip(shape_hwd, spacing_mm, strict=True)]
+    sizes = [min(n, max(1, round(edge))) for n, edge in zip(shape_hwd, edges_vox, strict=True)]
     start = tuple(int(rng.integers(n - size + 1)) for n, size in zip(shape_hwd, sizes, strict=True))
     return Box(start, tuple(a + size for a, size in zip(start, sizes, strict=True)))
 
 
-def plan_turns(rng: np.random.Generator) -> tuple[tuple[int, ...], tuple[tuple[tuple[int, int], int], ...]]:
-    """Flips (axes) and quarter turns ((plane, k), ...), each with its own probability."""
-    flips = tuple(axis for axis in range(3) if rng.random() < FLIP_P)
-    rotations = tuple((plane, int(rng.integers(1, 4))) for plane in ROTATION_PLANES if rng.random() < ROTATE_P)
+def plan_turns(
+    rng: np.random.Generator, turn_p: float = TURN_P
+) -> tuple[tuple[int, ...], tuple[tuple[tuple[int, int], int], ...]]:
+    """Flips (axes) and quarter turns ((plane, k), ...), each of the three with probability `turn_p`."""
+    flips = tuple(axis for axis in range(3) if rng.random() < turn_p)
+    rotations = tuple((plane, int(rng.integers(1, 4))) for plane in ROTATION_PLANES if rng.random() < turn_p)
     return flips, rotations
 
 

@@ -23,6 +23,8 @@ class DataAugmentationDINO3d:
         local_crops_number: Local crops per volume.
         global_crops_size, local_crops_size: Edge of the resized crops (voxels).
         region_mm: Edge of the cube that all crops of one draw come from; None: the whole volume.
+        region_vox: The same in voxels of each volume, instead.
+        turn_p: Probability of each of the three flips and of each plane's quarter turns.
         backend: `monai` (the reference), `fast` (one gather and few passes; compiled where possible), or `auto`: `fast`,
             because the tests hold it to the reference.
         dtype: Of the crops; they are computed in float32.
@@ -38,13 +40,16 @@ class DataAugmentationDINO3d:
         global_crops_size: int = 96,
         local_crops_size: int = 48,
         region_mm: float | None = None,
+        region_vox: float | None = None,
+        turn_p: float = ap.TURN_P,
         backend: str = "auto",
         dtype: torch.dtype = torch.float32,
     ) -> None:
         global_crop = (global_crops_size, tuple(global_crops_in_slice_scale), tuple(global_crops_cross_slice_scale))
         local_crop = (local_crops_size, tuple(local_crops_in_slice_scale), tuple(local_crops_cross_slice_scale))
         self.crop_kinds = [global_crop] * NUM_GLOBAL_CROPS + [local_crop] * local_crops_number
-        self.region_mm = region_mm
+        self.region_mm, self.region_vox = region_mm, region_vox
+        self.turn_p = turn_p
         self.apply_crop = backend_named(backend)
         self.dtype = dtype
 
@@ -58,13 +63,18 @@ class DataAugmentationDINO3d:
             rng: Stream of the sample.
             spacing_mm: Along H, W, D; only `region_mm` needs it.
         """
-        region = ap.plan_region(shape_hwd, spacing_mm, self.region_mm, rng)
+        region = ap.plan_region(shape_hwd, self._region_edges_vox(spacing_mm), rng)
         crops = []
         for i, (size, in_slice, cross_slice) in enumerate(self.crop_kinds):
             box = ap.plan_crop(region.size, in_slice, cross_slice, rng).shifted(region.start)
-            flips, rotations = ap.plan_turns(rng)
+            flips, rotations = ap.plan_turns(rng, self.turn_p)
             crops.append(ap.CropPlan(box, size, flips, rotations, ap.plan_intensity(i, NUM_GLOBAL_CROPS, rng)))
         return ap.SamplePlan(tuple(crops[:NUM_GLOBAL_CROPS]), tuple(crops[NUM_GLOBAL_CROPS:]))
+
+    def _region_edges_vox(self, spacing_mm: tuple[float, float, float]) -> tuple[float, float, float] | None:
+        if self.region_vox is not None:
+            return (self.region_vox,) * 3
+        return None if self.region_mm is None else tuple(self.region_mm / s for s in spacing_mm)
 
     def __call__(
         self, volume: Tensor, seed: int | np.random.Generator, spacing_mm: tuple[float, float, float] = (1.0, 1.0, 1.0)

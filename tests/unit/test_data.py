@@ -192,14 +192,17 @@ def test_preprocessing_maps_percentiles_moves_slices_and_crops() -> None:
 @given(
     shape=st.tuples(st.integers(1, 70), st.integers(1, 70), st.integers(1, 70)),
     seed=st.integers(0, 2**32),
-    region_mm=st.one_of(st.none(), st.floats(1, 100)),
+    edge=st.one_of(st.none(), st.floats(1, 100)),
+    unit=st.sampled_from(["region_mm", "region_vox"]),
 )
 def test_every_planned_box_lies_in_its_region_and_has_the_planned_extent(
-    shape: tuple[int, int, int], seed: int, region_mm: float | None
+    shape: tuple[int, int, int], seed: int, edge: float | None, unit: str
 ) -> None:
-    augmentation = DataAugmentationDINO3d(local_crops_number=2, region_mm=region_mm)
+    augmentation = DataAugmentationDINO3d(local_crops_number=2, **{unit: edge})
     rng = np.random.default_rng(seed)
-    region = ap.plan_region(shape, (1.0, 2.0, 3.0), region_mm, np.random.default_rng(seed))
+    edges_vox = edge and ((edge, edge / 2, edge / 3) if unit == "region_mm" else (edge,) * 3)
+    region = ap.plan_region(shape, edges_vox, np.random.default_rng(seed))
+    assert all(size == n or abs(size - e) <= 1 for size, n, e in zip(region.size, shape, edges_vox or shape, strict=True))
     plan = augmentation.plan(shape, rng, (1.0, 2.0, 3.0))
     for crop in (*plan.global_crops, *plan.local_crops):
         for a, b, lo, hi in zip(crop.box.start, crop.box.stop, region.start, region.stop, strict=True):
@@ -207,6 +210,14 @@ def test_every_planned_box_lies_in_its_region_and_has_the_planned_extent(
         assert all(hi <= n for hi, n in zip(region.stop, shape, strict=True))
     for crop in plan.global_crops:
         assert crop.box.size[2] >= 0.5 * region.size[2] - 0.5
+
+
+@pytest.mark.parametrize("turn_p", [0.0, 1.0])
+def test_turns_happen_with_the_configured_probability(turn_p: float) -> None:
+    augmentation = DataAugmentationDINO3d(local_crops_number=2, turn_p=turn_p)
+    plan = augmentation.plan((40, 40, 40), np.random.default_rng(0))
+    for crop in (*plan.global_crops, *plan.local_crops):
+        assert len(crop.flips) == len(crop.rotations) == 3 * turn_p
 
 
 def test_in_plane_boxes_have_the_planned_area_and_aspect() -> None:
