@@ -21,7 +21,7 @@ from dinov2.data.datalist import write_datalist
 
 SPACING_MM = 1.5
 TISSUES = {1: "CSF", 2: "grey matter", 3: "white matter"}
-_SHAPE = (100, 124, 100)  # voxels of SPACING_MM around the template's brain
+_EXTENT_MM = (150, 186, 150)  # around the template's brain
 _THICK_SLICE_P = 0.25
 
 
@@ -54,13 +54,14 @@ def load_template() -> Template:
     return Template(np.stack([1 - np.clip(csf + gm + wm, 0, 1), csf, gm, wm]), t1 * mask)
 
 
-def deform(template: Template, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """A new subject: tissue probabilities [4, X, Y, Z] and T1 [X, Y, Z] on a grid of SPACING_MM.
+def deform(template: Template, rng: np.random.Generator, spacing_mm: float = SPACING_MM) -> tuple[np.ndarray, np.ndarray]:
+    """A new subject: tissue probabilities [4, X, Y, Z] and T1 [X, Y, Z] on a grid of `spacing_mm`.
 
     Rotation up to 0.25 rad and scale 0.88-1.12 about each axis; elastic displacement of a few mm, smooth over 25 mm.
     """
-    grid = np.stack(np.meshgrid(*[np.arange(n) - (n - 1) / 2 for n in _SHAPE], indexing="ij")).astype(np.float32)
-    grid *= SPACING_MM
+    shape = [round(mm / spacing_mm) for mm in _EXTENT_MM]
+    grid = np.stack(np.meshgrid(*[np.arange(n) - (n - 1) / 2 for n in shape], indexing="ij")).astype(np.float32)
+    grid *= spacing_mm
     matrix = np.diag(1 / rng.uniform(0.88, 1.12, 3))
     for axis in range(3):
         angle = rng.uniform(-0.25, 0.25)
@@ -71,7 +72,7 @@ def deform(template: Template, rng: np.random.Generator) -> tuple[np.ndarray, np
         matrix = matrix @ turn
     where = np.einsum("ij,jxyz->ixyz", matrix.astype(np.float32), grid)
     coarse = rng.normal(0, 4.0, (3, 6, 7, 6))
-    zoom = [n / c for n, c in zip(_SHAPE, coarse.shape[1:], strict=True)]
+    zoom = [n / c for n, c in zip(shape, coarse.shape[1:], strict=True)]
     where += np.stack([ndimage.zoom(c, zoom, order=3) for c in coarse]).astype(np.float32)
     brain = template.tissue[0] < 0.5
     centre = np.array(
@@ -99,9 +100,11 @@ def paint(tissue: np.ndarray, t1: np.ndarray, rng: np.random.Generator) -> np.nd
     return np.clip(image, 0, None) * (inside > 0.5)
 
 
-def thicken(image: np.ndarray, tissue: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, list[float]]:
+def thicken(
+    image: np.ndarray, tissue: np.ndarray, rng: np.random.Generator, spacing_mm: float = SPACING_MM
+) -> tuple[np.ndarray, np.ndarray, list[float]]:
     """Sometimes slices of twice the thickness along a random axis; image, labels and spacing (mm)."""
-    spacing = [SPACING_MM] * 3
+    spacing = [spacing_mm] * 3
     if rng.random() < _THICK_SLICE_P:
         axis = int(rng.integers(3))
 
@@ -114,13 +117,16 @@ def thicken(image: np.ndarray, tissue: np.ndarray, rng: np.random.Generator) -> 
     return image, tissue.argmax(0).astype(np.uint8), spacing
 
 
-def generate(folder: Path, num_subjects: int, volumes_per_subject: int, seed: int) -> Iterator[Case]:
+def generate(
+    folder: Path, num_subjects: int, volumes_per_subject: int, seed: int, spacing_mm: float = SPACING_MM
+) -> Iterator[Case]:
     """Write the volumes of all subjects and yield them; what is there already is not written again.
 
     Args:
         folder: Gets `images/` and `labels/`.
         num_subjects, volumes_per_subject: Size of the set.
         seed: Everything follows from it; a subject does not depend on how many there are.
+        spacing_mm: Edge of a voxel.
     """
     template = None
     for subject in range(num_subjects):
@@ -128,10 +134,10 @@ def generate(folder: Path, num_subjects: int, volumes_per_subject: int, seed: in
         cases = [Case(folder / "images" / n, folder / "labels" / n, subject) for n in names]
         if not all(c.label.exists() for c in cases):
             template = template or load_template()
-            tissue, t1 = deform(template, np.random.default_rng([seed, subject]))
+            tissue, t1 = deform(template, np.random.default_rng([seed, subject]), spacing_mm)
             for scan, case in enumerate(cases):
                 rng = np.random.default_rng([seed, subject, scan + 1])
-                _save(case, *thicken(paint(tissue, t1, rng), tissue, rng))
+                _save(case, *thicken(paint(tissue, t1, rng), tissue, rng, spacing_mm))
         yield from cases
 
 

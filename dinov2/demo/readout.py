@@ -61,18 +61,6 @@ def _padded(x: Tensor, edge: int, value: float) -> Tensor:
     return torch.nn.functional.pad(x, [v for n in reversed(x.shape) for v in (0, edge - n)], value=value)
 
 
-def raw_features(windows: Tensor, patch_size: int) -> Tensor:
-    """What a linear map has without a network: a patch's voxels, the means of its 26 neighbours, its place in the crop."""
-    x = windows[:, 0]
-    n, s = x.shape[0], x.shape[1]
-    g = s // patch_size
-    patches = x.view(n, g, patch_size, g, patch_size, g, patch_size).permute(0, 1, 3, 5, 2, 4, 6).reshape(n, g, g, g, -1)
-    means = torch.nn.functional.pad(patches.mean(-1)[:, None], [1] * 6, mode="replicate")[:, 0]
-    around = [means[:, i : i + g, j : j + g, k : k + g] for i in range(3) for j in range(3) for k in range(3)]
-    place = torch.stack(torch.meshgrid(*[torch.linspace(-1, 1, g)] * 3, indexing="ij"), -1).expand(n, g, g, g, 3)
-    return torch.cat([patches, torch.stack(around, -1), place], -1)
-
-
 def fit_ridge(features: Tensor, shares: Tensor, ridge: float) -> Callable[[Tensor], Tensor]:
     """Least squares from standardised features [R, F] to class shares [R, 4], with an L2 penalty."""
     x, y = features.double(), shares.double()

@@ -22,8 +22,9 @@ from dinov2.data.store import VolumeStore
 from dinov2.data.streams import Kind, stream
 from dinov2.demo.generate import TISSUES, Case, generate, write_list
 from dinov2.demo.pictures import draw_curves, draw_pca, draw_readout, pca_colours
-from dinov2.demo.readout import labelled_crops, raw_features, read_out
+from dinov2.demo.readout import labelled_crops, read_out
 from dinov2.errors import EXIT_OK, EXIT_RESUMABLE, BadInput, BadVolume
+from dinov2.eval.dense_readout import raw_features
 from dinov2.eval.features import patch_features, volume_features
 from dinov2.eval.setup import build_model_for_eval
 from dinov2.logging import read_metrics, setup_logging

@@ -13,6 +13,7 @@ from dinov2.cli import main
 from dinov2.demo import readout, run
 from dinov2.demo.generate import SPACING_MM, Case, generate
 from dinov2.demo.run import summary
+from dinov2.eval.dense_readout import raw_features
 
 SHORT = ["optim.epochs=1", "train.OFFICIAL_EPOCH_LENGTH=4", "train.log_period=1", "train.batch_size_per_gpu=4"]
 
@@ -85,7 +86,7 @@ def test_generated_volumes_follow_their_seed_and_do_not_share_a_place(tmp_path: 
     assert crops.windows.shape[1:] == (1, 16, 16, 16) and crops.shares.shape[1:] == (4, 4, 4, 4)
     torch.testing.assert_close(crops.shares.sum(-1), torch.ones(crops.shares.shape[:-1]))
     outside = crops.shares[..., 0] == 1  # where the labels say outside, the image is background
-    patches = readout.raw_features(crops.windows, 4)[..., :64]
+    patches = raw_features(crops.windows, 4)[..., :64]
     assert (patches[outside] <= -0.99).float().mean() > 0.97
 
 
