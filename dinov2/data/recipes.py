@@ -172,6 +172,8 @@ class Recipe:
     @property
     def output_names(self) -> list[str]:
         """Names of the network's outputs, in their order; of a segmentation by classes, the background is the first."""
+        if self.task == "regression":
+            return ["value"]
         return list(self.regions or self.bins or self.classes.values())
 
     @property

@@ -281,6 +281,17 @@ def test_a_case_that_cannot_be_used_ends_the_check_with_its_name(tmp_path: Path,
     assert "label values 3 are not among ball's 0, 1" in capsys.readouterr().err
 
 
+def test_a_recipe_for_regression_is_checked_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    brain_set(tmp_path, lambda image, label: (image, label))
+    table = ["image,age", *(f"images/{i}.nii.gz,{30 + i}" for i in range(3))]
+    (tmp_path / "people.csv").write_text("\n".join(table) + "\n")
+    (tmp_path / "age.yaml").write_text("task: regression\n")
+    listed = ["--label-column", "age", "--output", str(tmp_path / "age_cls_datalist.json")]
+    assert main(["split", "--table", str(tmp_path / "people.csv"), *listed]) == 0
+    assert check(tmp_path / "age.yaml", tmp_path / "out") == 0
+    assert "1 outputs: value" in capsys.readouterr().out
+
+
 @pytest.mark.data
 def test_the_local_hippocampus_split_becomes_the_datasets_list(local_data: Path, tmp_path: Path) -> None:
     folder = local_data / "hippocampus"
