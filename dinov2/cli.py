@@ -213,7 +213,7 @@ def checkpoint_export(args: argparse.Namespace) -> int:
     """Write the teacher of a training checkpoint or weights file in another form."""
     from dinov2.fsdp.export import export
 
-    count = export(args.path, args.output, args.chunks, not args.no_heads)
+    count = export(args.path, args.output, args.chunks, not args.no_heads, args.licence)
     say(f"{args.output}: {count} tensors")
     return EXIT_OK
 
@@ -277,6 +277,9 @@ def build_parser() -> argparse.ArgumentParser:
             action.add_argument("output", type=Path, help=".pth or .safetensors")
             action.add_argument("--chunks", type=int, help="groups in the names of the blocks, 0: flat; default: as they are")
             action.add_argument("--no-heads", action="store_true", help="the backbone alone")
+            action.add_argument(
+                "--licence", metavar="TEXT", help="of the weights, as you decide; said whenever they are loaded"
+            )
         action.set_defaults(function=function)
     return parser
 

@@ -21,6 +21,14 @@ from dinov2.fsdp import save_atomically, writing
 
 Teacher = tuple[dict[str, Tensor], dict[str, Any]]  # state dict, meta
 _PREFIX = "model.teacher."
+PATH_KEYS = (
+    ("train", "dataset_path"),
+    ("train", "output_dir"),
+    ("train", "cache_dir"),
+    ("student", "pretrained_weights"),
+    ("student", "full_pretrained_weights"),
+    ("MODEL", "WEIGHTS"),
+)
 _RANK_FILE = re.compile(r"\.rank_\d+\.pth$")
 
 
@@ -111,9 +119,24 @@ def renamed(state: dict[str, Tensor], chunks: int | None) -> dict[str, Tensor]:
     return {re.sub(r"\bblocks\.(\d+)\.", group, k): v for k, v in flat.items()}
 
 
-def export(source: Path, target: Path, chunks: int | None, with_heads: bool) -> int:
-    """Write a teacher in the form of `target`'s ending (.pth or .safetensors); returns the number of tensors."""
+def without_paths(meta: dict[str, Any]) -> dict[str, Any]:
+    """What weights say of themselves, without the paths of the machine that trained them."""
+    config = {name: dict(part) for name, part in meta.get("config", {}).items()}
+    for section, key in PATH_KEYS:
+        if config.get(section, {}).get(key):
+            config[section][key] = ""
+    return {**meta, "config": config} if config else meta
+
+
+def export(source: Path, target: Path, chunks: int | None, with_heads: bool, licence: str | None = None) -> int:
+    """Write a teacher in the form of `target`'s ending (.pth or .safetensors); returns the number of tensors.
+
+    Args:
+        chunks: See `renamed`.
+        licence: Of the weights, as their owner decides; None leaves what they say.
+    """
     state, meta = read_teacher(source)
+    meta = without_paths({**meta, "licence": licence} if licence else meta)
     state = renamed(state, chunks)
     if not with_heads:
         state = {k: v for k, v in state.items() if not k.split(".")[0].endswith("_head")}

@@ -13,7 +13,7 @@ from dinov2.cli import main
 from dinov2.distributed.runtime import Runtime
 from dinov2.errors import BadInput
 from dinov2.fsdp import Checkpointer
-from dinov2.fsdp.export import describe, export, read_teacher, renamed
+from dinov2.fsdp.export import describe, export, read_meta, read_teacher, renamed
 from dinov2.models.weights import load_backbone, read_weights
 from dinov2.train.build import build
 from dinov2.train.state import TrainState, save_teacher
@@ -38,7 +38,10 @@ def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 def test_folder_file_and_safetensors_hold_the_same_teacher(run: tuple, tmp_path: Path) -> None:
     state, folder, file = run
     own = state.model.teacher.state_dict()
-    assert export(file, tmp_path / "t.safetensors", None, True) == len(own)
+    assert export(file, tmp_path / "t.safetensors", None, True, licence="CC0-1.0") == len(own)
+    meta = read_meta(tmp_path / "t.safetensors")
+    assert meta["licence"] == "CC0-1.0" and read_meta(file)["config"]["train"]["output_dir"] != ""
+    assert meta["config"]["train"] == {**read_meta(file)["config"]["train"], "dataset_path": "", "output_dir": ""}
     for path in (folder, file, tmp_path / "t.safetensors"):
         assert equal(read_teacher(path)[0], own), path
     assert read_teacher(tmp_path / "t.safetensors")[1]["iteration"] == 7
