@@ -10,7 +10,7 @@ import dataclasses
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,8 +31,8 @@ from dinov2.data.recipes import Recipe, load_recipe
 from dinov2.data.skull import warn_of_skulls
 from dinov2.data.workers import compute_in_order
 from dinov2.distributed import barrier, gather_objects, is_main_process
-from dinov2.distributed.runtime import Runtime, lost_rank_explained, start_runtime, stop_runtime
-from dinov2.errors import EXIT_BAD_INPUT, EXIT_LOST_RANK, BadInput, LostRank
+from dinov2.distributed.runtime import Runtime, lost_rank_explained, start_runtime
+from dinov2.errors import BadInput
 from dinov2.eval.features import class_features
 from dinov2.eval.linear_heads import LAYER_CHOICES
 from dinov2.eval.segmentation_3d.inference import autocast
@@ -72,24 +72,6 @@ def frozen_parser(program: str, description: str) -> argparse.ArgumentParser:
     add("--dataset-seed", type=int, default=0, help="of the training subset, of crops and of their order")
     add("--local-rank", type=int, default=0, help="accepted for old launchers, no effect")
     return parser
-
-
-def run_program(run: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> int:
-    """Run, and turn a user's mistake into one line and exit code 2."""
-    setup_logging()
-    try:
-        code = run(args)
-        stop_runtime()
-        return code
-    except LostRank as err:
-        logger.error("%s", err)
-        return EXIT_LOST_RANK
-    except BadInput as err:
-        logger.error("%s", err)
-    except OSError as err:
-        where, why = err.filename or "a file of the run", err.strerror or err
-        logger.error("%s: %s: make room or choose another --output-dir; the last checkpoint is intact", where, why)
-    return EXIT_BAD_INPUT
 
 
 @dataclass(frozen=True)

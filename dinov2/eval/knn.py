@@ -18,8 +18,9 @@ if __package__ in (None, ""):  # started as a file: the repository, not this fol
 import numpy as np
 
 from dinov2.errors import EXIT_OK, BadInput
-from dinov2.eval.frozen import frozen_parser, open_setting, run_program
+from dinov2.eval.frozen import frozen_parser, open_setting
 from dinov2.eval.readout import all_features, choose, mean_auc, write_classification
+from dinov2.program import run_program
 
 logger = logging.getLogger("dinov2.eval.knn")
 

@@ -20,8 +20,9 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from dinov2.errors import EXIT_OK
-from dinov2.eval.frozen import frozen_parser, open_setting, run_program
+from dinov2.eval.frozen import frozen_parser, open_setting
 from dinov2.eval.readout import all_features, choose, mean_auc, write_classification
+from dinov2.program import run_program
 
 C_GRID = tuple(10.0**power for power in range(-6, 6))
 MAX_ITERATIONS = 1000

@@ -23,8 +23,9 @@ from sklearn.preprocessing import StandardScaler
 from dinov2.distributed import is_main_process
 from dinov2.errors import EXIT_OK
 from dinov2.eval.classification_metrics import regression_scores, write_predictions
-from dinov2.eval.frozen import frozen_parser, groups_of, open_setting, run_program
+from dinov2.eval.frozen import frozen_parser, groups_of, open_setting
 from dinov2.eval.readout import all_features, choose, write_results
+from dinov2.program import run_program
 
 logger = logging.getLogger("dinov2.eval.regression")
 

@@ -26,12 +26,13 @@ from dinov2.data.downstream import Item, datalist_path, read_downstream_datalist
 from dinov2.data.overlap import warn_of_overlap
 from dinov2.data.recipes import Recipe, load_recipe
 from dinov2.distributed import barrier, is_main_process
-from dinov2.distributed.runtime import Runtime, lost_rank_explained, start_runtime, stop_runtime
-from dinov2.errors import EXIT_BAD_INPUT, EXIT_LOST_RANK, EXIT_OK, BadInput, LostRank
+from dinov2.distributed.runtime import Runtime, lost_rank_explained, start_runtime
+from dinov2.errors import EXIT_OK, BadInput
 from dinov2.eval.segmentation_3d import engine
 from dinov2.eval.segmentation_3d.batches import prepare_all
 from dinov2.eval.segmentation_3d.build import HEADS, Task, build_segmentation, load_segmentation
 from dinov2.logging import setup_logging
+from dinov2.program import run_program
 from dinov2.train.provenance import run_record, write_json, write_text
 from dinov2.train.state import RUN_FILE, run_folder
 
@@ -72,21 +73,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse, run, and turn a user's mistake into one line and exit code 2."""
-    args = get_args_parser().parse_args(argv)
-    setup_logging()
-    try:
-        code = run(args)
-        stop_runtime()
-        return code
-    except LostRank as err:
-        logger.error("%s", err)
-        return EXIT_LOST_RANK
-    except BadInput as err:
-        logger.error("%s", err)
-    except OSError as err:
-        where, why = err.filename or "a file of the run", err.strerror or err
-        logger.error("%s: %s: make room or choose another --output-dir; the last checkpoint is intact", where, why)
-    return EXIT_BAD_INPUT
+    return run_program(run, get_args_parser().parse_args(argv))
 
 
 def run(args: argparse.Namespace) -> int:

@@ -27,13 +27,14 @@ from dinov2.data import Datalist, TrainLoader, read_datalist
 from dinov2.data.collate import Batch
 from dinov2.data.streams import Kind, torch_seed
 from dinov2.distributed import any_rank, gather_objects, is_main_process, mean_over_ranks
-from dinov2.distributed.runtime import Runtime, lost_rank_explained, start_runtime, stop_runtime
+from dinov2.distributed.runtime import Runtime, lost_rank_explained, start_runtime
 from dinov2.distributed.signals import stop_requests
-from dinov2.errors import EXIT_BAD_INPUT, EXIT_LOST_RANK, EXIT_OK, EXIT_RESUMABLE, BadInput, LostRank
+from dinov2.errors import EXIT_OK, EXIT_RESUMABLE, BadInput
 from dinov2.fsdp import Checkpointer
 from dinov2.fsdp.parallel import resolve_strategy
 from dinov2.fsdp.tensors import whole
 from dinov2.logging import MetricWriter, setup_logging
+from dinov2.program import run_program
 from dinov2.train.build import build, build_checkpointer, compute_dtype, data_record
 from dinov2.train.progress import Progress, progress_line
 from dinov2.train.provenance import run_record, write_json, write_text
@@ -73,20 +74,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse, run, and turn a user's mistake into one line and exit code 2."""
     args = get_args_parser().parse_intermixed_args(argv)
-    setup_logging()
-    try:
-        code = run_stages(args) if args.stages else run(args)
-        stop_runtime()  # only where nothing went wrong: it waits for the others
-        return code
-    except LostRank as err:
-        logger.error("%s", err)
-        return EXIT_LOST_RANK
-    except BadInput as err:
-        logger.error("%s", err)
-    except OSError as err:  # a full disk, a folder that went away, a read-only file system
-        where, why = err.filename or "a file of the run", err.strerror or err
-        logger.error("%s: %s: make room or choose another --output-dir; the last complete checkpoint is intact", where, why)
-    return EXIT_BAD_INPUT
+    return run_program(run_stages if args.stages else run, args)
 
 
 def run(args: argparse.Namespace) -> int:
