@@ -13,7 +13,7 @@ from torch import Tensor
 
 matplotlib.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
 
-COLOURS = {"trained": "tab:blue", "untrained": "tab:orange", "raw patch": "tab:gray"}
+COLOURS = {"demo encoder": "tab:green", "trained": "tab:blue", "untrained": "tab:orange", "raw patch": "tab:gray"}
 
 
 def draw_curves(rows: list[dict], prototypes: tuple[int, int], path: Path) -> None:
@@ -99,7 +99,7 @@ def draw_pca(volume: Tensor, maps: dict[str, Tensor], step: int, path: Path) -> 
 
 def draw_readout(scores: dict[int, dict[str, list[float]]], path: Path) -> None:
     """Agreement by features, for each number of labelled volumes; a dot per held-out volume (and seed)."""
-    figure = Figure(figsize=(3.2 * len(scores) + 1, 3.4), layout="constrained")
+    figure = Figure(figsize=(3.9 * len(scores) + 1, 3.4), layout="constrained")
     axes = figure.subplots(1, len(scores), sharey=True, squeeze=False)[0]
     for axis, (count, by_name) in zip(axes, scores.items(), strict=True):
         for x, (name, values) in enumerate(by_name.items()):

@@ -23,6 +23,7 @@ from dinov2.data.streams import Kind, stream
 from dinov2.demo.generate import TISSUES, Case, generate, write_list
 from dinov2.demo.pictures import draw_curves, draw_pca, draw_readout, pca_colours
 from dinov2.demo.readout import labelled_crops, read_out
+from dinov2.encoder import load_encoder
 from dinov2.errors import EXIT_OK, EXIT_RESUMABLE, BadInput, BadVolume
 from dinov2.eval.dense_readout import raw_features
 from dinov2.eval.features import patch_features, volume_features
@@ -39,7 +40,8 @@ NUM_TRAIN, NUM_TEST, SCANS = 8, 4, 2  # subjects, and volumes of each
 LABELLED = (1, 5)  # volumes that the read-out learns from
 UNTRAINED_SEEDS = (100, 101, 102)
 HELD_OUT_SHARE = 0.1
-SHIFT = 2  # voxels between two colours of the PCA picture
+SHIFT, WINDOW = 2, 16  # voxels between two colours of a PCA picture, and a window's edge
+ENCODER = "demo"
 
 Say = Callable[[str], None]
 
@@ -58,24 +60,42 @@ def run_demo(output: Path, data: Path | None, seed: int, overrides: list[str], s
         BadInput: The folder holds fewer than two usable volumes, or the output folder cannot be written.
     """
     with locked_folder(output):
+        encoder = load_encoder(ENCODER, device="cpu")
         if data is None:
-            say(f"1/4  making {(NUM_TRAIN + NUM_TEST) * SCANS} labelled brain volumes in {output / 'data'}")
-            cases = list(generate(output / "data", NUM_TRAIN + NUM_TEST, SCANS, seed))
-            train, test = cases[: NUM_TRAIN * SCANS], cases[NUM_TRAIN * SCANS :]
+            cases = generate(output / "data", NUM_TEST + NUM_TRAIN, SCANS, seed)
+            first = next(cases)  # of a person who is held out
+            show_encoder(encoder.backbone, Entry(str(first.image), (1, 1, 1)), output, say)
+            say(f"2/5  making {(NUM_TEST + NUM_TRAIN) * SCANS} labelled brain volumes in {output / 'data'}")
+            made = [first, *cases]
+            test, train = made[: NUM_TEST * SCANS], made[NUM_TEST * SCANS :]
             write_list(output / "list.json", train)
-            picture = Entry(str(test[0].image), (1, 1, 1))
+            picture = Entry(str(first.image), (1, 1, 1))
         else:
             train, test = [], []
             picture = list_folder(data, output, say)
             if picture is None:
                 return EXIT_RESUMABLE
+            show_encoder(encoder.backbone, picture, output, say)
         teacher, cfg, code = train_small(output, seed, overrides, say)
         if code != EXIT_OK:
             return code
         trained = build_model_for_eval(cfg, teacher)
-        scores = {} if data is not None else measure(cfg, trained, train, test, seed, say)
+        scores = {} if data is not None else measure(cfg, encoder.backbone, trained, train, test, seed, say)
         draw(output, cfg, trained, picture, scores, say)
     return EXIT_OK
+
+
+def show_encoder(backbone: DinoVisionTransformer3d, picture: Entry, output: Path, say: Say) -> None:
+    """Draw what the demo encoder, which comes trained, makes of a volume."""
+    say(f"1/5  features of an unseen volume by the encoder that comes with the package: {output / 'features.png'}")
+    volume = VolumeStore([picture], 0).get(0, stream(0, Kind.SAMPLE, 0)).data
+    draw_pca(volume[0], {"demo encoder": colours(backbone, volume)}, SHIFT, output / "features.png")
+
+
+def colours(backbone: DinoVisionTransformer3d, volume: Tensor) -> Tensor:
+    """[h, w, d, 3] of a volume [1, H, W, D], a cell every SHIFT voxels."""
+    features = volume_features(backbone, volume, WINDOW, SHIFT)
+    return pca_colours(features, _foreground(volume[0], features.shape[:3]))
 
 
 def list_folder(folder: Path, output: Path, say: Say) -> Entry | None:
@@ -99,7 +119,7 @@ def list_folder(folder: Path, output: Path, say: Say) -> Entry | None:
     held_out, kept = items[-num_held_out:], items[:-num_held_out]
     write_datalist(output / "list.json", kept)
     write_datalist(output / "held_out.json", held_out)
-    say(f"1/4  {len(kept)} volumes of {folder} to train on, {num_held_out} held out")
+    say(f"{len(kept)} volumes of {folder} to train on, {num_held_out} held out")
     return first_usable(read_datalist(output / "held_out.json"), read_datalist(output / "list.json"))
 
 
@@ -121,23 +141,30 @@ def train_small(output: Path, seed: int, overrides: list[str], say: Say) -> tupl
     arguments = ["--config-file", CONFIG, "--output-dir", str(output / "run"), "--cache-dir", str(output / "cache"), *words]
     cfg = load_and_merge_config_3d(CONFIG, words)
     steps = cfg.optim.epochs * cfg.train.OFFICIAL_EPOCH_LENGTH
-    say(f"2/4  training for {steps} steps:\n       dinov2 train {shlex.join(arguments)}")
+    say(f"3/5  training for {steps} steps:\n       dinov2 train {shlex.join(arguments)}")
     code = train3d.main(arguments)
     setup_logging()
     return output / "run" / "eval" / f"training_{steps - 1}" / "teacher_checkpoint.pth", cfg, code
 
 
 def measure(
-    cfg: DictConfig, trained: DinoVisionTransformer3d, train: list[Case], test: list[Case], seed: int, say: Say
+    cfg: DictConfig,
+    demo: DinoVisionTransformer3d,
+    trained: DinoVisionTransformer3d,
+    train: list[Case],
+    test: list[Case],
+    seed: int,
+    say: Say,
 ) -> dict[int, dict[str, list[float]]]:
     """The frozen tissue read-out: agreement per held-out volume, by number of labelled volumes and by features."""
-    say(f"3/4  reading {', '.join(TISSUES.values())} from frozen patch features, {len(test)} volumes of unseen subjects")
+    say(f"4/5  reading {', '.join(TISSUES.values())} from frozen patch features, {len(test)} volumes of unseen subjects")
     p = cfg.student.patch_size
     one_per_subject = train[::SCANS]
     learn = [labelled_crops(c, p, seed) for c in one_per_subject[: max(LABELLED)]]
     check = [labelled_crops(c, p, seed + 1) for c in test]
     untrained = [build_model_for_eval(cfg, "random", seed=s) for s in UNTRAINED_SEEDS]
     extractors: dict[str, list[Callable[[Tensor], Tensor]]] = {
+        "demo encoder": [lambda w: patch_features(demo, w)],
         "trained": [lambda w: patch_features(trained, w)],
         "untrained": [lambda w, net=net: patch_features(net, w) for net in untrained],
         "raw patch": [lambda w: raw_features(w, p)],
@@ -161,15 +188,12 @@ def draw(
     say: Say,
 ) -> None:
     """Write the pictures and the numbers, and say where they are and what they show."""
-    say("4/4  drawing")
+    say("5/5  drawing")
     rows = read_metrics(output / "run" / "training_metrics.json")
     draw_curves(rows, (cfg.dino.head_n_prototypes, cfg.ibot.head_n_prototypes), output / "curves.png")
     volume = VolumeStore([picture], 0).get(0, stream(0, Kind.SAMPLE, 0)).data
     networks = {"before training": build_model_for_eval(cfg, "random"), "after training": trained}
-    maps = {}
-    for name, net in networks.items():
-        features = volume_features(net, volume, cfg.crops.global_crops_size, SHIFT)
-        maps[name] = pca_colours(features, _foreground(volume[0], features.shape[:3]))
+    maps = {name: colours(net, volume) for name, net in networks.items()}
     draw_pca(volume[0], maps, SHIFT, output / "pca.png")
     results = {"tissue_share_correlation": {str(n): s for n, s in scores.items()}, "last_metrics": rows[-1]}
     (output / "results.json").write_text(json.dumps(results, indent=1) + "\n")
@@ -194,11 +218,12 @@ def summary(scores: dict[int, dict[str, list[float]]]) -> list[str]:
         "correlation of predicted with true shares of CSF, grey and white matter per patch, unseen subjects",
         f"{'labelled volumes':>18}",
     ]
-    lines[1] += "".join(f"{name:>13}" for name in names)
+    lines[1] += "".join(f"{name:>14}" for name in names)
     for n, by_name in scores.items():
-        lines.append(f"{n:>18}" + "".join(f"{np.mean(by_name[name]):>13.3f}" for name in names))
+        lines.append(f"{n:>18}" + "".join(f"{np.mean(by_name[name]):>14.3f}" for name in names))
     for n, by_name in scores.items():
-        gains = {name: np.mean(by_name["trained"]) - np.mean(by_name[name]) for name in names[1:]}
-        words = [f"{'beats' if g > 0 else 'does NOT beat'} {name} by {g:+.3f}" for name, g in gains.items()]
-        lines.append(f"with {n} labelled: the short training {', '.join(words)}")
+        for name, words in {"demo encoder": "the demo encoder", "trained": "the short training"}.items():
+            gains = {other: np.mean(by_name[name]) - np.mean(by_name[other]) for other in ("untrained", "raw patch")}
+            said = [f"{'beats' if g > 0 else 'does NOT beat'} {other} by {g:+.3f}" for other, g in gains.items()]
+            lines.append(f"with {n} labelled: {words} {', '.join(said)}")
     return lines

@@ -1,8 +1,8 @@
 """Region retrieval: is the crop of another person's scan that looks most alike the same place of the body?
 
 Every crop of one scan asks for its most similar crop in another; the error is how far that lies from the corresponding place.
-The asking scan is turned and its contrast changed at random first: between heads that lie and look alike, comparing voxels is
-all it takes. Places correspond by their share of the foreground's box along each axis, which is rough (a few mm between
+The asking scan can be turned and its contrast changed at random first: between heads that lie and look alike, comparing voxels
+is all it takes. Places correspond by their share of the foreground's box along each axis, which is rough (a few mm between
 heads), so errors are compared between features and not read as accuracies.
 
 Shapes: N crops of a scan, s their edge (voxels), F features.
@@ -10,7 +10,7 @@ Shapes: N crops of a scan, s their edge (voxels), F features.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -78,14 +78,15 @@ def retrieval_errors(asking: Places, x: Tensor, searched: Places, y: Tensor) -> 
     return np.linalg.norm(searched.centres_mm[best] - wanted, axis=1)
 
 
-def median_errors(extract: Callable[[Tensor], Tensor], asking: Sequence[Places], searched: Sequence[Places]) -> list[float]:
+def median_errors(
+    asking: Sequence[Places], asked: Sequence[Tensor], searched: Sequence[Places], found: Sequence[Tensor]
+) -> list[float]:
     """Of each scan that asks the median error over its crops and all other scans.
 
     Args:
-        extract: Windows [N, 1, s, s, s] -> features [N, F].
         asking, searched: The same scans in the same order.
+        asked, found: [N, F] features of their crops.
     """
-    asked, found = ([extract(p.windows) for p in places] for places in (asking, searched))
 
     def errors(a: int) -> np.ndarray:
         others = [b for b in range(len(searched)) if b != a]

@@ -34,7 +34,7 @@ def test_the_quick_start_writes_pictures_numbers_and_weights_and_can_be_repeated
     out = tmp_path / "out"
     assert main(["demo", "--output", str(out), *SHORT]) == 0
     said = capsys.readouterr().out
-    for name in ("curves.png", "pca.png", "readout.png", "results.json", "list.json"):
+    for name in ("features.png", "curves.png", "pca.png", "readout.png", "results.json", "list.json"):
         assert (out / name).stat().st_size > 100, name
     assert "dinov2 train --config-file pretrain/demo" in said
     assert "labelled volumes" in said and "untrained" in said and "raw patch" in said and str(out / "pca.png") in said
@@ -55,6 +55,7 @@ def test_the_quick_start_runs_on_a_folder_of_ones_own(tmp_path: Path, capsys: py
     (data / "broken.nii.gz").write_text("no image")
     assert main(["demo", "--output", str(tmp_path / "out"), "--data", str(data), *SHORT]) == 0
     caught = capsys.readouterr()
+    assert (tmp_path / "out" / "features.png").exists()
     assert "1 volumes of" in caught.out and "broken.nii.gz: cannot be opened" in caught.err
     assert (tmp_path / "out" / "pca.png").exists() and not (tmp_path / "out" / "readout.png").exists()
 
@@ -109,7 +110,8 @@ def test_the_read_out_finds_what_is_linear_and_nothing_in_noise() -> None:
 
 
 def test_the_summary_says_plainly_when_training_did_not_help() -> None:
-    lines = summary({1: {"trained": [0.3, 0.4], "untrained": [0.5], "raw patch": [0.2]}})
+    lines = summary({1: {"demo encoder": [0.6], "trained": [0.3, 0.4], "untrained": [0.5], "raw patch": [0.2]}})
+    assert "the demo encoder beats untrained by +0.100, beats raw patch by +0.400" in lines[-2]
     assert "does NOT beat untrained by -0.150" in lines[-1] and "beats raw patch by +0.150" in lines[-1]
 
 

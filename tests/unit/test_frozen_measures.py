@@ -129,5 +129,6 @@ def test_features_of_the_place_retrieve_it_and_others_do_not() -> None:
     errors = retrieval_errors(asking[0], of_place(asking[0]), searched[1], of_place(searched[1]))
     assert len(errors) == len(asking[0].windows)
     generator = torch.Generator().manual_seed(0)
-    random = median_errors(lambda w: torch.randn(len(w), 16, generator=generator), asking, searched)
+    noise = [[torch.randn(len(p.windows), 16, generator=generator) for p in places] for places in (asking, searched)]
+    random = median_errors(asking, noise[0], searched, noise[1])
     assert np.median(errors) < 4 and min(random) > 8
