@@ -19,7 +19,7 @@ from dinov2.data.volumes import describe
 
 ROOT = Path(__file__).resolve().parents[1]
 BUNDLED = ROOT / "tests" / "data"
-_skipped_for_data: list[str] = []
+NO_DATA = "no local data"
 
 # a network of a few thousand parameters on 16 cubed crops
 SMALL = [
@@ -45,9 +45,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    skipped = len(terminalreporter.stats.get("skipped", []))
-    if skipped:
-        terminalreporter.write_line(f"{skipped} skipped, of which {len(_skipped_for_data)} for want of local data")
+    skipped = terminalreporter.stats.get("skipped", [])
+    if skipped:  # told by their reasons, because the tests may have run in other processes
+        for_data = sum(NO_DATA in str(report.longrepr) for report in skipped)
+        terminalreporter.write_line(f"{len(skipped)} skipped, of which {for_data} for want of local data")
 
 
 @pytest.fixture(scope="session")
@@ -57,8 +58,7 @@ def local_data(request: pytest.FixtureRequest) -> Path:
     if not (folder / "splits.json").exists():
         if request.config.getoption("--require-data"):
             pytest.fail(f"local data required, none at {folder}")
-        _skipped_for_data.append(request.node.name)
-        pytest.skip(f"no local data at {folder} (set DINOV2_TEST_DATA)")
+        pytest.skip(f"{NO_DATA} at {folder} (set DINOV2_TEST_DATA)")
     return folder
 
 
