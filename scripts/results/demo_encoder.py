@@ -135,7 +135,7 @@ def summary(values: PerCase) -> dict:
 
 
 def draw_dense(found: dict[int, PerCase], top: float, path: Path) -> None:
-    figure = Figure(figsize=(5.4, 3.6), layout="constrained")
+    figure = Figure(figsize=(5.4, 4), layout="constrained")
     axis = figure.subplots()
     names = {"trained": "demo encoder", "untrained": "same network, untrained (3 seeds)"}
     for name in found[LABELLED[0]]:
@@ -149,7 +149,7 @@ def draw_dense(found: dict[int, PerCase], top: float, path: Path) -> None:
     axis.set(xscale="log", xlabel="labelled scans", ylabel="Dice of both labels, 40 held-out scans", ylim=(0, 0.95))
     axis.set_xticks(LABELLED, LABELLED)
     axis.minorticks_off()
-    axis.legend(frameon=False, loc="lower right")
+    figure.legend(frameon=False, loc="outside lower center", ncols=2, fontsize=8)
     figure.savefig(path, dpi=120)
 
 

@@ -67,7 +67,7 @@ def hippocampus(folder: Path) -> list[str]:
 
 def draw_hippocampus(folder: Path, path: Path) -> None:
     """Validation Dice of the two labels against the iteration."""
-    figure = Figure(figsize=(6, 3.6), layout="constrained")
+    figure = Figure(figsize=(6, 4), layout="constrained")
     axis = figure.subplots()
     for head in HEADS:
         for weights, style in (("trained", "-"), ("random", "--")):
@@ -78,9 +78,9 @@ def draw_hippocampus(folder: Path, path: Path) -> None:
                 label = f"{head}, {'tiny teacher' if weights == 'trained' else 'untrained'}"
                 axis.plot(np.array(results["iters_list"]) + 1, dice, style, color=COLOURS[head], label=label)
     axis.axhline((0.750 + 0.708) / 2, color="black", ls=":", lw=1)
-    axis.text(30, (0.750 + 0.708) / 2 + 0.01, "a mean label map on each case", fontsize=8)
+    axis.text(1000, (0.750 + 0.708) / 2 + 0.01, "a mean label map on each case", fontsize=8)
     axis.set(xlabel="iterations of 4 crops", ylabel="validation Dice, mean of two labels", ylim=(0, 0.9))
-    axis.legend(frameon=False, fontsize=8)
+    figure.legend(frameon=False, fontsize=8, loc="outside lower center", ncols=3)
     figure.savefig(path, dpi=120)
 
 
