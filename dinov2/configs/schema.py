@@ -293,6 +293,8 @@ class CropsConfig:
     region_mm: float | None = key(None, "edge (mm) of the cube all crops of a draw come from; null: the whole volume")
     region_vox: float | None = key(None, "the same in voxels of each volume, instead of crops.region_mm")
     turn_p: float = key(0.3, "probability of each of the three flips, and of quarter turns in each of the three planes")
+    rotate_range: float = key(0.0, "largest angle (radians) by which each crop is turned about each axis on its own")
+    sharpen_alpha: list[float] = key([10.0, 30.0], "range of the strength of sharpening")
 
     def __post_init__(self) -> None:
         for name in ("global_crops_in_slice", "global_crops_cross_slice", "local_crops_in_slice", "local_crops_cross_slice"):
@@ -304,6 +306,9 @@ class CropsConfig:
         one_region = self.region_mm is None or self.region_vox is None
         require(one_region, "crops.region_mm and crops.region_vox are both set: make one of them null")
         require(0 <= self.turn_p <= 1, f"crops.turn_p={self.turn_p} must lie in [0, 1]")
+        right_angle = math.pi / 2
+        require(0 <= self.rotate_range <= right_angle, f"crops.rotate_range={self.rotate_range} must lie in [0, pi / 2]")
+        require_range("crops.sharpen_alpha", self.sharpen_alpha, 0, math.inf, low_included=True)
 
 
 @dataclass

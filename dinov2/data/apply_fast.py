@@ -11,7 +11,7 @@ from dinov2.ops import augmentation as ops
 def apply_crop(volume: Tensor, plan: ap.CropPlan) -> Tensor:
     """One crop, [1, H, W, D] int16 or float32 -> [1, s, s, s] float32."""
     source_axes, flipped = fold_turns(plan)
-    x = ops.crop_resize(volume, plan.box.start, plan.box.stop, plan.size, source_axes, flipped)
+    x = ops.crop_resize(volume, plan.box.start, plan.box.stop, plan.size, source_axes, flipped, plan.angles)
     for step in plan.intensity:
         apply_intensity_(x, step)
     return x

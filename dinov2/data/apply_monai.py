@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 from monai.data import get_track_meta, set_track_meta
 from monai.transforms import (
@@ -15,10 +16,12 @@ from monai.transforms import (
     GibbsNoise,
     RandGaussianNoise,
     RandHistogramShift,
+    Resample,
     Resize,
     Rotate90,
     SpatialCrop,
 )
+from scipy.spatial.transform import Rotation
 from torch import Tensor
 
 from dinov2.data import augmentation_plan as ap
@@ -39,9 +42,7 @@ def _plain_tensors() -> Iterator[None]:
 def apply_crop(volume: Tensor, plan: ap.CropPlan) -> Tensor:
     """One crop, [1, H, W, D] int16 or float32 -> [1, s, s, s] float32."""
     with _plain_tensors():
-        x = SpatialCrop(roi_start=plan.box.start, roi_end=plan.box.stop)(volume)
-        x = x.float() * INT16_SCALE if x.dtype == torch.int16 else x
-        x = Resize((plan.size,) * 3, mode="trilinear", align_corners=False)(x)
+        x = _rotated(volume, plan) if any(plan.angles) else _resized(volume, plan)
         for axis in plan.flips:
             x = Flip(axis)(x)
         for plane, turns in plan.rotations:
@@ -49,6 +50,24 @@ def apply_crop(volume: Tensor, plan: ap.CropPlan) -> Tensor:
         for step in plan.intensity:
             x = apply_intensity(x, step)
     return x.contiguous()
+
+
+def _resized(volume: Tensor, plan: ap.CropPlan) -> Tensor:
+    x = SpatialCrop(roi_start=plan.box.start, roi_end=plan.box.stop)(volume)
+    x = x.float() * INT16_SCALE if x.dtype == torch.int16 else x
+    return Resize((plan.size,) * 3, mode="trilinear", align_corners=False)(x)
+
+
+def _rotated(volume: Tensor, plan: ap.CropPlan) -> Tensor:
+    """The turned box by MONAI's resampling of the whole volume, whose grid counts from the volume's middle."""
+    x = volume.float() * INT16_SCALE if volume.dtype == torch.int16 else volume
+    box, shape = plan.box, np.array(volume.shape[1:]).reshape(3, 1, 1, 1)
+    about = (np.indices((plan.size,) * 3) - (plan.size - 1) / 2) / plan.size
+    turn = Rotation.from_euler("xyz", plan.angles).as_matrix()
+    middle = (np.add(box.start, box.stop) - 1).reshape(3, 1, 1, 1) / 2
+    places = np.array(box.size).reshape(3, 1, 1, 1) * np.einsum("ij,jhwd->ihwd", turn, about) + middle
+    grid = np.concatenate([places - (shape - 1) / 2, np.ones_like(places[:1])])
+    return Resample(mode="bilinear", padding_mode="border", align_corners=False)(x, torch.from_numpy(grid))
 
 
 def apply_intensity(x: Tensor, step: ap.Intensity) -> Tensor:

@@ -18,6 +18,7 @@ Range = tuple[float, float]
 
 ASPECT_RATIO = (0.9, 1 / 0.9)
 TURN_P = 0.3
+SHARPEN_ALPHA = (10.0, 30.0)
 ROTATION_PLANES = ((0, 1), (1, 2), (0, 2))
 HISTOGRAM_POINTS = 10
 
@@ -84,13 +85,18 @@ Intensity = Gamma | Noise | HistogramShift | Smooth | Sharpen | Gibbs
 
 @dataclass(frozen=True)
 class CropPlan:
-    """One crop: cut `box`, resize to `size` cubed, flip, rotate by quarter turns, then change intensities in order."""
+    """One crop: cut `box`, resize to `size` cubed, flip, rotate by quarter turns, then change intensities in order.
+
+    With `angles` (radians about H, W, D in this order) the box is turned about its centre, as a cube of `size` voxels would be:
+    its corners then read what lies beside the box.
+    """
 
     box: Box
     size: int
     flips: tuple[int, ...]  # spatial axes
     rotations: tuple[tuple[tuple[int, int], int], ...]  # (plane, quarter turns)
     intensity: tuple[Intensity, ...]
+    angles: tuple[float, float, float] = (0.0, 0.0, 0.0)
 
 
 @dataclass(frozen=True)
@@ -156,6 +162,11 @@ def plan_turns(
     return flips, rotations
 
 
+def plan_angles(rng: np.random.Generator, rotate_range: float = 0.0) -> tuple[float, float, float]:
+    """Small angles (radians) about the three axes; a range of 0 draws nothing."""
+    return tuple(rng.uniform(-rotate_range, rotate_range, 3).tolist()) if rotate_range else (0.0, 0.0, 0.0)
+
+
 def _contrast(rng: np.random.Generator) -> list[Intensity]:
     """One of gamma, noise and histogram shift, applied with p = 0.8."""
     kind, applied = int(rng.integers(3)), rng.random() < 0.8
@@ -175,24 +186,26 @@ def plan_smooth(rng: np.random.Generator) -> Smooth:
     return Smooth(tuple(rng.uniform(0.25, 1.5, 3).tolist()))
 
 
-def _smooth_or_sharpen(rng: np.random.Generator) -> Intensity:
-    return plan_smooth(rng) if rng.random() < 0.5 else plan_sharpen(rng)
+def _smooth_or_sharpen(rng: np.random.Generator, sharpen_alpha: Range) -> Intensity:
+    return plan_smooth(rng) if rng.random() < 0.5 else plan_sharpen(rng, sharpen_alpha)
 
 
-def plan_sharpen(rng: np.random.Generator) -> Sharpen:
+def plan_sharpen(rng: np.random.Generator, alpha: Range = SHARPEN_ALPHA) -> Sharpen:
     sigma1 = rng.uniform(0.5, 1.0, 3)
     sigma2 = rng.uniform(0.5, sigma1)
-    return Sharpen(tuple(sigma1.tolist()), tuple(sigma2.tolist()), rng.uniform(10.0, 30.0))
+    return Sharpen(tuple(sigma1.tolist()), tuple(sigma2.tolist()), rng.uniform(*alpha))
 
 
-def plan_intensity(crop_index: int, num_global: int, rng: np.random.Generator) -> tuple[Intensity, ...]:
+def plan_intensity(
+    crop_index: int, num_global: int, rng: np.random.Generator, sharpen_alpha: Range = SHARPEN_ALPHA
+) -> tuple[Intensity, ...]:
     """Intensity changes by the crop's role: first global, second global, local."""
     steps = _contrast(rng)
     if crop_index == 0:
-        steps.append(_smooth_or_sharpen(rng))
+        steps.append(_smooth_or_sharpen(rng, sharpen_alpha))
     elif crop_index < num_global:
         if rng.random() < 0.1:
-            steps.append(_smooth_or_sharpen(rng))
+            steps.append(_smooth_or_sharpen(rng, sharpen_alpha))
         if rng.random() < 0.2:
             steps.append(Gibbs(rng.uniform(0.0, 1.0)))
     elif rng.random() < 0.5:

@@ -25,6 +25,8 @@ class DataAugmentationDINO3d:
         region_mm: Edge of the cube that all crops of one draw come from; None: the whole volume.
         region_vox: The same in voxels of each volume, instead.
         turn_p: Probability of each of the three flips and of each plane's quarter turns.
+        rotate_range: Largest angle (radians) of each crop's own small rotation about each axis.
+        sharpen_alpha: Range of the strength of sharpening.
         backend: `monai` (the reference), `fast` (one gather and few passes; compiled where possible), or `auto`: `fast`,
             because the tests hold it to the reference.
         dtype: Of the crops; they are computed in float32.
@@ -42,6 +44,8 @@ class DataAugmentationDINO3d:
         region_mm: float | None = None,
         region_vox: float | None = None,
         turn_p: float = ap.TURN_P,
+        rotate_range: float = 0.0,
+        sharpen_alpha: ap.Range = ap.SHARPEN_ALPHA,
         backend: str = "auto",
         dtype: torch.dtype = torch.float32,
     ) -> None:
@@ -49,7 +53,7 @@ class DataAugmentationDINO3d:
         local_crop = (local_crops_size, tuple(local_crops_in_slice_scale), tuple(local_crops_cross_slice_scale))
         self.crop_kinds = [global_crop] * NUM_GLOBAL_CROPS + [local_crop] * local_crops_number
         self.region_mm, self.region_vox = region_mm, region_vox
-        self.turn_p = turn_p
+        self.turn_p, self.rotate_range, self.sharpen_alpha = turn_p, rotate_range, tuple(sharpen_alpha)
         self.apply_crop = backend_named(backend)
         self.dtype = dtype
 
@@ -68,7 +72,8 @@ class DataAugmentationDINO3d:
         for i, (size, in_slice, cross_slice) in enumerate(self.crop_kinds):
             box = ap.plan_crop(region.size, in_slice, cross_slice, rng).shifted(region.start)
             flips, rotations = ap.plan_turns(rng, self.turn_p)
-            crops.append(ap.CropPlan(box, size, flips, rotations, ap.plan_intensity(i, NUM_GLOBAL_CROPS, rng)))
+            intensity = ap.plan_intensity(i, NUM_GLOBAL_CROPS, rng, self.sharpen_alpha)
+            crops.append(ap.CropPlan(box, size, flips, rotations, intensity, ap.plan_angles(rng, self.rotate_range)))
         return ap.SamplePlan(tuple(crops[:NUM_GLOBAL_CROPS]), tuple(crops[NUM_GLOBAL_CROPS:]))
 
     def _region_edges_vox(self, spacing_mm: tuple[float, float, float]) -> tuple[float, float, float] | None:

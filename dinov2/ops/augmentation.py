@@ -6,6 +6,7 @@ changed in place. The two implementations agree to float tolerance; noise agrees
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import lru_cache
 
@@ -26,7 +27,15 @@ def _is_compiled() -> bool:
     return compiled_operators()[0]
 
 
-def crop_resize(volume: Tensor, start: Size3, stop: Size3, size: int, source_axes: Size3, flipped: Size3) -> Tensor:
+def crop_resize(
+    volume: Tensor,
+    start: Size3,
+    stop: Size3,
+    size: int,
+    source_axes: Size3,
+    flipped: Size3,
+    angles: tuple[float, float, float] = (0.0, 0.0, 0.0),
+) -> Tensor:
     """Cut a box, resize it trilinearly to a cube (align_corners=False), flip and turn it.
 
     Args:
@@ -35,6 +44,8 @@ def crop_resize(volume: Tensor, start: Size3, stop: Size3, size: int, source_axe
         size: Edge of the result.
         source_axes: The volume's axis (0 to 2) that becomes each axis of the result.
         flipped: Per axis of the result, 1 where it runs backwards.
+        angles: Radians about the three axes, applied in this order, of the resized cube about its centre, before flips and
+            turns. What lies beside the box is read from the volume, and beyond that its border (plain PyTorch only).
 
     Returns:
         [1, size, size, size] float32.
@@ -43,6 +54,9 @@ def crop_resize(volume: Tensor, start: Size3, stop: Size3, size: int, source_axe
         ValueError: Wrong shape or dtype, an empty box or one that leaves the volume, no permutation.
     """
     scale = INT16_SCALE if volume.dtype == torch.int16 else 1.0
+    if any(angles):
+        x = _crop_rotated(volume, start, stop, size, angles, scale)
+        return _permuted(x, source_axes, flipped)
     if _is_compiled():
         return torch.ops.dinov2.crop_resize(volume, start, stop, size, source_axes, flipped, scale)
     if sorted(source_axes) != [0, 1, 2] or volume.dim() != 4 or volume.dtype not in (torch.int16, torch.float32):
@@ -51,8 +65,44 @@ def crop_resize(volume: Tensor, start: Size3, stop: Size3, size: int, source_axe
         raise ValueError(f"box from {start} to {stop} is empty or leaves the volume {tuple(volume.shape)}")
     (a, b, c), (d, e, f) = start, stop
     x = F.interpolate(volume[None, :, a:d, b:e, c:f].float() * scale, (size,) * 3, mode="trilinear", align_corners=False)
-    x = x[0, 0].permute(*source_axes)  # [s, s, s]
-    return x.flip([axis for axis in range(3) if flipped[axis]])[None].contiguous()
+    return _permuted(x[0, 0], source_axes, flipped)
+
+
+def _permuted(x: Tensor, source_axes: Size3, flipped: Size3) -> Tensor:
+    """[s, s, s] -> [1, s, s, s], turned."""
+    return x.permute(*source_axes).flip([axis for axis in range(3) if flipped[axis]])[None].contiguous()
+
+
+def rotated_places(start: Size3, stop: Size3, size: int, angles: tuple[float, float, float]) -> Tensor:
+    """Where the voxels of a turned crop lie in the volume: [3, s, s, s] float64, voxels of the volume along H, W, D."""
+    about = (torch.arange(size, dtype=torch.float64) - (size - 1) / 2) / size
+    cube = torch.stack(torch.meshgrid(about, about, about, indexing="ij"))  # [3, s, s, s]
+    turn = torch.eye(3, dtype=torch.float64)
+    for axis, angle in enumerate(angles):
+        a, b = (axis + 1) % 3, (axis + 2) % 3
+        one = torch.eye(3, dtype=torch.float64)
+        one[a, a] = one[b, b] = math.cos(angle)
+        one[a, b], one[b, a] = -math.sin(angle), math.sin(angle)
+        turn = one @ turn
+    edges = torch.tensor([b - a for a, b in zip(start, stop, strict=True)], dtype=torch.float64)
+    middle = torch.tensor([(a + b - 1) / 2 for a, b in zip(start, stop, strict=True)], dtype=torch.float64)
+    return torch.einsum("ij,jhwd->ihwd", edges[:, None] * turn, cube) + middle[:, None, None, None]
+
+
+def _crop_rotated(
+    volume: Tensor, start: Size3, stop: Size3, size: int, angles: tuple[float, float, float], scale: float
+) -> Tensor:
+    """[s, s, s] float32 of a turned box; only the part of the volume that it reaches is converted."""
+    places = rotated_places(start, stop, size, angles)
+    shape = torch.tensor(volume.shape[1:])
+    low = places.amin((1, 2, 3)).floor().long().clamp(min=0).minimum(shape - 1)
+    high = (places.amax((1, 2, 3)).floor().long() + 2).clamp(min=1).minimum(shape)
+    (a, b, c), (d, e, f) = low.tolist(), high.tolist()
+    part = volume[:, a:d, b:e, c:f].float() * scale  # [1, h, w, d]
+    inside = (places - low[:, None, None, None]).permute(1, 2, 3, 0)  # [s, s, s, 3]
+    grid = (2 * inside + 1) / torch.tensor(part.shape[1:]) - 1
+    grid = grid.flip(-1).float()  # grid_sample counts axes from the last
+    return F.grid_sample(part[None], grid[None], mode="bilinear", padding_mode="border", align_corners=False)[0, 0]
 
 
 def adjust_gamma_(x: Tensor, gamma: float) -> Tensor:

@@ -125,6 +125,21 @@ def test_hundreds_of_plans_give_the_references_crops(fast: Apply) -> None:
     assert min(kinds.values()) >= 20 and len(kinds) == 6, kinds
 
 
+def test_small_rotations_are_the_references_and_turn_about_the_box(fast: Apply) -> None:
+    shapes = [(70, 61, 40), (33, 90, 25), (7, 5, 3)]
+    augmentation = DataAugmentationDINO3d(local_crops_number=2, global_crops_size=24, local_crops_size=11, rotate_range=0.4)
+    for seed in range(60):
+        volume = voxels(*shapes[seed % len(shapes)], seed=seed)
+        plan = augmentation.plan(tuple(volume.shape[1:]), np.random.default_rng(seed))
+        for crop in (*plan.global_crops, *plan.local_crops):
+            assert all(0 < abs(angle) <= 0.4 for angle in crop.angles)
+            assert_like_monai(volume, dataclasses.replace(crop, intensity=()), fast)
+    volume = voxels(40, 40, 40).float() / 32767
+    quarter = ap.CropPlan(ap.Box((4, 6, 8), (24, 26, 28)), 20, (), (), (), (0.0, 0.0, np.pi / 2))
+    inside = volume[0, 4:24, 6:26, 8:28]
+    torch.testing.assert_close(fast(volume, quarter)[0], torch.rot90(inside, -1, (0, 1)), atol=1e-5, rtol=0)
+
+
 @needs_compiled
 @settings(max_examples=150, deadline=None)
 @given(data=st.data(), shape=st.tuples(*[st.integers(1, 40)] * 3), size=st.integers(1, 35), is_float=st.booleans())

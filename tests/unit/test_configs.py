@@ -54,6 +54,8 @@ def test_every_key_has_a_meaning_and_is_read_by_code() -> None:
         ("crops.global_crops_size=90", ["crops.global_crops_size=90", "patch_size=16", "use 80 or 96"]),
         ("crops.local_crops_size=8", ["use 16"]),
         ("crops.turn_p=1.5", ["crops.turn_p=1.5", "[0, 1]"]),
+        ("crops.rotate_range=-0.1", ["crops.rotate_range=-0.1", "[0, pi / 2]"]),
+        ("crops.sharpen_alpha=[3,1]", ["crops.sharpen_alpha=[3", "low <= high"]),
         ("crops.global_crops_in_slice_scale=[0.9,0.5]", ["crops.global_crops_in_slice_scale", "low <= high"]),
         ("ibot.mask_ratio_min_max=[0.5]", ["ibot.mask_ratio_min_max"]),
         ("student.depth=5", ["block_chunks=4", "use 0"]),

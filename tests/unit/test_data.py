@@ -220,6 +220,21 @@ def test_turns_happen_with_the_configured_probability(turn_p: float) -> None:
         assert len(crop.flips) == len(crop.rotations) == 3 * turn_p
 
 
+def test_what_is_not_asked_for_draws_nothing() -> None:
+    """A key added later must not change the crops of a recipe that leaves it alone."""
+    shape, rng = (40, 40, 40), np.random.default_rng
+    plain, other = (
+        DataAugmentationDINO3d(local_crops_number=2),
+        DataAugmentationDINO3d(local_crops_number=2, sharpen_alpha=(0.5, 1.0)),
+    )
+    for seed in range(20):
+        one, two = plain.plan(shape, rng(seed)), other.plan(shape, rng(seed))
+        assert [c.box for c in one.local_crops] == [c.box for c in two.local_crops]
+        assert all(c.angles == (0.0, 0.0, 0.0) for c in (*one.global_crops, *one.local_crops))
+        sharp = [s.alpha for c in two.global_crops for s in c.intensity if isinstance(s, ap.Sharpen)]
+        assert all(0.5 <= alpha <= 1.0 for alpha in sharp)
+
+
 def test_in_plane_boxes_have_the_planned_area_and_aspect() -> None:
     rng = np.random.default_rng(0)
     boxes = [ap.plan_crop((400, 300, 90), (0.16, 0.48), (0.2, 0.5), rng) for _ in range(300)]
