@@ -52,6 +52,10 @@ def job_state(job: str) -> str:
     return subprocess.run(words, capture_output=True, text=True).stdout.strip()
 
 
+def node_state() -> str:
+    return subprocess.run(["sinfo", "-N", "-h", "-o", "%T %E"], capture_output=True, text=True).stdout.strip()
+
+
 @needs_slurm
 @pytest.mark.slow
 def test_a_job_that_is_preempted_resumes_and_ends_as_an_undisturbed_one(slurm: None, trainer: Trainer, tmp_path: Path) -> None:
@@ -95,10 +99,10 @@ def test_a_job_that_is_preempted_resumes_and_ends_as_an_undisturbed_one(slurm: N
     assert metrics(out) == metrics(tmp_path / "whole")
 
 
-def wait_until(condition, job: str, log: Path, timeout: float = 120) -> None:
+def wait_until(condition, job: str, log: Path, timeout: float = 240) -> None:
     deadline = time.monotonic() + timeout
     while not condition():
-        assert time.monotonic() < deadline, f"{job_state(job)}\n{log.read_text() if log.exists() else 'no log'}"
+        assert time.monotonic() < deadline, f"{job_state(job)}\n{node_state()}\n{log.read_text() if log.exists() else 'no log'}"
         time.sleep(0.1)
 
 

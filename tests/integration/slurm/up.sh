@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # A one-node SLURM without systemd, for the tests: FOLDER/slurm.conf, daemons in the background. Needs root, slurm-wlm and munge.
+# Its timeouts are long, so that a busy machine's node is not given up for being slow.
 set -euo pipefail
 folder=$(realpath "$1") host=$(hostname -s)
 mkdir -p "$folder"/{ctld,slurmd,log} /run/munge
@@ -28,6 +29,9 @@ MpiDefault=none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 ReturnToService=2
+SlurmdTimeout=0
+MessageTimeout=100
+UnkillableStepTimeout=600
 KillWait=5
 JobRequeue=1
 NodeName=$host NodeAddr=127.0.0.1 CPUs=$(nproc) RealMemory=$(($(awk '/MemTotal/{print $2}' /proc/meminfo) / 1024 - 512)) State=UNKNOWN
