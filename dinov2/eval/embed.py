@@ -39,6 +39,7 @@ logger = logging.getLogger(__name__)
 
 FORMAT = 1
 FEW_SCANS = 16  # are loaded in this process: others take seconds to start
+MANY_PATCHES = 30_000  # in one pass: attention, quadratic in them, is then nearly all of the time, minutes a scan on a CPU
 Say = Callable[[str], None]
 Loaded = tuple[int, Scan | None, Row]  # place in the list, the scan, what is known of it or why there is none
 Stored = tuple[int, tuple[Path, str, np.ndarray] | None, Row]  # the same with the scan's voxels in a file, name and affine
@@ -171,7 +172,7 @@ def _make_parts(entries: list[Entry], encoder: Encoder, request: EmbedRequest, t
     todo = [place for part in parts for place in table.rows_of(part)]
     num_workers = 0 if len(todo) <= FEW_SCANS else request.num_workers
     done: dict[int, list[tuple[int, bool, Row]]] = {part: [] for part in parts}
-    num_bad = 0
+    num_bad, is_told = 0, False
     with (
         stop_requests() as stop_asked,
         tqdm(total=len(todo), unit="scan", disable=None) as progress,
@@ -180,6 +181,7 @@ def _make_parts(entries: list[Entry], encoder: Encoder, request: EmbedRequest, t
         for place, scan, row in scans:
             if stop_asked:
                 return False
+            is_told = is_told or (scan is not None and _warn_of_many_patches(scan, encoder, request.view))
             is_good, row = (False, row) if scan is None else _row(place, scan, row, encoder, request, table)
             part = table.part_of(place)
             done[part].append((place, is_good, row))
@@ -189,6 +191,19 @@ def _make_parts(entries: list[Entry], encoder: Encoder, request: EmbedRequest, t
                 table.write_part(part, [r for _, good, r in rows if good], [r for _, good, r in rows if not good])
             progress.update()
             progress.set_postfix_str(f"{num_bad} bad")
+    return True
+
+
+def _warn_of_many_patches(scan: Scan, encoder: Encoder, view: View) -> bool:
+    """Whether the scan is so large for one pass that the user was told what is faster."""
+    patches = int(np.prod([-(-n // encoder.backbone.patch_size) for n in scan.voxels.shape[1:]]))
+    if view.mode != "full_image" or patches <= MANY_PATCHES:
+        return False
+    shape = "x".join(map(str, scan.voxels.shape[1:]))
+    words = (
+        "%s: %s voxels are %d patches in one pass, and the cost grows with their square: use --mode sliding_window or resize"
+    )
+    logger.warning(words, scan.name, shape, patches)
     return True
 
 

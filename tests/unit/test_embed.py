@@ -203,6 +203,17 @@ def test_a_mistake_is_one_line_and_exit_code_2(
     assert words in error
 
 
+def test_scans_that_are_large_for_one_pass_are_told_once(
+    scans: Path, encoder: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(embed_module, "MANY_PATCHES", 3)
+    for mode, times in (("full_image", 1), ("sliding_window", 0)):
+        caplog.clear()
+        run(scans, encoder, tmp_path / f"{mode}.parquet", view=View(mode, 8), num_workers=0)
+        told = [r.getMessage() for r in caplog.records if "patches in one pass" in r.getMessage()]
+        assert len(told) == times and all("--mode sliding_window or resize" in line for line in told)
+
+
 def test_ranks_of_torchrun_are_shards(monkeypatch: pytest.MonkeyPatch) -> None:
     assert shard_of_rank((2, 3)) == (2, 3)
     monkeypatch.setenv("RANK", "1")
