@@ -28,7 +28,7 @@ from dinov2 import load_encoder
 from dinov2.data.scans import load_scan
 from dinov2.errors import BadInput
 from dinov2.eval.dense_readout import LabelledCrops, ceiling, random_crops, raw_features, read_out
-from dinov2.eval.features import class_features, patch_features
+from dinov2.eval.features import patch_features
 from dinov2.eval.region_retrieval import median_errors, places_of
 from dinov2.eval.setup import build_model_for_eval
 from dinov2.eval.statistics import bootstrap_interval
@@ -68,11 +68,11 @@ def hippocampus_crops(data: Path, splits: dict) -> dict[str, list[LabelledCrops]
 
 
 def crop_features(backbone: DinoVisionTransformer3d, windows: Tensor) -> dict[str, Tensor]:
-    """The last layer's class token and the mean of its patch tokens, each [N, E]."""
-    e = backbone.embed_dim
+    """Of the last layer the class token and the mean of the patch tokens, each [N, E], and all patch tokens in their order."""
     with torch.inference_mode():
-        both = torch.cat([class_features(backbone, part, 1) for part in windows.split(256)])
-    return {"class token": both[:, :e], "mean patch": both[:, e:]}
+        parts = [backbone.get_intermediate_layers(part, 1, return_class_token=True)[0] for part in windows.split(256)]
+    patches, cls = (torch.cat(found) for found in zip(*parts, strict=True))  # [N, L, E], [N, E]
+    return {"class token": cls, "mean patch": patches.mean(1), "all patches": patches.flatten(1)}
 
 
 def dense(networks: dict[str, list[DinoVisionTransformer3d]], data: Path, splits: dict) -> tuple[dict[int, PerCase], float]:

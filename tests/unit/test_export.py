@@ -24,7 +24,8 @@ SmallConfig = Callable[..., DictConfig]
 @pytest.fixture
 def run(tmp_path: Path, small_config: SmallConfig) -> tuple[TrainState, Path, Path]:
     """A state, its checkpoint folder and its teacher's file."""
-    cfg = small_config("student.depth=4", "student.block_chunks=2")
+    paths = ["train.dataset_path=/somewhere/list.json", "train.cache_dir=/somewhere/cache"]
+    cfg = small_config("student.depth=4", "student.block_chunks=2", *paths)
     state = TrainState(*build(cfg, Runtime(torch.device("cpu"))))
     checkpointer = Checkpointer(tmp_path / "checkpoints", 1)
     checkpointer.save(state.state_dict(), 7)
@@ -41,7 +42,9 @@ def test_folder_file_and_safetensors_hold_the_same_teacher(run: tuple, tmp_path:
     assert export(file, tmp_path / "t.safetensors", None, True, licence="CC0-1.0") == len(own)
     meta = read_meta(tmp_path / "t.safetensors")
     assert meta["licence"] == "CC0-1.0" and read_meta(file)["config"]["train"]["output_dir"] != ""
-    assert meta["config"]["train"] == {**read_meta(file)["config"]["train"], "dataset_path": "", "output_dir": ""}
+    no_paths = {"dataset_path": "", "output_dir": "", "cache_dir": meta["config"]["train"]["cache_dir"]}
+    assert meta["config"]["train"] == {**read_meta(file)["config"]["train"], **no_paths}
+    assert "/somewhere" in str(read_meta(file)) and "/somewhere" not in str(meta)
     for path in (folder, file, tmp_path / "t.safetensors"):
         assert equal(read_teacher(path)[0], own), path
     assert read_teacher(tmp_path / "t.safetensors")[1]["iteration"] == 7

@@ -17,6 +17,7 @@ from dinov2.eval.dense_readout import (
     ceiling,
     class_shares,
     dice_of_patches,
+    fit_logistic,
     random_crops,
     raw_features,
     read_out,
@@ -50,6 +51,17 @@ def test_features_that_tell_the_label_reach_the_ceiling_and_useless_ones_do_not(
     assert ceiling(parts["test"], P, 3) == [1.0] * 3
     assert min(good[1] + good[3]) > 0.99
     assert max(bad[3]) < 0.6
+
+
+def test_a_read_out_does_not_depend_on_the_features_units() -> None:
+    features = torch.randn(60, 4, generator=torch.Generator().manual_seed(0))
+    shares = torch.nn.functional.one_hot((features[:, 0] + features[:, 1] > 0).long(), 2).float()
+    units, zero = torch.tensor([0.01, 1.0, 10.0, 300.0]), torch.tensor([5.0, -1.0, 0.0, 100.0])
+    plain = fit_logistic(features, shares, 0.1)(features)
+    torch.testing.assert_close(
+        fit_logistic(features * units + zero, shares, 0.1)(features * units + zero), plain, atol=0.02, rtol=0
+    )
+    assert float((plain.argmax(1) == shares.argmax(1)).float().mean()) > 0.9
 
 
 def test_dice_counts_every_foreground_class_that_occurs() -> None:
