@@ -230,7 +230,7 @@ def restore_prediction(prediction: Tensor, case: Case) -> nib.Nifti1Image:
     return nib.Nifti1Image(stored, case.grid.stored_affine, header)  # the same affine: both forms of the header stay
 
 
-class SegmentationCases:
+class Cases:
     """Prepared cases of a list, kept in a cache folder (`docs/architecture.md`, "Cache folder").
 
     Args:

@@ -22,7 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dinov2.configs import default_yaml, load_and_merge_config_3d
-from dinov2.data.cases import SegmentationCases, check_headers
+from dinov2.data.cases import Cases, check_headers
 from dinov2.data.crops import central_view
 from dinov2.data.datalist import Entry
 from dinov2.data.downstream import Item, datalist_path, read_downstream_datalist, select_percent, with_tertiles
@@ -88,7 +88,7 @@ class Setting:
 
     cfg: DictConfig
     recipe: Recipe
-    cases: dict[str, SegmentationCases]
+    cases: dict[str, Cases]
     output_dir: Path
     runtime: Runtime
 
@@ -121,7 +121,7 @@ def open_setting(args: argparse.Namespace, task: str) -> Iterator[Setting]:
             check_headers(items, recipe)
         warn_of_skulls(splits["training"], recipe)
         cache = args.cache_dir or output_dir / "cache"
-        cases = {part: SegmentationCases(items, recipe, cache_dir=cache) for part, items in splits.items()}
+        cases = {part: Cases(items, recipe, cache_dir=cache) for part, items in splits.items()}
         check_same_run(args, cfg, recipe, output_dir, runtime)
         if args.pretrained_weights != "random" and is_main_process():
             warn_of_overlap([Entry(p, ()) for item in splits["test"] for p in item.images], args.pretrained_weights)
@@ -186,11 +186,11 @@ def require_every_class(items: Sequence[Item], recipe: Recipe, part: str) -> Non
         raise BadInput(f"{recipe.name}, {part}: none of its {len(items)} cases is {', '.join(absent)}: {advice}")
 
 
-def training_items(cases: SegmentationCases, percent: int, seed: int) -> SegmentationCases:
+def training_items(cases: Cases, percent: int, seed: int) -> Cases:
     """A seed's own random subset of the training part."""
     items = select_percent(cases.items, percent, seed)
     folder = cases.cache.folder if cases.cache else None
-    return SegmentationCases(items, cases.recipe, cache_dir=folder)
+    return Cases(items, cases.recipe, cache_dir=folder)
 
 
 def feature_layers(backbone: DinoVisionTransformer3d) -> int:
@@ -205,7 +205,7 @@ def precision(cfg: DictConfig, device: torch.device) -> AbstractContextManager:
 
 @torch.no_grad()
 def part_features(
-    setting: Setting, backbone: DinoVisionTransformer3d, cases: SegmentationCases, part: str, args: argparse.Namespace
+    setting: Setting, backbone: DinoVisionTransformer3d, cases: Cases, part: str, args: argparse.Namespace
 ) -> Tensor:
     """Features [n, F] of the middle of every case, on the CPU; the ranks share the work, every one has all.
 

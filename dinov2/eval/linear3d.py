@@ -17,7 +17,7 @@ if __package__ in (None, ""):  # started as a file: the repository, not this fol
 
 from torch import Tensor
 
-from dinov2.data.cases import SegmentationCases
+from dinov2.data.cases import Cases
 from dinov2.data.downstream import SPLITS
 from dinov2.distributed import barrier, is_main_process
 from dinov2.errors import EXIT_OK, BadInput
@@ -130,7 +130,7 @@ def run_seed(
     args: argparse.Namespace,
     plan: training.Plan,
     setting: Setting,
-    cases: SegmentationCases,
+    cases: Cases,
     seed: int,
     held_out: dict[str, Tensor],
 ) -> int:

@@ -22,7 +22,7 @@ from torch.nn.functional import cross_entropy
 from torch.optim import AdamW
 from tqdm import tqdm
 
-from dinov2.data.cases import SegmentationCases
+from dinov2.data.cases import Cases
 from dinov2.data.crops import training_view
 from dinov2.data.samplers import EndlessOrder, PositionSampler
 from dinov2.data.streams import Kind, stream, torch_seed
@@ -152,7 +152,7 @@ class Inputs:
         probe: Probe,
         plan: Plan,
         args: argparse.Namespace,
-        cases: SegmentationCases,
+        cases: Cases,
         seed: int,
         first: int,
     ) -> None:
@@ -216,7 +216,7 @@ def train(
     probe: Probe,
     plan: Plan,
     args: argparse.Namespace,
-    cases: SegmentationCases,
+    cases: Cases,
     seed: int,
     validation_features: Callable[[], Tensor],
 ) -> int:

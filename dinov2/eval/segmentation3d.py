@@ -20,7 +20,7 @@ if __package__ in (None, ""):  # started as a file: the repository, not this fol
 from omegaconf import DictConfig
 
 from dinov2.configs import default_yaml, load_and_merge_config_3d
-from dinov2.data.cases import SegmentationCases, check_headers
+from dinov2.data.cases import Cases, check_headers
 from dinov2.data.datalist import Entry
 from dinov2.data.downstream import Item, datalist_path, read_downstream_datalist, select_percent
 from dinov2.data.overlap import warn_of_overlap
@@ -132,12 +132,12 @@ def check_arguments(args: argparse.Namespace) -> tuple[Recipe, engine.Plan, Dict
 
 def prepare(
     args: argparse.Namespace, recipe: Recipe, splits: dict[str, list[Item]], output_dir: Path, runtime: Runtime
-) -> dict[str, SegmentationCases]:
+) -> dict[str, Cases]:
     """Every case checked and prepared into the cache before the first iteration."""
     cache = args.cache_dir or output_dir / "cache"
     for items in splits.values():
         check_headers(items, recipe)
-    cases = {part: SegmentationCases(items, recipe, args.resize_scale, cache) for part, items in splits.items()}
+    cases = {part: Cases(items, recipe, args.resize_scale, cache) for part, items in splits.items()}
     for part, of_part in cases.items():
         prepare_all(of_part, args.image_size, part, runtime)
     barrier()

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from dinov2.data.cases import Case, SegmentationCases, check_headers, prepare_case, restore_prediction
+from dinov2.data.cases import Case, Cases, check_headers, prepare_case, restore_prediction
 from dinov2.data.downstream import SPLITS, Item, read_downstream_datalist, select_percent, write_downstream_datalist
 from dinov2.data.grids import GridMap
 from dinov2.data.recipes import Intensity, Recipe, Space, load_recipe
@@ -373,9 +373,9 @@ def test_a_cached_case_is_the_prepared_one_and_the_files_are_not_read_again(
     item = saved_case(tmp_path / "data", "PIR", (1, 1, 2))
     item = dataclasses.replace(item, images=item.images * 2, label=item.label if labelled else None)
     recipe = dataclasses.replace(TWO, space=Space(spacing_mm=[1.5, 1.0, 1.0]))
-    fresh = SegmentationCases([item], recipe, 1.0, tmp_path / "cache")[0]
+    fresh = Cases([item], recipe, 1.0, tmp_path / "cache")[0]
     monkeypatch.setattr("dinov2.data.cases.open_volume", lambda entry: pytest.fail(f"opened {entry.image}"))
-    cached = SegmentationCases([item], recipe, 1.0, tmp_path / "cache")[0]
+    cached = Cases([item], recipe, 1.0, tmp_path / "cache")[0]
     assert equal(fresh, cached) and len(list((tmp_path / "cache").glob("??/*.vol"))) == 1
     restored = (np.asanyarray(restore_prediction((c.image > 0)[:1].int(), c).dataobj) for c in (fresh, cached))
     assert np.array_equal(*restored)
@@ -395,7 +395,7 @@ CHANGES = {
 def test_the_cache_is_never_stale(tmp_path: Path, what: str) -> None:
     """A changed recipe, scale or source file gives what a run without a cache gives."""
     item, recipe, scale = saved_case(tmp_path / "data"), LIVER, 1.0
-    SegmentationCases([item], recipe, scale, tmp_path / "cache")[0]
+    Cases([item], recipe, scale, tmp_path / "cache")[0]
     image, label = scene(5)
     if what in CHANGES:
         recipe = CHANGES[what](recipe)
@@ -407,17 +407,17 @@ def test_the_cache_is_never_stale(tmp_path: Path, what: str) -> None:
         save(tmp_path / "data" / "label.nii.gz", np.roll(label, 1, 0))
     else:
         item = dataclasses.replace(item, case="another")
-    now = SegmentationCases([item], recipe, scale, tmp_path / "cache")[0]
+    now = Cases([item], recipe, scale, tmp_path / "cache")[0]
     assert equal(now, prepare_case(item, recipe, scale))
     assert len(list((tmp_path / "cache").glob("??/*.vol"))) == 2
 
 
 def test_a_damaged_cached_case_is_named_and_made_anew(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     item = saved_case(tmp_path / "data")
-    fresh = SegmentationCases([item], LIVER, 1.0, tmp_path / "cache")[0]
+    fresh = Cases([item], LIVER, 1.0, tmp_path / "cache")[0]
     path = next((tmp_path / "cache").glob("??/*.vol"))
     path.write_bytes(path.read_bytes()[:-40])
-    assert equal(SegmentationCases([item], LIVER, 1.0, tmp_path / "cache")[0], fresh)
+    assert equal(Cases([item], LIVER, 1.0, tmp_path / "cache")[0], fresh)
     assert "made anew" in caplog.text and "one" in caplog.text
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from dinov2.data.cases import SegmentationCases
+from dinov2.data.cases import Cases
 from dinov2.data.crops import is_smaller, training_crops
 from dinov2.data.samplers import EndlessOrder, PositionSampler
 from dinov2.data.streams import Kind, stream
@@ -33,7 +33,7 @@ class CropBatches:
 
     def __init__(
         self,
-        cases: SegmentationCases,
+        cases: Cases,
         image_size: int,
         batch_size: int,
         seed: int,
@@ -63,7 +63,7 @@ class CropBatches:
         return torch.stack([c["image"] for c in crops]), torch.stack([c["label"] for c in crops])
 
 
-def prepare_all(cases: SegmentationCases, image_size: int, part: str, runtime: Runtime) -> None:
+def prepare_all(cases: Cases, image_size: int, part: str, runtime: Runtime) -> None:
     """Read every case of this rank's share once: what is wrong with one is said before the first iteration, not hours later.
 
     It also fills the cache. Cases that are smaller than a window are counted and said once.

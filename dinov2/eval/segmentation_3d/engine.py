@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW
 from tqdm import tqdm
 
-from dinov2.data.cases import Case, SegmentationCases
+from dinov2.data.cases import Case, Cases
 from dinov2.data.recipe_check import draw_case
 from dinov2.data.streams import Kind, torch_seed
 from dinov2.distributed import any_rank, barrier, is_main_process, mean_over_ranks
@@ -135,9 +135,7 @@ def compute_dtype(cfg: DictConfig) -> torch.dtype:
     return DTYPES[cfg.compute_precision.teacher.backbone.mixed_precision.param_dtype]
 
 
-def train(
-    run: Run, cfg: DictConfig, task: Task, plan: Plan, cases: dict[str, SegmentationCases], seed: int, runtime: Runtime
-) -> int:
+def train(run: Run, cfg: DictConfig, task: Task, plan: Plan, cases: dict[str, Cases], seed: int, runtime: Runtime) -> int:
     """The loop; returns the exit code. The best network on the validation part is kept as `best_model.pth`."""
     first, total = run.iteration + 1, plan.total_iters
     schedule = CosineSchedule(plan.learning_rate, 0.0, total, plan.warmup_iters)
@@ -209,9 +207,7 @@ def step(run: Run, call: nn.Module, loss: Any, images: Tensor, labels: Tensor, r
     return value.detach()
 
 
-def validate(
-    run: Run, cfg: DictConfig, task: Task, cases: SegmentationCases, loss: float, metrics: MetricWriter, runtime: Runtime
-) -> None:
+def validate(run: Run, cfg: DictConfig, task: Task, cases: Cases, loss: float, metrics: MetricWriter, runtime: Runtime) -> None:
     """Score the validation part, note it, keep the network where it is the best so far, and draw one case."""
     window = (task.image_size, VALIDATION_OVERLAP, cfg.segmentation.window_batch, compute_dtype(cfg))
     scores, _ = score_cases(run.model, cases, *window, runtime, surfaces=False)
@@ -243,7 +239,7 @@ def as_predicted(case: Case, masks: Tensor, task: Task) -> Case:
     return Case(case.item, case.image, task.recipe.compose(masks), case.grid)
 
 
-def test(model: nn.Module, cfg: DictConfig, task: Task, cases: SegmentationCases, run: Run, runtime: Runtime) -> dict[str, Any]:
+def test(model: nn.Module, cfg: DictConfig, task: Task, cases: Cases, run: Run, runtime: Runtime) -> dict[str, Any]:
     """Score the test part; writes `per_case.csv`, `results.json` and pictures of the worst cases."""
     window = (task.image_size, TEST_OVERLAP, cfg.segmentation.window_batch, compute_dtype(cfg))
     scores, seconds = score_cases(model, cases, *window, runtime, surfaces=True)
@@ -265,9 +261,7 @@ def test(model: nn.Module, cfg: DictConfig, task: Task, cases: SegmentationCases
     return results
 
 
-def draw_worst(
-    model: nn.Module, cases: SegmentationCases, scores: list[Score], window: tuple, task: Task, output_dir: Path
-) -> None:
+def draw_worst(model: nn.Module, cases: Cases, scores: list[Score], window: tuple, task: Task, output_dir: Path) -> None:
     """The test cases with the lowest Dice: the prediction beside the truth, in `worst/`."""
     foreground = task.recipe.output_names if task.recipe.overlapping else task.recipe.output_names[1:]
     by_case: dict[str, list[float]] = {}

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from dinov2.data.cases import Case, SegmentationCases
+from dinov2.data.cases import Case, Cases
 from dinov2.data.crops import BACKGROUND
 from dinov2.data.recipes import Recipe
 from dinov2.distributed import gather_objects
@@ -77,7 +77,7 @@ def predict_masks(
 
 def score_cases(
     model: nn.Module,
-    cases: SegmentationCases,
+    cases: Cases,
     image_size: int,
     overlap: float,
     window_batch: int,
