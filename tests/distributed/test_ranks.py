@@ -77,7 +77,9 @@ def lines(output_dir: Path) -> int:
     return len(path.read_text().splitlines()) if path.exists() else 0
 
 
-def assert_close(one: Path, many: Path, rtol: float, atol: float, losses_only: bool = False) -> None:
+def assert_close(
+    one: Path, many: Path, rtol: float, atol: float, losses_only: bool = False, koleo_atol: float | None = None
+) -> None:
     """Weights and every logged value (or the losses; gradient norms of a fresh network amplify rounding)."""
     a, b = teacher(one), teacher(many)
     assert a.keys() == b.keys()
@@ -90,7 +92,8 @@ def assert_close(one: Path, many: Path, rtol: float, atol: float, losses_only: b
         for key, value in row.items():
             if losses_only and not key.endswith("loss"):
                 continue
-            assert other[key] == pytest.approx(value, rel=max(rtol, 1e-6), abs=max(atol, 1e-7)), (key, row["iteration"])
+            least = koleo_atol if koleo_atol and key == "koleo_loss" else max(atol, 1e-7)
+            assert other[key] == pytest.approx(value, rel=max(rtol, 1e-6), abs=least), (key, row["iteration"])
 
 
 def half_written(output_dir: Path) -> bool:
@@ -163,7 +166,8 @@ def test_two_ranks_in_float32_stay_near_one(trainer: Trainer, tmp_path: Path) ->
     assert trainer.run(tmp_path / "one", *words, "train.batch_size_per_gpu=4").returncode == EXIT_OK
     result = run(torchrun(trainer, 2, tmp_path / "two", *words, "train.batch_size_per_gpu=2", "train.strategy=fsdp"))
     assert result.returncode == EXIT_OK, result.stderr
-    assert_close(tmp_path / "one", tmp_path / "two", rtol=5e-2, atol=2e-3, losses_only=True)
+    # KoLeo is the logarithm of distances to nearest neighbours, which on some processors change places from rounding alone
+    assert_close(tmp_path / "one", tmp_path / "two", rtol=5e-2, atol=2e-3, losses_only=True, koleo_atol=0.15)
 
 
 @pytest.mark.slow
