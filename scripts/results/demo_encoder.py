@@ -19,6 +19,7 @@ import matplotlib
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 from torch import Tensor
 from tqdm import tqdm
 
@@ -68,11 +69,19 @@ def hippocampus_crops(data: Path, splits: dict) -> dict[str, list[LabelledCrops]
 
 
 def crop_features(backbone: DinoVisionTransformer3d, windows: Tensor) -> dict[str, Tensor]:
-    """Of the last layer the class token and the mean of the patch tokens, each [N, E], and all patch tokens in their order."""
+    """What a crop can be found by, [N, F] each: the last block's class token, the mean of its patch tokens, and all patch
+    tokens in their order (as raw voxels are compared), of the last and of the first block."""
+    depth = len(backbone.block_list)
     with torch.inference_mode():
-        parts = [backbone.get_intermediate_layers(part, 1, return_class_token=True)[0] for part in windows.split(256)]
-    patches, cls = (torch.cat(found) for found in zip(*parts, strict=True))  # [N, L, E], [N, E]
-    return {"class token": cls, "mean patch": patches.mean(1), "all patches": patches.flatten(1)}
+        parts = [backbone.get_intermediate_layers(part, depth, return_class_token=True) for part in windows.split(256)]
+    first, _ = (torch.cat(found) for found in zip(*(blocks[0] for blocks in parts), strict=True))  # [N, L, E]
+    last, cls = (torch.cat(found) for found in zip(*(blocks[-1] for blocks in parts), strict=True))
+    return {
+        "class token": cls,
+        "mean patch": last.mean(1),
+        "all patches": last.flatten(1),
+        "all patches, first block": first.flatten(1),
+    }
 
 
 def dense(networks: dict[str, list[DinoVisionTransformer3d]], data: Path, splits: dict) -> tuple[dict[int, PerCase], float]:
@@ -154,19 +163,23 @@ def draw_dense(found: dict[int, PerCase], top: float, path: Path) -> None:
 
 
 def draw_retrieval(errors: dict[str, PerCase], path: Path) -> None:
-    figure = Figure(figsize=(9.6, 3.4), layout="constrained")
+    figure = Figure(figsize=(9.6, 3.6), layout="constrained")
     axes = figure.subplots(1, len(errors), sharey=True)
     for axis, (way, found) in zip(axes, errors.items(), strict=True):
-        for x, (name, values) in enumerate(found.items()):
+        kinds = list(dict.fromkeys(name.split(", ", 1)[-1] for name in found))
+        for name, values in found.items():
+            whose, kind = name.split(", ", 1) if ", " in name else (name, name)
+            x = kinds.index(kind) + {"trained": -0.2, "untrained": 0.2}.get(whose, 0.0)
             mean = np.mean(values, axis=0)
-            axis.bar(x, mean.mean(), color=COLOURS[name.split(",")[0]], alpha=0.8)
-            axis.plot(x + np.linspace(-0.25, 0.25, len(mean)), mean, "k.", ms=4)
-            axis.text(x, 0.5, f"{mean.mean():.1f}", ha="center", color="white", weight="bold")
-        labels = {"trained": "demo encoder", "untrained": "untrained (3)"}
-        words = [name.split(", ") for name in found]
-        axis.set_xticks(range(len(found)), ["\n".join(labels.get(w, w) for w in pair) for pair in words], fontsize=8)
+            axis.bar(x, mean.mean(), 0.38, color=COLOURS[whose], alpha=0.8)
+            axis.plot(x + np.linspace(-0.12, 0.12, len(mean)), mean, "k.", ms=3)
+            axis.text(x, 0.5, f"{mean.mean():.1f}", ha="center", color="white", weight="bold", fontsize=8)
+        axis.set_xticks(range(len(kinds)), [kind.replace(", ", "\n").replace(" ", "\n", 1) for kind in kinds], fontsize=8)
         axis.set_title(f"the asking brain: {'as it lies' if way == 'as they lie' else 'turned, other contrast'}", fontsize=9)
     axes[0].set_ylabel("median distance from the same place, mm")
+    names = {"trained": "demo encoder", "untrained": "same network, untrained (3 seeds)", "raw voxels": "raw voxels"}
+    bars = [Patch(color=COLOURS[key], alpha=0.8, label=name) for key, name in names.items()]
+    figure.legend(handles=bars, frameon=False, loc="outside lower center", ncols=3, fontsize=8)
     figure.savefig(path, dpi=120)
 
 
