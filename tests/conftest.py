@@ -34,9 +34,8 @@ SMALL = [
 ]  # fmt: skip
 
 
-if (
-    signal.getsignal(signal.SIGINT) is signal.SIG_IGN
-):  # as in the background of a shell; programs that tests start would inherit it
+# a shell's background ignores interrupts, and programs that tests start would inherit that
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 

@@ -233,6 +233,9 @@ def test_what_is_not_asked_for_draws_nothing() -> None:
         assert all(c.angles == (0.0, 0.0, 0.0) for c in (*one.global_crops, *one.local_crops))
         sharp = [s.alpha for c in two.global_crops for s in c.intensity if isinstance(s, ap.Sharpen)]
         assert all(0.5 <= alpha <= 1.0 for alpha in sharp)
+    stream = rng(0)
+    before = stream.bit_generator.state
+    assert ap.plan_angles(stream) == (0.0, 0.0, 0.0) and stream.bit_generator.state == before
 
 
 def test_in_plane_boxes_have_the_planned_area_and_aspect() -> None:
