@@ -18,6 +18,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import torch
+import torch.nn.functional as F
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from torch import Tensor
@@ -49,6 +50,8 @@ COLOURS = {
     "raw patch": "tab:gray",
     "patch with neighbours and place": "tab:brown",
     "raw voxels": "tab:gray",
+    "voxel means of 2": "tab:gray",
+    "voxel means of 4": "tab:gray",
 }
 
 Extract = Callable[[Tensor], Tensor]
@@ -122,7 +125,7 @@ def retrieval(networks: dict[str, list[DinoVisionTransformer3d]], data: Path, na
     for name, nets in networks.items():
         for net in tqdm(nets, f"retrieval {name}", disable=None):
             score(f"{name}, ", lambda w, net=net: crop_features(net, w))
-    score("", lambda w: {"raw voxels": w.flatten(1)})
+    score("", lambda w: {"raw voxels": w.flatten(1), **{f"voxel means of {n}": F.avg_pool3d(w, n).flatten(1) for n in (2, 4)}})
     return errors
 
 
@@ -163,7 +166,7 @@ def draw_dense(found: dict[int, PerCase], top: float, path: Path) -> None:
 
 
 def draw_retrieval(errors: dict[str, PerCase], path: Path) -> None:
-    figure = Figure(figsize=(9.6, 3.6), layout="constrained")
+    figure = Figure(figsize=(12, 3.8), layout="constrained")
     axes = figure.subplots(1, len(errors), sharey=True)
     for axis, (way, found) in zip(axes, errors.items(), strict=True):
         kinds = list(dict.fromkeys(name.split(", ", 1)[-1] for name in found))
@@ -177,7 +180,7 @@ def draw_retrieval(errors: dict[str, PerCase], path: Path) -> None:
         axis.set_xticks(range(len(kinds)), [kind.replace(", ", "\n").replace(" ", "\n", 1) for kind in kinds], fontsize=8)
         axis.set_title(f"the asking brain: {'as it lies' if way == 'as they lie' else 'turned, other contrast'}", fontsize=9)
     axes[0].set_ylabel("median distance from the same place, mm")
-    names = {"trained": "demo encoder", "untrained": "same network, untrained (3 seeds)", "raw voxels": "raw voxels"}
+    names = {"trained": "demo encoder", "untrained": "same network, untrained (3 seeds)", "raw voxels": "voxels"}
     bars = [Patch(color=COLOURS[key], alpha=0.8, label=name) for key, name in names.items()]
     figure.legend(handles=bars, frameon=False, loc="outside lower center", ncols=3, fontsize=8)
     figure.savefig(path, dpi=120)
