@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 
 import dinov2
+from dinov2.logging.provenance import git_state, versions
 from dinov2.ops import compiled_operators, cuda_kernels
-from dinov2.train.provenance import git_state, versions
 
 _OPTIONAL = {
     "xformers": "attention over crops of several sizes in one call on CUDA; without it one SDPA call per size",

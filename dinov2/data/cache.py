@@ -24,6 +24,7 @@ from dinov2.data.datalist import Entry
 from dinov2.data.preprocess import PREPROCESSING, Volume
 from dinov2.data.volumes import all_source_files
 from dinov2.errors import BadInput
+from dinov2.files import TEMPORARY, replacing, to_json
 
 logger = logging.getLogger(__name__)
 
@@ -57,13 +58,13 @@ class VolumeCache:
 
     def _check_manifest(self) -> None:
         wanted = {"format": "dinov2-3d volume cache", "version": VERSION, "preprocessing": PREPROCESSING}
-        path, temporary = self.folder / MANIFEST, self.folder / f".{MANIFEST}.{os.getpid()}"
+        path = self.folder / MANIFEST
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            others = [p.name for p in self.folder.iterdir() if not p.name.startswith(f".{MANIFEST}")]
+            others = [p.name for p in self.folder.iterdir() if not p.name.startswith((f".{MANIFEST}", TEMPORARY))]
             if not others:
-                temporary.write_text(json.dumps(wanted, indent=1) + "\n", encoding="utf-8")
-                os.replace(temporary, path)
+                with replacing(path, private=True) as temporary:
+                    temporary.write_text(to_json(wanted, indent=1) + "\n", encoding="utf-8")
             text = path.read_text(encoding="utf-8")
         except FileNotFoundError as err:
             raise BadInput(f"cache folder {self.folder} holds other files and no {MANIFEST}: choose an empty one") from err

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dinov2.errors import BadInput
+from dinov2.files import replacing
 
 logger = logging.getLogger(__name__)
 
@@ -134,13 +135,14 @@ def write_datalist(path: str | Path, items: Iterable[dict[str, Any]]) -> int:
     """
     path = Path(path)
     folder, count = Path(os.path.abspath(path.parent)), 0
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:  # item by item: a list may be longer than memory allows
-        for item in items:
+    with (
+        replacing(path) as temporary,
+        temporary.open("w", encoding="utf-8") as file,
+    ):  # item by item: a list may be longer than memory allows
+        for item in items:  # one by one: a list may be longer than memory allows
             image = Path(os.path.abspath(item["image"]))
             row = {**item, "image": str(image.relative_to(folder) if image.is_relative_to(folder) else image)}
             file.write(("[\n" if count == 0 else ",\n") + json.dumps(row))
             count += 1
         file.write("\n]\n" if count else "[]\n")
-    os.replace(temporary, path)
     return count

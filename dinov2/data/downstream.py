@@ -24,7 +24,7 @@ from typing import Any
 
 from dinov2.data.recipes import TERTILES, Recipe
 from dinov2.errors import BadInput
-from dinov2.train.provenance import write_text
+from dinov2.files import write_text
 
 logger = logging.getLogger(__name__)
 

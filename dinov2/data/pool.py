@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -11,9 +12,7 @@ from itertools import islice
 from multiprocessing import get_context
 from typing import Any
 
-import torch
-
-from dinov2.data.workers import die_with_parent
+from dinov2.signals import die_with_parent
 
 
 def default_workers() -> int:
@@ -24,7 +23,9 @@ def default_workers() -> int:
 def _start_worker() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process ends the work
     die_with_parent()  # or it would wait for ever for work from a process that was killed
-    torch.set_num_threads(1)
+    if "torch" in sys.modules:  # as the main module of a program that has it brought it along
+        sys.modules["torch"].set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"  # for a torch that the work itself loads: the processes are the parallelism
 
 
 def unordered(

@@ -18,6 +18,7 @@ from dinov2.data.crops import BACKGROUND
 from dinov2.data.downstream import Item, read_downstream_datalist
 from dinov2.data.recipes import Recipe, load_recipe
 from dinov2.errors import EXIT_OK, BadInput
+from dinov2.files import replacing
 
 CLIPPED = 0.5  # share of the foreground at either end of the range above which the intensities look wrong
 OUTSIDE = 0.1  # share of the labelled voxels in the background above which image and label look apart
@@ -165,9 +166,8 @@ def draw_case(case: Case, recipe: Recipe, path: Path) -> None:
         figure.legend(
             handles=handles, loc="outside lower center", ncols=min(len(handles), 7), labelcolor="white", frameon=False
         )
-    temporary = path.with_name(f".{path.name}")
-    figure.savefig(temporary, dpi=100, facecolor="black", format="png")
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=100, facecolor="black")
 
 
 def _busiest(masks: Tensor) -> list[int]:

@@ -12,7 +12,6 @@ import io
 import json
 import logging
 import math
-import os
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from pathlib import Path
@@ -24,6 +23,7 @@ from dinov2.data.datalist import Entry, read_datalist
 from dinov2.data.preprocess import slice_axis
 from dinov2.data.volumes import open_volume
 from dinov2.errors import BadInput, BadVolume
+from dinov2.files import write_text
 
 logger = logging.getLogger(__name__)
 
@@ -71,10 +71,8 @@ def write_report(list_path: Path, quarantine_path: Path, output: Path) -> None:
     items = _read(list_path)
     entries = read_datalist(list_path).entries if items else []
     page = _page(entries, _read(quarantine_path))
-    temporary = output.with_name(f".{output.name}.tmp")
     try:
-        temporary.write_text(page, encoding="utf-8")
-        os.replace(temporary, output)
+        write_text(output, page)
     except OSError as err:
         raise BadInput(f"--report {output}: {err.strerror}: choose another file") from err
 

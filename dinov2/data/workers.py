@@ -17,12 +17,11 @@ from typing import Any
 
 import torch
 
-from dinov2.distributed.signals import SIGNALS
 from dinov2.errors import BadInput
+from dinov2.signals import SIGNALS, die_with_parent
 
 AHEAD = 2  # requests that a process holds: one that it computes, and the next
 GRACE_S = 5.0  # for a process to end by itself
-PR_SET_PDEATHSIG = 1  # of Linux's prctl.h
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
 Compute = Callable[[Any], Any]
@@ -149,14 +148,3 @@ def keep_freed_memory() -> None:
     if mallopt is not None:
         mallopt(M_MMAP_THRESHOLD, 32 * 2**20)  # the largest value it takes
         mallopt(M_TRIM_THRESHOLD, 2**30)
-
-
-def die_with_parent() -> None:
-    """End this process at once when the one that started it ends, where the system is Linux.
-
-    A loader process that outlives a killed run for some seconds would hold on to what it inherited, the lock of the output
-    folder among it, and the same command started again would find the folder in use.
-    """
-    prctl = getattr(ctypes.CDLL(None), "prctl", None)
-    if prctl is not None:
-        prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -8,7 +8,6 @@ Template: ICBM 152 nonlinear symmetric 2009a (Fonov et al.), free for any use wi
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ import numpy as np
 from scipy import ndimage
 
 from dinov2.data.datalist import write_datalist
+from dinov2.files import replacing
 
 SPACING_MM = 1.5
 TISSUES = {1: "CSF", 2: "grey matter", 3: "white matter"}
@@ -145,9 +145,8 @@ def _save(case: Case, image: np.ndarray, label: np.ndarray, spacing: list[float]
     affine = np.diag([*spacing, 1.0])
     for path, voxels in ((case.image, np.round(image * 1000).astype(np.int16)), (case.label, label)):
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".tmp_{path.name}")
-        nib.save(nib.Nifti1Image(voxels, affine), temporary)
-        os.replace(temporary, path)
+        with replacing(path) as temporary:
+            nib.save(nib.Nifti1Image(voxels, affine), temporary)
 
 
 def write_list(path: Path, cases: list[Case]) -> None:

@@ -28,10 +28,11 @@ from dinov2.errors import EXIT_OK, EXIT_RESUMABLE, BadInput, BadVolume
 from dinov2.eval.dense_readout import raw_features
 from dinov2.eval.features import patch_features, volume_features
 from dinov2.eval.setup import build_model_for_eval
+from dinov2.files import write_json
 from dinov2.logging import read_metrics, setup_logging
+from dinov2.logging.folder import locked_folder
 from dinov2.models import DinoVisionTransformer3d
 from dinov2.train import train3d
-from dinov2.train.state import locked_folder
 
 logger = logging.getLogger(__name__)
 
@@ -196,7 +197,7 @@ def draw(
     maps = {name: colours(net, volume) for name, net in networks.items()}
     draw_pca(volume[0], maps, SHIFT, output / "pca.png")
     results = {"tissue_share_correlation": {str(n): s for n, s in scores.items()}, "last_metrics": rows[-1]}
-    (output / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    write_json(output / "results.json", results)
     if scores:
         draw_readout(scores, output / "readout.png")
         say("\n" + "\n".join(summary(scores)))

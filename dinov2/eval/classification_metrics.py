@@ -15,7 +15,7 @@ import numpy as np
 from scipy.stats import rankdata
 
 from dinov2.eval.statistics import bootstrap_interval
-from dinov2.train.provenance import write_text
+from dinov2.files import write_text
 
 CALIBRATION_BINS = 15
 

@@ -28,12 +28,12 @@ from dinov2.data.index.examine import content_sha, problem
 from dinov2.data.index.quality import Limits
 from dinov2.data.pool import unordered
 from dinov2.data.scans import Scan, load_scan
-from dinov2.distributed.signals import stop_requests
 from dinov2.encoder import Encoder
 from dinov2.errors import EXIT_OK, EXIT_RESUMABLE, BadInput, BadVolume
 from dinov2.eval.embed_table import EmbeddingTable, Row
 from dinov2.eval.views import View
-from dinov2.train.state import locked_folder
+from dinov2.logging.folder import locked_folder
+from dinov2.signals import stop_requests
 
 logger = logging.getLogger(__name__)
 

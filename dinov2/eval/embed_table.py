@@ -14,7 +14,6 @@ from __future__ import annotations
 import fcntl
 import json
 import logging
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from dinov2.errors import BadInput
-from dinov2.train.provenance import write_json
+from dinov2.files import replacing, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -157,13 +156,11 @@ class EmbeddingTable:
 
     def _replace(self, path: Path, write: Any) -> None:
         """Write to a name of this process's own, then rename."""
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
             path.parent.mkdir(exist_ok=True)
-            write(temporary)
-            os.replace(temporary, path)
+            with replacing(path, private=True) as temporary:
+                write(temporary)
         except OSError as err:
-            temporary.unlink(missing_ok=True)
             reason = err.strerror or str(err).splitlines()[0]
             raise BadInput(f"{path}: cannot be written ({reason}): make room; the same command continues") from err
 

@@ -36,11 +36,12 @@ from dinov2.errors import BadInput
 from dinov2.eval.features import class_features
 from dinov2.eval.linear_heads import LAYER_CHOICES
 from dinov2.eval.segmentation_3d.inference import autocast
+from dinov2.files import write_json, write_text
 from dinov2.logging import setup_logging
+from dinov2.logging.folder import run_folder
+from dinov2.logging.provenance import RUN_FILE, run_record
 from dinov2.models import DinoVisionTransformer3d
-from dinov2.train.provenance import run_record, write_json, write_text
 from dinov2.train.ssl_meta_arch import DTYPES
-from dinov2.train.state import RUN_FILE, run_folder
 
 logger = logging.getLogger(__name__)
 

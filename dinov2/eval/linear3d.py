@@ -37,8 +37,8 @@ from dinov2.eval.frozen import (
 from dinov2.eval.linear_heads import LEARNING_RATES
 from dinov2.eval.probe_file import save_probe
 from dinov2.eval.setup import build_model_for_eval
+from dinov2.files import write_json
 from dinov2.program import run_program
-from dinov2.train.provenance import write_json
 
 logger = logging.getLogger("dinov2.eval.linear3d")
 

@@ -22,7 +22,7 @@ import numpy as np
 from scipy.ndimage import binary_erosion, distance_transform_edt
 from torch import Tensor
 
-from dinov2.train.provenance import write_text
+from dinov2.files import write_text
 
 NAN = math.nan
 COLUMNS = ("case", "class", "dice", "hd95_mm", "nsd", "nsd_tolerance_mm", "volume_error_ml")

@@ -28,17 +28,17 @@ from dinov2.data.samplers import EndlessOrder, PositionSampler
 from dinov2.data.streams import Kind, stream, torch_seed
 from dinov2.data.workers import compute_in_order
 from dinov2.distributed import all_reduce_sum, any_rank, barrier, gather_objects, gather_rows, is_main_process
-from dinov2.distributed.signals import stop_requests
 from dinov2.errors import EXIT_OK, EXIT_RESUMABLE, BadInput
 from dinov2.eval.classification_metrics import auc_per_class
 from dinov2.eval.features import class_features
 from dinov2.eval.frozen import Setting, feature_layers, labels_of, precision
 from dinov2.eval.linear_heads import LinearHeads, cosine_factor, head_grid
+from dinov2.files import write_json
 from dinov2.fsdp import save_atomically
 from dinov2.logging import MetricWriter
 from dinov2.models import DinoVisionTransformer3d
 from dinov2.models.weights import open_weights
-from dinov2.train.provenance import write_json
+from dinov2.signals import stop_requests
 
 logger = logging.getLogger(__name__)
 
@@ -309,8 +309,8 @@ def summarise_seeds(folder: Path, seeds: list[int]) -> None:
     runs = [json.loads((folder / f"seed_{seed}" / "results.json").read_text()) for seed in seeds]
     scores = ("test_auc", "test_f1", "test_balanced_accuracy", "test_calibration_error")
     table = {name: [run[name] for run in runs] for name in scores}
-    means = {name: float(np.mean(values)) for name, values in table.items()}
-    stds = {f"{name}_std": float(np.std(values, ddof=1)) for name, values in table.items()}
+    means = {name: float(np.mean(np.array(values, float))) for name, values in table.items()}
+    stds = {f"{name}_std": float(np.std(np.array(values, float), ddof=1)) for name, values in table.items()}
     common = {name: runs[0][name] for name in ("classes", "percent", "n_train", "n_test")}
     best = [run["best_head"] for run in runs]
     write_json(folder / "results.json", {**means, **stds, "by_seed": table, "best_head": best, "seeds": seeds, **common})

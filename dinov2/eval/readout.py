@@ -21,7 +21,7 @@ from dinov2.eval.classification_metrics import auc_per_class, classification_sco
 from dinov2.eval.frozen import Setting, groups_of, labels_of, part_features, require_every_class, training_items
 from dinov2.eval.linear_heads import LAYER_CHOICES, Head
 from dinov2.eval.setup import build_model_for_eval
-from dinov2.train.provenance import write_json
+from dinov2.files import write_json
 
 logger = logging.getLogger(__name__)
 

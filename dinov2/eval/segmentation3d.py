@@ -31,10 +31,11 @@ from dinov2.errors import EXIT_OK, BadInput
 from dinov2.eval.segmentation_3d import engine
 from dinov2.eval.segmentation_3d.batches import prepare_all
 from dinov2.eval.segmentation_3d.build import HEADS, Task, build_segmentation, load_segmentation
+from dinov2.files import write_json, write_text
 from dinov2.logging import setup_logging
+from dinov2.logging.folder import run_folder
+from dinov2.logging.provenance import RUN_FILE, run_record
 from dinov2.program import run_program
-from dinov2.train.provenance import run_record, write_json, write_text
-from dinov2.train.state import RUN_FILE, run_folder
 
 logger = logging.getLogger("dinov2.eval.segmentation3d")
 

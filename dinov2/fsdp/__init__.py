@@ -29,6 +29,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from dinov2.distributed import barrier, gather_objects, get_global_rank, get_global_size, is_enabled, is_main_process
 from dinov2.errors import BadInput
+from dinov2.files import cannot_write, replacing, write_json, writing
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +80,7 @@ class Checkpointer:
             self.remove_incomplete()
         barrier()
         temporary = self.folder / f".incomplete-{iteration:07d}"
-        with writing(temporary), _quiet():
+        with _writing_shares(temporary), _quiet():
             if is_enabled():
                 self._writing = iteration, dcp.async_save(state, checkpoint_id=temporary, process_group=self._group)
             else:
@@ -95,7 +96,7 @@ class Checkpointer:
         if self._writing is not None and (wait or self._writing[1].done()):
             iteration, future = self._writing
             self._writing = None
-            with writing(self.folder / f".incomplete-{iteration:07d}"), _quiet():
+            with _writing_shares(self.folder / f".incomplete-{iteration:07d}"), _quiet():
                 future.result()
             if is_main_process():  # its part ends after all others': it writes the index
                 self._complete(iteration)
@@ -105,7 +106,7 @@ class Checkpointer:
     def _complete(self, iteration: int) -> None:
         temporary, target = self.folder / f".incomplete-{iteration:07d}", self.path(iteration)
         with writing(temporary):
-            (temporary / CHECKSUMS).write_text(json.dumps(_checksums(temporary), indent=1) + "\n")
+            write_json(temporary / CHECKSUMS, _checksums(temporary))
         if target.exists():  # written by a run that was killed before its metrics; the same content
             shutil.rmtree(target)
         os.replace(temporary, target)
@@ -194,28 +195,20 @@ def _quiet() -> Iterator[None]:
 
 
 @contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Turn what a full disk or a lost folder raises into one line; anything else is a bug and keeps its trace.
+def _writing_shares(path: Path) -> Iterator[None]:
+    """As `writing`, for what torch's writers of all ranks raise; anything but a failed write is a bug and keeps its trace.
 
     Raises:
         BadInput: Something could not be written.
     """
     try:
-        yield
-    except OSError as err:
-        raise _cannot_write(path, err) from err
+        with writing(path):
+            yield
     except CheckpointException as err:  # torch's wrapper: per rank, the error and its trace
         causes = [cause for cause, _trace in err.failures.values()]
         if not all(isinstance(cause, OSError) for cause in causes):
             raise
-        raise _cannot_write(path, causes[0]) from err
-
-
-def _cannot_write(path: Path, err: OSError) -> BadInput:
-    return BadInput(
-        f"{path}: cannot be written ({err.strerror or err}): make room or choose another --output-dir; "
-        "the last complete checkpoint is intact"
-    )
+        raise cannot_write(path, causes[0]) from err
 
 
 def _flat_shapes(state: StateDict, prefix: str = "") -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -230,8 +223,7 @@ def save_atomically(obj: Any, path: Path) -> None:
     """`torch.save` to a temporary name, then rename."""
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.tmp")
         buffer = io.BytesIO()  # torch's own file writer hides a full disk behind a RuntimeError
         torch.save(obj, buffer)
-        temporary.write_bytes(buffer.getbuffer())
-        os.replace(temporary, path)
+        with replacing(path) as temporary:
+            temporary.write_bytes(buffer.getbuffer())

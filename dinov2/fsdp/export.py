@@ -17,7 +17,8 @@ from torch import Tensor
 
 from dinov2.configs import load_and_merge_config_3d
 from dinov2.errors import BadInput
-from dinov2.fsdp import save_atomically, writing
+from dinov2.files import replacing, writing
+from dinov2.fsdp import save_atomically
 
 Teacher = tuple[dict[str, Tensor], dict[str, Any]]  # state dict, meta
 _PREFIX = "model.teacher."
@@ -146,9 +147,8 @@ def export(source: Path, target: Path, chunks: int | None, with_heads: bool, lic
 
         with writing(target):
             target.parent.mkdir(parents=True, exist_ok=True)
-            temporary = target.with_name(f".{target.name}.tmp")
-            temporary.write_bytes(save(state, {"meta": json.dumps(meta)}))
-            temporary.replace(target)
+            with replacing(target) as temporary:
+                temporary.write_bytes(save(state, {"meta": json.dumps(meta)}))
     elif target.suffix in (".pth", ".pt"):
         save_atomically({"teacher": state, "meta": meta}, target)
     else:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from types import TracebackType
 
-from torch.utils.tensorboard import SummaryWriter
+from dinov2.files import to_json, write_text
 
 METRICS_FILE = "training_metrics.json"
 
@@ -38,9 +37,9 @@ class MetricWriter:
             return
         path = output_dir / METRICS_FILE
         kept = [row for row in read_metrics(path) if row["iteration"] < start_iteration]
-        temporary = path.with_name(f".{path.name}.tmp")
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
-        os.replace(temporary, path)
+        write_text(path, "".join(to_json(row) + "\n" for row in kept))
+        from torch.utils.tensorboard import SummaryWriter  # here: it takes two seconds, and a command needs none
+
         self._file = path.open("a", buffering=1)  # a line at a time
         self._board = SummaryWriter(str(output_dir / "tensorboard"), purge_step=start_iteration)
 
@@ -48,7 +47,7 @@ class MetricWriter:
         """One line; `iteration` is the step on TensorBoard's axis."""
         if self._file is None:
             return
-        self._file.write(json.dumps(metrics) + "\n")
+        self._file.write(to_json(metrics) + "\n")
         for name, value in metrics.items():
             if name != "iteration":
                 self._board.add_scalar(f"train/{name}", value, int(metrics["iteration"]))

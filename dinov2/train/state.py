@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,50 +15,14 @@ from torch.optim import AdamW
 from dinov2.configs import default_yaml
 from dinov2.data.datalist import Datalist
 from dinov2.data.preprocess import PREPROCESSING
-from dinov2.distributed import barrier, gather_objects, is_main_process
-from dinov2.distributed.runtime import Runtime
+from dinov2.distributed import gather_objects, is_main_process
 from dinov2.errors import BadInput
 from dinov2.fsdp import Checkpointer, save_atomically
 from dinov2.fsdp.tensors import whole
-from dinov2.train.provenance import versions
+from dinov2.logging.provenance import RUN_FILE, versions
 from dinov2.train.ssl_meta_arch import SSLMetaArch
 
 logger = logging.getLogger(__name__)
-
-RUN_FILE = "run.json"
-
-
-@contextmanager
-def locked_folder(path: str | Path) -> Iterator[Path]:
-    """An output folder that only one run uses at a time; the lock goes with the process, however it ends.
-
-    Raises:
-        BadInput: It cannot be written, or another run has it.
-    """
-    folder = Path(path)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        handle = (folder / ".lock").open("a")
-    except OSError as err:
-        raise BadInput(f"output folder {folder}: {err.strerror}: choose another --output-dir") from err
-    with handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as err:
-            raise BadInput(f"output folder {folder}: another run is using it: wait for it or choose another") from err
-        yield folder
-
-
-@contextmanager
-def run_folder(path: str, runtime: Runtime) -> Iterator[Path]:
-    """The output folder; rank 0 holds its lock, the others wait until it does."""
-    if runtime.rank == 0:
-        with locked_folder(path) as folder:
-            barrier()
-            yield folder
-    else:
-        barrier()
-        yield Path(path)
 
 
 def check_same_on_all_ranks(cfg: DictConfig, datalist: Datalist) -> None:
@@ -182,17 +143,3 @@ def check_same_run(output_dir: Path, datalist_sha256: str, effective_batch: int,
     if not allow_changed:
         raise BadInput(f"{message}: use the old list, another --output-dir, or --allow-changed-data")
     logger.warning("%s: continued on the new one as asked", message)
-
-
-def set_aside(output_dir: Path) -> None:
-    """Move what an earlier run left (checkpoints, teachers, metrics) into `previous_<n>`, so that nothing is lost."""
-    names = ("checkpoints", "eval", "tensorboard", "training_metrics.json", "config.yaml", RUN_FILE)
-    found = [output_dir / n for n in names if (output_dir / n).exists()]
-    if not found:
-        return
-    number = 1 + len(list(output_dir.glob("previous_*")))
-    target = output_dir / f"previous_{number}"
-    target.mkdir()
-    for path in found:
-        path.rename(target / path.name)
-    logger.info("--no-resume: the earlier run was moved to %s", target)

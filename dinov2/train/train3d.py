@@ -28,27 +28,21 @@ from dinov2.data.collate import Batch
 from dinov2.data.streams import Kind, torch_seed
 from dinov2.distributed import any_rank, gather_objects, is_main_process, mean_over_ranks
 from dinov2.distributed.runtime import Runtime, lost_rank_explained, start_runtime
-from dinov2.distributed.signals import stop_requests
 from dinov2.errors import EXIT_OK, EXIT_RESUMABLE, BadInput
+from dinov2.files import write_json, write_text
 from dinov2.fsdp import Checkpointer
 from dinov2.fsdp.parallel import resolve_strategy
 from dinov2.fsdp.tensors import whole
 from dinov2.logging import MetricWriter, setup_logging
+from dinov2.logging.folder import run_folder, set_aside
+from dinov2.logging.provenance import RUN_FILE, run_record
 from dinov2.program import run_program
+from dinov2.signals import stop_requests
 from dinov2.train.build import build, build_checkpointer, compute_dtype, data_record
 from dinov2.train.progress import Progress, progress_line
-from dinov2.train.provenance import run_record, write_json, write_text
 from dinov2.train.schedules import Schedules, StepParams, apply_schedules, build_schedules
 from dinov2.train.stages import read_stages
-from dinov2.train.state import (
-    RUN_FILE,
-    TrainState,
-    check_same_on_all_ranks,
-    check_same_run,
-    run_folder,
-    save_teacher,
-    set_aside,
-)
+from dinov2.train.state import TrainState, check_same_on_all_ranks, check_same_run, save_teacher
 
 logger = logging.getLogger("dinov2.train.train3d")
 

@@ -24,9 +24,10 @@ from dinov2.data.cache_commands import verify
 from dinov2.data.streams import Kind, torch_seed
 from dinov2.distributed.runtime import Runtime
 from dinov2.errors import EXIT_BAD_INPUT, EXIT_RESUMABLE
+from dinov2.logging.folder import locked_folder
 from dinov2.train.build import build
 from dinov2.train.schedules import build_schedules
-from dinov2.train.state import TrainState, locked_folder
+from dinov2.train.state import TrainState
 from dinov2.train.train3d import main, train_step
 from tests.conftest import ROOT, SMALL, Trainer, read_json_lines
 

@@ -22,8 +22,9 @@ from dinov2.data.index.journal import Journal, journal_path, read_journal
 from dinov2.data.index.quality import Limits, judge
 from dinov2.data.index.walk import Unit, walk
 from dinov2.data.pool import unordered
-from dinov2.distributed.signals import stop_requests
 from dinov2.errors import EXIT_OK, EXIT_RESUMABLE, BadInput
+from dinov2.files import write_text
+from dinov2.signals import stop_requests
 
 logger = logging.getLogger(__name__)
 
@@ -172,10 +173,8 @@ def _write(journal: Journal, request: IndexRequest, say: Say) -> None:
 
 
 def _write_json(path: Path, rows: list[Row]) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
     text = ",\n".join(json.dumps(row) for row in rows)
-    temporary.write_text(f"[\n{text}\n]\n" if rows else "[]\n", encoding="utf-8")
-    os.replace(temporary, path)
+    write_text(path, f"[\n{text}\n]\n" if rows else "[]\n")
 
 
 def _shown(path: Path) -> str:

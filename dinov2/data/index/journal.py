@@ -15,6 +15,7 @@ from typing import Any, BinaryIO
 
 from dinov2.data.index.examine import Row
 from dinov2.errors import BadInput
+from dinov2.files import replacing
 
 SUFFIX = ".index.jsonl"
 FORMAT = "dinov2-3d index 1"
@@ -116,16 +117,14 @@ class Journal:
 
     def compact(self) -> None:
         """Write it anew in order, without lines that later ones replaced; the lock stays with this process."""
-        temporary = self.path.with_name(f".{self.path.name}.tmp")
         try:
-            with temporary.open("wb") as file:
+            with replacing(self.path) as temporary, temporary.open("wb") as file:
                 file.write(_line({"format": FORMAT, "options": self.options}))
                 for unit in sorted(self._lines):
                     self._reader.seek(self._lines[unit][1])
                     file.write(self._reader.readline())
-            os.replace(temporary, self.path)
         except OSError as err:
-            raise BadInput(f"{temporary}: {err.strerror}: make room; the same command continues") from err
+            raise BadInput(f"{self.path}: {err.strerror}: make room; the same command continues") from err
 
 
 def read_journal(path: Path) -> tuple[dict[str, Any], Iterator[tuple[str, str, list[Row]]]]:

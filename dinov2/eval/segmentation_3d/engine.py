@@ -24,17 +24,17 @@ from dinov2.data.recipe_check import draw_case
 from dinov2.data.streams import Kind, torch_seed
 from dinov2.distributed import any_rank, barrier, is_main_process, mean_over_ranks
 from dinov2.distributed.runtime import Runtime
-from dinov2.distributed.signals import stop_requests
 from dinov2.errors import EXIT_OK, EXIT_RESUMABLE, BadInput
 from dinov2.eval.metrics import Score, summarise, write_per_case_csv
 from dinov2.eval.segmentation_3d.batches import CropBatches
 from dinov2.eval.segmentation_3d.build import Task, save_segmentation, set_training
 from dinov2.eval.segmentation_3d.inference import TEST_OVERLAP, VALIDATION_OVERLAP, autocast, predict_masks, score_cases
 from dinov2.eval.segmentation_3d.losses import build_loss
+from dinov2.files import write_json
 from dinov2.fsdp import save_atomically
 from dinov2.logging import MetricWriter
 from dinov2.models.weights import open_weights
-from dinov2.train.provenance import write_json
+from dinov2.signals import stop_requests
 from dinov2.train.schedules import CosineSchedule
 from dinov2.train.ssl_meta_arch import DTYPES
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from dinov2.errors import EXIT_BAD_INPUT, EXIT_OK, BadInput
 from dinov2.eval.segmentation_3d.build import load_segmentation
 from dinov2.eval.segmentation_3d.engine import compute_dtype
 from dinov2.eval.segmentation_3d.inference import predict_masks
+from dinov2.files import replacing
 
 logger = logging.getLogger(__name__)
 
@@ -89,8 +89,7 @@ def _volumes(masks: Tensor, case: Case, recipe: Recipe) -> str:
 def _write(image: nib.Nifti1Image, target: Path) -> None:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.with_name(f".{target.name}")
-        nib.save(image, temporary)
-        os.replace(temporary, target)
+        with replacing(target) as temporary:
+            nib.save(image, temporary)
     except OSError as err:
         raise BadInput(f"--output {target}: cannot be written ({err.strerror or err}): choose another place") from err

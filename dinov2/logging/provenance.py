@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import json
-import os
 import platform
 import subprocess
 import sys
@@ -15,6 +13,7 @@ import torch
 
 import dinov2
 
+RUN_FILE = "run.json"
 _PACKAGES = ("torch", "monai", "numpy", "nibabel", "omegaconf")
 
 
@@ -54,14 +53,3 @@ def run_record(datalist_sha256: str, num_volumes: int, effective_batch: int, lay
         "layout": layout,
         "num_threads": torch.get_num_threads(),
     }
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a small file to a temporary name, then rename."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
-
-
-def write_json(path: Path, obj: Any) -> None:
-    write_text(path, json.dumps(obj, indent=1) + "\n")

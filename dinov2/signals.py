@@ -1,11 +1,13 @@
-"""Requests to stop, noted for the loop instead of ending it at once."""
+"""Requests to stop, noted for the loop instead of ending it at once; processes that end with the one that started them."""
 
 from __future__ import annotations
 
+import ctypes
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+PR_SET_PDEATHSIG = 1  # of Linux's prctl.h
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)  # schedulers send the last two before a time limit
 
 
@@ -24,3 +26,14 @@ def stop_requests() -> Iterator[list[str]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def die_with_parent() -> None:
+    """End this process at once when the one that started it ends, where the system is Linux.
+
+    A loader process that outlives a killed run for some seconds would hold on to what it inherited, the lock of the output
+    folder among it, and the same command started again would find the folder in use.
+    """
+    prctl = getattr(ctypes.CDLL(None), "prctl", None)
+    if prctl is not None:
+        prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -1,0 +1,65 @@
+"""The folder of a run: one run at a time, and what an earlier one left."""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from dinov2.distributed import barrier
+from dinov2.distributed.runtime import Runtime
+from dinov2.errors import BadInput
+from dinov2.logging.provenance import RUN_FILE
+
+logger = logging.getLogger(__name__)
+
+
+@contextmanager
+def locked_folder(path: str | Path) -> Iterator[Path]:
+    """An output folder that only one run uses at a time; the lock goes with the process, however it ends.
+
+    Raises:
+        BadInput: It cannot be written, or another run has it.
+    """
+    folder = Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = (folder / ".lock").open("a")
+    except OSError as err:
+        raise BadInput(f"output folder {folder}: {err.strerror}: choose another --output-dir") from err
+    with handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as err:
+            raise BadInput(f"output folder {folder}: another run is using it: wait for it or choose another") from err
+        yield folder
+
+
+@contextmanager
+def run_folder(path: str, runtime: Runtime) -> Iterator[Path]:
+    """The output folder; rank 0 holds its lock, the others wait until it does."""
+    if runtime.rank == 0:
+        with locked_folder(path) as folder:
+            barrier()
+            yield folder
+    else:
+        barrier()
+        yield Path(path)
+
+
+PRETRAINING = ("checkpoints", "eval", "tensorboard", "training_metrics.json", "config.yaml", RUN_FILE)  # what it writes
+
+
+def set_aside(output_dir: Path, names: tuple[str, ...] = PRETRAINING) -> None:
+    """Move what an earlier run left (files and folders of these names) into `previous_<n>`, so that nothing is lost."""
+    found = [output_dir / n for n in names if (output_dir / n).exists()]
+    if not found:
+        return
+    number = 1 + len(list(output_dir.glob("previous_*")))
+    target = output_dir / f"previous_{number}"
+    target.mkdir()
+    for path in found:
+        path.rename(target / path.name)
+    logger.info("--no-resume: the earlier run was moved to %s", target)
