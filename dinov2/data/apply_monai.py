@@ -25,7 +25,7 @@ from scipy.spatial.transform import Rotation
 from torch import Tensor
 
 from dinov2.data import augmentation_plan as ap
-from dinov2.ops.augmentation import INT16_SCALE
+from dinov2.data.preprocess import INT16_SCALE
 
 
 @contextmanager

@@ -22,7 +22,6 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
-import torch
 
 from dinov2.data.preprocess import Volume
 
@@ -57,7 +56,7 @@ class Item:
         else:
             voxels = _decompress(self.payload, shape, h["rows"], h["slabs"])
         box = tuple(slice(a, b) for a, b in h["box"])
-        return Volume(torch.from_numpy(voxels)[None], tuple(h["spacing_mm"]), h["moved_axis"], box)
+        return Volume(voxels[None], tuple(h["spacing_mm"]), h["moved_axis"], box)
 
 
 def encode(volume: Volume, source: dict[str, Any]) -> bytes:
@@ -67,7 +66,7 @@ def encode(volume: Volume, source: dict[str, Any]) -> bytes:
         volume: What to keep.
         source: What it was made from, JSON types: kept in the header.
     """
-    voxels = volume.voxels[0].numpy().astype("<i2", copy=False)
+    voxels = volume.stored[0].astype("<i2", copy=False)
     rows = max(1, SLAB_BYTES // (voxels[0].nbytes or 1))
     slabs = _compress(voxels, rows)
     header = {

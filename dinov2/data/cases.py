@@ -21,11 +21,10 @@ from dinov2.data.cache import VolumeCache, key_of
 from dinov2.data.datalist import Entry
 from dinov2.data.downstream import Item
 from dinov2.data.grids import GridMap, farthest_corner_mm
-from dinov2.data.preprocess import Volume, foreground_box
+from dinov2.data.preprocess import INT16_SCALE, Volume, foreground_box
 from dinov2.data.recipes import Recipe
 from dinov2.data.volumes import RawVolume, open_volume
 from dinov2.errors import BadInput
-from dinov2.ops.augmentation import INT16_SCALE
 
 PREPARATION = 2  # raised with every change of what is made from the same files and recipe; part of the cache's keys
 SAME_PLACE = 0.1  # of a voxel, by which the corners of a case's files may lie apart
@@ -304,7 +303,7 @@ def _encode(case: Case) -> tuple[Volume, dict[str, Any]]:
         "orientation": case.grid.orientation,
         "wanted_spacing_mm": case.grid.wanted_spacing_mm,
     }
-    return Volume(voxels, case.spacing_mm, 2, tuple(slice(0, n) for n in voxels.shape[1:])), source
+    return Volume(voxels.numpy(), case.spacing_mm, 2, tuple(slice(0, n) for n in voxels.shape[1:])), source
 
 
 def _decode(item: Item, voxels: Tensor, source: dict[str, Any]) -> Case:

@@ -9,16 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from dinov2.errors import BadInput, BadVolume
-from dinov2.ops.augmentation import INT16_SCALE
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 PERCENTILES = (0.05, 99.95)
+INT16_SCALE = 1 / 32767  # of stored voxels, to [-1, 1]
 SPACING_TOLERANCE = 1e-2  # mm, within which two axes count as equally spaced
 PREPROCESSING = {  # recorded with the weights
     "percentiles": list(PERCENTILES),
@@ -35,16 +37,23 @@ class Volume:
     """A preprocessed volume.
 
     Attributes:
-        voxels: [1, H, W, D] int16, value * 32767, slice axis last, cropped to the foreground.
+        stored: [1, H, W, D] int16, value * 32767, slice axis last, cropped to the foreground.
         spacing_mm: Along H, W, D.
         moved_axis: The stored axis that became the last.
         box: What was kept of the stored volume, after the move.
     """
 
-    voxels: Tensor
+    stored: np.ndarray
     spacing_mm: tuple[float, float, float]
     moved_axis: int
     box: tuple[slice, slice, slice]
+
+    @cached_property
+    def voxels(self) -> Tensor:
+        """`stored` as a tensor on the same memory."""
+        import torch  # here, so that what only reads and writes volumes starts without it
+
+        return torch.from_numpy(self.stored)
 
     @property
     def data(self) -> Tensor:
@@ -87,7 +96,7 @@ def preprocess(voxels: np.ndarray, spacing_mm: tuple[float, float, float], name:
     voxels = np.moveaxis(voxels, axis, -1)
     spacing = [s for i, s in enumerate(spacing_mm) if i != axis] + [spacing_mm[axis]]
     box = foreground_box(voxels)
-    return Volume(torch.from_numpy(to_16_bits(voxels[box]))[None], tuple(spacing), axis, box)
+    return Volume(to_16_bits(voxels[box])[None], tuple(spacing), axis, box)
 
 
 def normalise(voxels: np.ndarray, name: str, percentiles: tuple[float, float] = PERCENTILES) -> np.ndarray:

@@ -10,16 +10,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from dinov2.configs.errors import ConfigError, nearest
 from dinov2.configs.loader import load_typed, recipe_folders
 from dinov2.configs.schema import key, require, require_choice, section
 from dinov2.data.preprocess import PERCENTILES
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 FOLDER = "eval/datasets"
 TASKS = ("segmentation", "classification", "regression")
@@ -201,6 +202,8 @@ class Recipe:
         Returns:
             [..., R, H, W, D] bool.
         """
+        import torch  # here, so that lists and recipes are checked without it
+
         return torch.cat([torch.isin(label, torch.tensor(group, device=label.device)) for group in self._groups], dim=-4)
 
     def compose(self, masks: Tensor) -> Tensor:
@@ -215,6 +218,8 @@ class Recipe:
         Returns:
             [1, H, W, D] int16.
         """
+        import torch
+
         if not self.overlapping:
             return masks.to(torch.int16).argmax(0, keepdim=True).to(torch.int16)
         weights = 2 ** torch.arange(self.num_outputs, device=masks.device).reshape(-1, 1, 1, 1)
@@ -224,6 +229,8 @@ class Recipe:
     @cached_property
     def _value_of_pattern(self) -> Tensor:
         """[2**R] int16: the label value of each combination of regions."""
+        import torch
+
         members = {v: [v in group for group in self._groups] for v in self.values}
 
         def closest(pattern: int) -> int:

@@ -17,10 +17,9 @@ from torch import Tensor
 
 from dinov2.data.datalist import Entry
 from dinov2.data.grids import farthest_corner_mm
-from dinov2.data.preprocess import PERCENTILES, foreground_box, normalise, slice_axis, to_16_bits
+from dinov2.data.preprocess import INT16_SCALE, PERCENTILES, foreground_box, normalise, slice_axis, to_16_bits
 from dinov2.data.volumes import RawVolume, open_volume
 from dinov2.errors import BadInput, BadVolume
-from dinov2.ops.augmentation import INT16_SCALE
 
 logger = logging.getLogger(__name__)
 

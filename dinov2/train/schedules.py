@@ -8,9 +8,12 @@ from __future__ import annotations
 import logging
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
-from torch.optim import Optimizer
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
 
 logger = logging.getLogger(__name__)
 

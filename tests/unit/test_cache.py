@@ -233,7 +233,7 @@ def test_verify_removes_what_is_damaged_and_build_makes_it_again(volumes: Datali
 
 
 def test_every_single_bit_counts(tmp_path: Path) -> None:
-    volume = Volume(torch.arange(2 * 3 * 4, dtype=torch.int16).view(1, 2, 3, 4), (1.0, 1.0, 2.5), 1, (slice(0, 2),) * 3)
+    volume = Volume(np.arange(2 * 3 * 4, dtype=np.int16).reshape(1, 2, 3, 4), (1.0, 1.0, 2.5), 1, (slice(0, 2),) * 3)
     data = encode(volume, {"image": "x"})
     path = tmp_path / "bits.vol"
     path.write_bytes(data)

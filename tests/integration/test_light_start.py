@@ -1,0 +1,81 @@
+"""Commands that need no network start without torch, in fresh processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from tests.conftest import ROOT
+
+RUN = """
+import resource, sys
+import dinov2_3d
+sys.argv = ["dinov2", *sys.argv[1:]]
+try:
+    code = dinov2_3d.main()
+except SystemExit as err:
+    code = err.code
+heavy = sorted({"torch", "monai", "tensorboard"} & sys.modules.keys())
+used = resource.getrusage(resource.RUSAGE_SELF)
+print("\\nHEAVY", code, ",".join(heavy), used.ru_utime + used.ru_stime)
+"""
+
+
+def started(folder: Path, *arguments: str) -> tuple[int, str, float]:
+    """Exit code, heavy modules in the process, and its CPU seconds."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", RUN, *arguments], cwd=folder, env=environment, capture_output=True, text=True)
+    assert "HEAVY" in done.stdout, done.stderr
+    code, *heavy, seconds = done.stdout.rsplit("HEAVY", 1)[1].split()
+    return int(code), "".join(heavy), float(seconds)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Scans, label maps, and lists made by the commands under test."""
+    folder = tmp_path_factory.mktemp("light")
+    rng = np.random.default_rng(0)
+    for kind in ("images", "labels"):
+        (folder / kind).mkdir()
+        for i in range(5):
+            voxels = rng.integers(0, 100 if kind == "images" else 2, (20, 18, 16)).astype(np.int16)
+            nib.save(nib.Nifti1Image(voxels, np.diag([1.0, 1.0, 2.0, 1.0])), folder / kind / f"case{i}.nii.gz")
+    (folder / "rules.yaml").write_text("seed: 0\nrules:\n  - {name: half, keep_share: 0.5}\n")
+    return folder
+
+
+COMMANDS = [
+    ["--help"],
+    ["--version"],
+    ["config", "show", "pretrain/tiny_cpu"],
+    ["config", "check", "pretrain/tiny_cpu"],
+    ["index", "images", "--output", "list.json", "--workers", "2", "--report", "report.html"],
+    ["index", "list.json", "--merge", "--output", "merged.json"],
+    ["curate", "list.json", "--rules", "rules.yaml", "--output", "curated.json"],
+    ["overlap", "list.json", "list.json"],
+    ["cache", "build", "list.json", "--cache-dir", "cache", "--workers", "2"],
+    ["cache", "verify", "list.json", "--cache-dir", "cache"],
+    ["cache", "stats", "list.json", "--cache-dir", "cache"],
+    ["split", "--images", "images", "--labels", "labels", "--output", "d_100_datalist.json"],
+]
+
+
+def test_commands_that_need_no_network_import_no_torch(folder: Path) -> None:
+    codes = {}
+    for command in COMMANDS:
+        code, heavy, _ = started(folder, *command)
+        assert not heavy, f"dinov2 {' '.join(command)} imported {heavy}"
+        codes[" ".join(command[:2])] = code
+    assert {name for name, code in codes.items() if code} == {"overlap list.json"}  # it found what the two lists share
+    assert len(json.loads((folder / "list.json").read_text())) == 5
+
+
+def test_help_takes_less_than_half_a_second_of_cpu(folder: Path) -> None:
+    assert min(started(folder, "--help")[2] for _ in range(3)) < 0.5
