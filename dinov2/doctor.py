@@ -13,6 +13,7 @@ import torch
 
 import dinov2
 from dinov2.logging.provenance import git_state, versions
+from dinov2.data.formats import FORMATS
 from dinov2.ops import compiled_operators, cuda_kernels
 
 _OPTIONAL = {
@@ -22,8 +23,10 @@ _OPTIONAL = {
     "nilearn": "the quick start's built-in template; without it use `dinov2 demo --data FOLDER`",
     "matplotlib": "pictures of the quick start",
     "tensorboard": "curves while training",
-    "pydicom": "DICOM series",
-    "SimpleITK": "NRRD, MetaImage and DICOM series",
+    **{
+        package: "reads " + ", ".join(f.name for f in FORMATS if package in f.needs)
+        for package in sorted({package for f in FORMATS for package in f.needs}, reverse=True)
+    },
 }
 
 

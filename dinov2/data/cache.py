@@ -21,8 +21,8 @@ from typing import Any, BinaryIO
 
 from dinov2.data.cache_file import DamagedItem, Item, encode, open_item
 from dinov2.data.datalist import Entry
+from dinov2.data.formats import source_files
 from dinov2.data.preprocess import PREPROCESSING, Volume
-from dinov2.data.volumes import all_source_files
 from dinov2.errors import BadInput
 from dinov2.files import TEMPORARY, replacing, to_json
 
@@ -205,7 +205,7 @@ def key_of(made_from: Any) -> str:
 def _fingerprint(path: Path) -> dict[str, Any]:
     digest = hashlib.blake2b(digest_size=16)
     stats = []
-    for part in all_source_files(path):
+    for part in source_files(path):
         with part.open("rb") as file:
             stat = os.fstat(file.fileno())
             digest.update(file.read(_SAMPLE_BYTES))

@@ -20,6 +20,7 @@ from torch.nn.functional import interpolate
 from dinov2.data.cache import VolumeCache, key_of
 from dinov2.data.datalist import Entry
 from dinov2.data.downstream import Item
+from dinov2.data.formats import NIFTI, PAIR, format_by_name
 from dinov2.data.grids import GridMap, farthest_corner_mm
 from dinov2.data.preprocess import INT16_SCALE, Volume, foreground_box
 from dinov2.data.recipes import Recipe
@@ -221,7 +222,7 @@ def restore_prediction(prediction: Tensor, case: Case) -> nib.Nifti1Image:
         raise ValueError(f"{case.name}: prediction {label.shape}, expected the case's {case.grid.shape}")
     stored = case.grid.restore(label).astype(np.uint8 if label.max(initial=0) < 256 else np.int16)
     source = Path(case.item.images[0])
-    if not source.name.endswith((".nii", ".nii.gz", ".hdr", ".img")):
+    if format_by_name(source) not in (NIFTI, PAIR):
         return nib.Nifti1Image(stored, case.grid.stored_affine)
     header = nib.load(source).header.copy()
     header.set_data_dtype(stored.dtype)

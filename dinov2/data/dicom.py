@@ -207,6 +207,17 @@ def open_series(path: str) -> ImageFile:
     return stack(series[own.series])
 
 
+def other_slices(path: Path) -> list[Path]:
+    """The other DICOM files of a file's folder."""
+    return [Path(p) for p in dicom_files(path.parent) if p != str(path)]
+
+
+def first_slices(folder: Path) -> list[Path]:
+    """A file for each series of a folder; one that cannot be used stands for itself, so that opening it says why."""
+    series, bad = series_of(dicom_files(folder))
+    return sorted(Path(p) for p in (*(min(s.path for s in slices) for slices in series.values()), *(p for p, _ in bad)))
+
+
 def dicom_files(folder: Path) -> list[str]:
     """The DICOM files of a folder, by name."""
     paths = sorted(entry.path for entry in os.scandir(folder) if entry.is_file())

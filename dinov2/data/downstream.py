@@ -22,6 +22,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
+from dinov2.data.formats import format_by_name, stem
 from dinov2.data.recipes import TERTILES, Recipe
 from dinov2.errors import BadInput
 from dinov2.files import write_text
@@ -29,7 +30,6 @@ from dinov2.files import write_text
 logger = logging.getLogger(__name__)
 
 SPLITS = ("training", "validation", "test")
-_SUFFIXES = re.compile(r"\.(nii|img|hdr|mgh|nrrd|nhdr|mha|mhd|npy|npz)(\.gz|\.bz2|\.zst)?$|\.mgz$", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -48,11 +48,6 @@ class Item:
     label: str | float | None
     case: str
     patient: str | None = None
-
-
-def stem(path: str | Path) -> str:
-    """A file's name without the ending of its format."""
-    return _SUFFIXES.sub("", Path(path).name)
 
 
 def datalist_path(base_data_dir: str | Path, recipe: Recipe) -> Path:
@@ -274,7 +269,7 @@ def write_downstream_datalist(path: str | Path, splits: dict[str, list[dict[str,
     def relative(key: str, value: Any) -> Any:
         if not isinstance(value, (str, Path)) or not re.fullmatch(r"image\d*|label", key):
             return value
-        if key == "label" and isinstance(value, str) and stem(value) == Path(value).name:
+        if key == "label" and isinstance(value, str) and format_by_name(value) is None:
             return value  # the name of a class
         absolute = Path(os.path.abspath(value))
         return str(absolute.relative_to(folder) if absolute.is_relative_to(folder) else absolute)

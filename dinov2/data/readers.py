@@ -1,6 +1,7 @@
 """Image files of several formats behind one face: a header that was held against the file's size, voxels on demand.
 
-NIfTI and its relatives by nibabel, NRRD and MetaImage by SimpleITK, NumPy arrays; DICOM series are in `dicom.py`.
+NIfTI and its relatives by nibabel, NRRD and MetaImage by SimpleITK, NumPy arrays; DICOM series are in `dicom.py`. Which ending
+is which format's is in `formats.py`.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import math
 import re
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,19 +19,19 @@ import nibabel as nib
 import numpy as np
 from nibabel.filebasedimages import ImageFileError
 from nibabel.spatialimages import HeaderDataError
+from nibabel.tripwire import TripWireError
 
 from dinov2.errors import BadVolume
 
-NIBABEL_SUFFIXES = (".nii", ".nii.gz", ".hdr", ".img", ".img.gz", ".mgz", ".mgh")
-ITK_SUFFIXES = (".nrrd", ".nhdr", ".mha", ".mhd")
-NUMPY_SUFFIXES = (".npy", ".npz")
-# what reading a damaged, truncated or foreign file raises; RuntimeError is SimpleITK's, and zipfile's for encrypted members
+# what reading a damaged, truncated or foreign file raises; RuntimeError is SimpleITK's, and zipfile's for encrypted members,
+# TripWireError nibabel's where the package for a compression is missing
 READ_ERRORS = (
     OSError, EOFError, zlib.error, ImageFileError, HeaderDataError, ValueError, MemoryError, OverflowError, RuntimeError,
-    zipfile.BadZipFile,
+    zipfile.BadZipFile, TripWireError,
 )  # fmt: skip
 
 _PLAIN_SUFFIXES = (".nii", ".img", ".hdr", ".mgh")
+_PAIR = re.compile(r"(?P<stem>.+)\.(?P<half>hdr|img)(?P<compression>\.(?:gz|bz2|zst))?", re.IGNORECASE)
 _DEFLATE_RATIO = 1032  # the most that deflate shrinks anything
 _OTHER_RATIO = 100_000  # bzip2 and zstd shrink zeros further
 _HEADER_BYTES = 65536  # of a text header, more than any has
@@ -95,7 +96,8 @@ def open_nibabel(path: str) -> ImageFile:
     zooms, shape = _stored_zooms(image), tuple(int(s) for s in image.shape)
     data = Path(image.file_map["image"].filename or path)
     dtype = image.get_data_dtype()
-    ratio = _DEFLATE_RATIO if data.suffix in (".gz", ".mgz") else 1 if data.suffix in _PLAIN_SUFFIXES else _OTHER_RATIO
+    suffix = data.suffix.lower()
+    ratio = _DEFLATE_RATIO if suffix in (".gz", ".mgz") else 1 if suffix in _PLAIN_SUFFIXES else _OTHER_RATIO
     check_size(path, math.prod(shape) * dtype.itemsize, data.stat().st_size, ratio)
     is_vector = len(shape) == 5 and shape[3] == 1 and shape[4] > 1  # what ITK writes for several channels
     lead = (slice(None),) * 3
@@ -131,8 +133,12 @@ def simpleitk() -> Any:
     return SimpleITK
 
 
-def open_itk(path: str) -> ImageFile:
+def open_itk(path: str, image_io: str = "") -> ImageFile:
     """NRRD and MetaImage, with the voxels inside or beside the header.
+
+    Args:
+        path: The file.
+        image_io: SimpleITK's name of the format, needed where an upper-case ending hides it; empty: it finds out.
 
     Raises:
         BadVolume: Shorter than its header says, voxels spread over several files, no real numbers, no SimpleITK.
@@ -140,6 +146,7 @@ def open_itk(path: str) -> ImageFile:
     """
     sitk = simpleitk()
     reader = sitk.ImageFileReader()
+    reader.SetImageIO(image_io)
     reader.SetFileName(path)
     reader.ReadImageInformation()
     size, num_channels = tuple(reader.GetSize()), reader.GetNumberOfComponents()
@@ -189,7 +196,7 @@ def _data_file(path: Path) -> tuple[Path, bool]:
     """The file that has the voxels of a NRRD or MetaImage header, and whether they are stored as they are."""
     with path.open("rb") as file:
         text = file.read(_HEADER_BYTES).decode("latin-1")
-    if path.suffix.lower() in (".nrrd", ".nhdr"):
+    if text.startswith("NRRD"):
         text = text.split("\n\n")[0].split("\r\n\r\n")[0]
         found, plain = re.search(r"(?im)^data ?file:\s*(.+?)\s*$", text), re.search(r"(?im)^encoding:\s*raw\b", text)
     else:
@@ -238,19 +245,29 @@ def _of_array(path: str, shape: tuple[int, ...], dtype: np.dtype, load: Callable
     return ImageFile(path, tuple(int(s) for s in shape), (), dtype, None, False, read)
 
 
-def source_files(path: Path) -> list[Path]:
-    """The files that a volume is made from beside `path` itself: NIfTI pairs, voxels beside their header, a DICOM folder.
+def other_half(path: Path) -> list[Path]:
+    """The other file of a NIfTI or Analyze pair, as nibabel looks for it: of the same compression and case of the ending."""
+    found = _PAIR.fullmatch(path.name)
+    if not found:
+        return []
+    half = "img" if found["half"].lower() == "hdr" else "hdr"
+    half = half.upper() if found["half"].isupper() else half
+    other = path.with_name(f"{found['stem']}.{half}{found['compression'] or ''}")
+    return [other] if other.exists() else []
 
-    Whatever changes the volume changes one of them. Unreadable headers have none.
-    """
-    suffix = path.suffix.lower()
-    if suffix in (".hdr", ".img"):
-        other = path.with_suffix(".img" if suffix == ".hdr" else ".hdr")
-        return [p for p in (other, Path(f"{other}.gz")) if p.exists()]
-    if suffix in (".nhdr", ".mhd"):
-        try:
-            data, _ = _data_file(path)
-        except (BadVolume, OSError):
-            return []
-        return [data] if data != path and data.exists() else []
-    return []
+
+def is_second_half(name: str, names: Collection[str]) -> bool:
+    """The voxels of a pair whose header is among the names too."""
+    found = _PAIR.fullmatch(name)
+    if not found or found["half"].lower() != "img":
+        return False
+    return f"{found['stem']}.{'HDR' if found['half'].isupper() else 'hdr'}" in names
+
+
+def voxels_beside(path: Path) -> list[Path]:
+    """The file that has the voxels of a NRRD or MetaImage header; none where they are in it, or it cannot be read."""
+    try:
+        data, _ = _data_file(path)
+    except (BadVolume, OSError):
+        return []
+    return [data] if data != path and data.exists() else []

@@ -11,7 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dinov2.data.downstream import SPLITS, stem
+from dinov2.data.downstream import SPLITS
+from dinov2.data.formats import stem, volume_files
 from dinov2.errors import BadInput
 
 logger = logging.getLogger(__name__)
@@ -171,7 +172,7 @@ def find_pairs(images: Path, labels: Path, patient_pattern: str | None) -> list[
 def _by_name(folder: Path, flag: str, name: Callable[[Path], str]) -> dict[str, list[Path]]:
     """Image files of a folder by their case's name, in order."""
     try:
-        files = sorted(p for p in folder.iterdir() if p.is_file() and stem(p) != p.name and not p.name.startswith("."))
+        files = volume_files(folder)
     except OSError as err:
         raise BadInput(f"{flag} {folder}: {err.strerror}") from err
     if not files:

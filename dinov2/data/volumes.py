@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,19 +11,8 @@ from typing import Any
 import numpy as np
 
 from dinov2.data.datalist import Entry
-from dinov2.data.dicom import dicom_files, is_dicom, open_series
-from dinov2.data.readers import (
-    ITK_SUFFIXES,
-    NIBABEL_SUFFIXES,
-    NUMPY_SUFFIXES,
-    READ_ERRORS,
-    ImageFile,
-    first_line,
-    open_itk,
-    open_nibabel,
-    open_numpy,
-    source_files,
-)
+from dinov2.data.formats import format_of
+from dinov2.data.readers import READ_ERRORS, ImageFile, first_line
 from dinov2.errors import BadVolume
 
 
@@ -67,7 +55,7 @@ def open_image(path: str) -> ImageFile:
         BadVolume: Missing, of no such format, damaged, or shorter than its header says.
     """
     try:
-        return _opener(path)(path)
+        return format_of(path).open(path)
     except BadVolume:
         raise
     except READ_ERRORS as err:
@@ -76,14 +64,6 @@ def open_image(path: str) -> ImageFile:
         if not os.access(path, os.R_OK, effective_ids=True):  # nibabel does not tell
             raise BadVolume(f"{path}: permission denied", "permission") from err
         raise BadVolume(f"{path}: cannot be opened: {first_line(err)}", _reason(err)) from err
-
-
-def _opener(path: str) -> Callable[[str], ImageFile]:
-    name = path.lower()
-    for suffixes, opener in ((NIBABEL_SUFFIXES, open_nibabel), (ITK_SUFFIXES, open_itk), (NUMPY_SUFFIXES, open_numpy)):
-        if name.endswith(suffixes):
-            return opener
-    return open_series if is_dicom(path) else open_nibabel
 
 
 def _reason(err: BaseException) -> str:
@@ -150,10 +130,3 @@ def describe(path: str | Path) -> dict[str, Any]:
     """
     image = open_image(str(path))
     return {"image": str(path), "shape": list(image.shape), "spacing": [round(z, 6) for z in image.spacing[:3]]}
-
-
-def all_source_files(path: Path) -> list[Path]:
-    """Every file that a volume is made from, `path` first; of a DICOM slice, the other DICOM files of its folder too."""
-    if not str(path).lower().endswith((*NIBABEL_SUFFIXES, *ITK_SUFFIXES, *NUMPY_SUFFIXES)) and is_dicom(path):
-        return [path, *(Path(p) for p in dicom_files(path.parent) if p != str(path))]
-    return [path, *source_files(path)]

@@ -64,7 +64,7 @@ def test_a_folder_that_cannot_be_used_is_named(tmp_path: Path, capsys: pytest.Ca
     assert main(["demo", "--output", str(tmp_path / "out"), "--data", str(tmp_path / "nowhere")]) == 2
     assert "no such folder" in capsys.readouterr().err
     assert main(["demo", "--output", str(tmp_path / "out"), "--data", str(tmp_path)]) == 2
-    assert "no NIfTI, DICOM, NRRD, MetaImage or NumPy file in it" in capsys.readouterr().err
+    assert "no NIfTI, Analyze, MGH, NRRD, MetaImage, NumPy or DICOM file in it" in capsys.readouterr().err
     (tmp_path / "one.nii.gz").write_bytes(next((Path(__file__).parents[1] / "data").glob("*.nii.gz")).read_bytes())
     assert main(["demo", "--output", str(tmp_path / "out"), "--data", str(tmp_path)]) == 2
     assert "at least 2 are needed" in capsys.readouterr().err

@@ -345,7 +345,7 @@ def test_names_of_any_bytes_and_lengths_are_listed_and_found_again(tmp_path: Pat
 def test_a_folder_without_volumes_and_a_missing_one_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "notes.txt").write_text("x")
-    for folder, words in ((tmp_path / "empty", "no NIfTI, DICOM"), (tmp_path / "nowhere", "no such folder")):
+    for folder, words in ((tmp_path / "empty", "no NIfTI, Analyze"), (tmp_path / "nowhere", "no such folder")):
         assert main(["index", str(folder), "--output", str(tmp_path / "list.json")]) == 2
         assert words in capsys.readouterr().err
     for flags, words in ((("--shard", "5/4"), "--shard 5/4"), (("--pattern", "{organism}"), "{organism} is none of")):

@@ -17,6 +17,7 @@ from typing import Any
 from tqdm import tqdm
 
 from dinov2.data.datalist import write_datalist
+from dinov2.data.formats import FORMAT_NAMES
 from dinov2.data.index.examine import ExamineOptions, Row, died, examine
 from dinov2.data.index.journal import Journal, journal_path, read_journal
 from dinov2.data.index.quality import Limits, judge
@@ -91,7 +92,7 @@ def index(folders: list[Path], request: IndexRequest, say: Say) -> int:
             return EXIT_RESUMABLE
         journal.keep_only({u.path for u in units})
         if not units and request.shard == (1, 1):
-            raise BadInput(f"{', '.join(_shown(f) for f in folders)}: no NIfTI, DICOM, NRRD, MetaImage or NumPy file in it")
+            raise BadInput(f"{', '.join(_shown(f) for f in folders)}: no {FORMAT_NAMES} file in it")
         _write(journal, request, say)
     return EXIT_OK
 

@@ -1,6 +1,7 @@
 """Folders to units of work: a file, or the DICOM files of a folder; with a stamp that changes when any of it does.
 
-Nothing is opened here but what has no known ending (132 bytes, for DICOM's mark) and the small files that describe a data set.
+Nothing is opened here but what has no known ending (132 bytes, for DICOM's mark), headers that may name another file (NRRD,
+MetaImage), and the small files that describe a data set.
 """
 
 from __future__ import annotations
@@ -14,10 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from dinov2.data.dicom import is_dicom
-from dinov2.data.readers import ITK_SUFFIXES, NIBABEL_SUFFIXES, NUMPY_SUFFIXES, source_files
+from dinov2.data.formats import DICOM, format_by_name, is_volume_file, source_files, stem
 from dinov2.errors import BadInput
 
-VOLUME_SUFFIXES = (*NIBABEL_SUFFIXES, *ITK_SUFFIXES, *NUMPY_SUFFIXES)
 SIDECAR = ".json"
 _MARKERS = ("dataset_description.json", "dataset.json", "participants.tsv", "participants.csv")  # BIDS, Decathlon
 _NOT_IMAGES = (
@@ -119,11 +119,10 @@ def _units(folder: str, root: str, dataset: DatasetInfo, entries: list[os.DirEnt
     for entry in entries:
         try:
             stat = entry.stat()
-            if entry.is_dir() or _is_passed_over(entry.name, names):
-                continue
-            if not entry.is_file():
-                continue  # sockets, devices
-            if not entry.name.lower().endswith(VOLUME_SUFFIXES):
+            is_volume = is_volume_file(entry.name, names)
+            if not entry.is_file() or not (is_volume or _may_be_a_slice(entry.name)):
+                continue  # folders, sockets and devices too
+            if not is_volume:
                 if is_dicom(entry.path):
                     slices.append((entry.name, stat.st_size, stat.st_mtime_ns))
                 continue
@@ -136,27 +135,19 @@ def _units(folder: str, root: str, dataset: DatasetInfo, entries: list[os.DirEnt
         yield Unit(folder, root, _stamp(slices, dataset), dataset, tuple(name for name, *_ in slices))
 
 
-def _is_passed_over(name: str, names: set[str]) -> bool:
-    """Known not to be an image, hidden, or the other half of a pair whose header is there."""
-    lower = name.lower()
-    if lower.startswith(".") or lower.endswith((".img", ".img.gz")):
-        return lower.startswith(".") or f"{name[: lower.rindex('.img')]}.hdr" in names
-    return not lower.endswith(VOLUME_SUFFIXES) and lower.endswith(_NOT_IMAGES)
+def _may_be_a_slice(name: str) -> bool:
+    """Neither hidden, nor of another format, nor known not to be an image."""
+    return format_by_name(name) in (None, DICOM) and not name.startswith(".") and not name.lower().endswith(_NOT_IMAGES)
 
 
 def _file_unit(entry: os.DirEntry, stat: os.stat_result, root: str, dataset: DatasetInfo, folder: str, names: set[str]) -> Unit:
     parts = [(entry.name, stat.st_size, stat.st_mtime_ns)]
-    sidecar = _stem(entry.name) + SIDECAR
+    sidecar = stem(entry.name) + SIDECAR
     others = [Path(folder, sidecar)] if sidecar in names and sidecar not in _MARKERS else []
-    for other in (*others, *source_files(Path(entry.path))):
+    for other in (*others, *source_files(Path(entry.path))[1:]):
         found = other.stat()
         parts.append((other.name, found.st_size, found.st_mtime_ns))
     return Unit(entry.path, root, _stamp(parts, dataset), dataset, (), str(others[0]) if others else None)
-
-
-def _stem(name: str) -> str:
-    suffix = next((s for s in sorted(VOLUME_SUFFIXES, key=len, reverse=True) if name.lower().endswith(s)), "")
-    return name[: len(name) - len(suffix)]
 
 
 def _stamp(parts: list[tuple[str, int, int]], dataset: DatasetInfo) -> str:

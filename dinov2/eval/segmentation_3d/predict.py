@@ -11,7 +11,9 @@ import nibabel as nib
 from torch import Tensor
 
 from dinov2.data.cases import Case, prepare_case, restore_prediction
-from dinov2.data.downstream import Item, stem
+from dinov2.data.dicom import first_slices
+from dinov2.data.downstream import Item
+from dinov2.data.formats import FORMAT_NAMES, stem, volume_files
 from dinov2.data.recipes import Recipe
 from dinov2.distributed.runtime import start_runtime
 from dinov2.errors import EXIT_BAD_INPUT, EXIT_OK, BadInput
@@ -21,8 +23,6 @@ from dinov2.eval.segmentation_3d.inference import predict_masks
 from dinov2.files import replacing
 
 logger = logging.getLogger(__name__)
-
-FORMATS = (".nii", ".nii.gz", ".nrrd", ".nhdr", ".mha", ".mhd")
 
 
 def predict(weights: str | Path, inputs: Sequence[Path], output: Path, overlap: float, say: Callable[[str], None]) -> int:
@@ -42,7 +42,7 @@ def predict(weights: str | Path, inputs: Sequence[Path], output: Path, overlap: 
         BadInput: Weights or files that cannot be used.
     """
     model, cfg, task = load_segmentation(weights, start_runtime())
-    jobs = _jobs(inputs, output, task.recipe)
+    jobs = plan_jobs(inputs, output, task.recipe)
     failed = 0
     for item, target in jobs:
         try:
@@ -63,20 +63,45 @@ def predict(weights: str | Path, inputs: Sequence[Path], output: Path, overlap: 
     return EXIT_BAD_INPUT if failed else EXIT_OK
 
 
-def _jobs(inputs: Sequence[Path], output: Path, recipe: Recipe) -> list[tuple[Item, Path]]:
+def plan_jobs(inputs: Sequence[Path], output: Path, recipe: Recipe) -> list[tuple[Item, Path]]:
+    """Every case to segment and the file of its result; all checked before the first is begun.
+
+    Raises:
+        BadInput: Nothing to segment, two cases with one result, or a result in place of an input.
+    """
     if len(inputs) == 1 and inputs[0].is_dir():
-        if recipe.channels > 1:
-            raise BadInput(f"--input {inputs[0]}: {recipe.name} has {recipe.channels} channels: give the files of one case")
-        files = sorted(p for p in inputs[0].iterdir() if p.name.endswith(FORMATS))
-        if not files:
-            raise BadInput(f"--input {inputs[0]}: no scan in this folder ({', '.join(FORMATS)})")
-        return [(Item((str(p),), None, stem(p)), output / f"{stem(p)}.nii.gz") for p in files]
-    for path in inputs:
-        if not path.is_file():
-            raise BadInput(f"--input {path}: no such file")
-    if not output.name.endswith((".nii", ".nii.gz")):
-        raise BadInput(f"--output {output}: must end in .nii.gz")
-    return [(Item(tuple(map(str, inputs)), None, stem(inputs[0])), output)]
+        jobs = [(Item((str(p),), None, stem(p)), output / f"{stem(p)}.nii.gz") for p in _scans(inputs[0], recipe)]
+    else:
+        for path in inputs:
+            if not path.is_file():
+                raise BadInput(f"--input {path}: no such file")
+        if not output.name.lower().endswith((".nii", ".nii.gz")):
+            raise BadInput(f"--output {output}: must end in .nii.gz")
+        jobs = [(Item(tuple(map(str, inputs)), None, stem(inputs[0])), output)]
+    source_of: dict[Path, str] = {}
+    for item, target in jobs:
+        if target in source_of:
+            first, second = (Path(p).name for p in (source_of[target], item.images[0]))
+            raise BadInput(f"--input {inputs[0]}: {first} and {second} would both become {target.name}: rename one of them")
+        source_of[target] = item.images[0]
+    written = {target.resolve(): target for target in source_of}
+    for path in (Path(p) for item, _ in jobs for p in item.images):
+        if path.resolve() in written:
+            raise BadInput(f"--output {written[path.resolve()]}: would replace the input {path}: choose another place")
+    return jobs
+
+
+def _scans(folder: Path, recipe: Recipe) -> list[Path]:
+    """A file for each single-channel scan of a folder; of a DICOM series its first slice."""
+    if recipe.channels > 1:
+        raise BadInput(f"--input {folder}: {recipe.name} has {recipe.channels} channels: give the files of one case")
+    try:
+        found = sorted([*volume_files(folder), *first_slices(folder)])
+    except OSError as err:
+        raise BadInput(f"--input {folder}: {err.filename or folder} cannot be read: {err.strerror}") from err
+    if not found:
+        raise BadInput(f"--input {folder}: no {FORMAT_NAMES} file in it")
+    return found
 
 
 def _volumes(masks: Tensor, case: Case, recipe: Recipe) -> str:
