@@ -1,4 +1,4 @@
-"""Geometry and intensity changes of one crop, compiled where possible (`csrc/augmentation/`), else in plain PyTorch.
+"""Geometry and intensity changes of one crop: compiled (`csrc/augmentation/`) for the devices that have kernels, else PyTorch.
 
 A volume is [1, H, W, D], int16 (voxel / 32767 is its value) or float32; a crop is [1, s, s, s] float32, contiguous, and is
 changed in place. The two implementations agree to float tolerance; noise agrees in distribution.
@@ -21,10 +21,6 @@ Sigma = tuple[float, float, float]
 
 INT16_SCALE = 1 / 32767
 TRUNCATED = 4.0  # standard deviations at which a Gaussian kernel is cut, MONAI's default
-
-
-def _is_compiled() -> bool:
-    return compiled_operators()[0]
 
 
 def crop_resize(
@@ -57,7 +53,7 @@ def crop_resize(
     if any(angles):
         x = _crop_rotated(volume, start, stop, size, angles, scale)
         return _permuted(x, source_axes, flipped)
-    if _is_compiled():
+    if volume.device.type in COMPILED_FOR:
         return torch.ops.dinov2.crop_resize(volume, start, stop, size, source_axes, flipped, scale)
     if sorted(source_axes) != [0, 1, 2] or volume.dim() != 4 or volume.dtype not in (torch.int16, torch.float32):
         raise ValueError(f"volume must be [1, H, W, D] int16 or float32 and source_axes {source_axes} a permutation of 0, 1, 2")
@@ -101,53 +97,58 @@ def _crop_rotated(
     part = volume[:, a:d, b:e, c:f].float() * scale  # [1, h, w, d]
     inside = (places - low[:, None, None, None]).permute(1, 2, 3, 0)  # [s, s, s, 3]
     grid = (2 * inside + 1) / torch.tensor(part.shape[1:]) - 1
-    grid = grid.flip(-1).float()  # grid_sample counts axes from the last
+    grid = grid.flip(-1).to(part.device, torch.float32)  # grid_sample counts axes from the last
     return F.grid_sample(part[None], grid[None], mode="bilinear", padding_mode="border", align_corners=False)[0, 0]
 
 
 def adjust_gamma_(x: Tensor, gamma: float) -> Tensor:
     """((x - min) / range) ** gamma * range + min."""
-    if _is_compiled():
-        return torch.ops.dinov2.adjust_gamma_(x, gamma)
+    if x.device.type in COMPILED_FOR:
+        torch.ops.dinov2.adjust_gamma_(x, gamma)
+        return x
     low, high = x.aminmax()
     return x.sub_(low).div_(high - low + 1e-7).pow_(gamma).mul_(high - low).add_(low)
 
 
 def shift_histogram_(x: Tensor, points: Sequence[float]) -> Tensor:
     """Piecewise-linear map of [min, max] onto itself through equally spaced points and these values (from 0 to 1)."""
-    if _is_compiled():
-        return torch.ops.dinov2.shift_histogram_(x, points)
-    low, high = x.aminmax()
-    if low == high:
+    if x.device.type in COMPILED_FOR:
+        torch.ops.dinov2.shift_histogram_(x, points)
         return x
+    low, high = x.aminmax()
     values = torch.tensor(points, dtype=x.dtype, device=x.device)
     segments = len(points) - 1
     u = (x - low) * (segments / (high - low))
-    first = u.long().clamp_(0, segments - 1)
+    first = u.long().clamp_(0, segments - 1)  # of a constant crop's u, which is not a number, as well
     shifted = values[first] + (u - first) * (values[first + 1] - values[first])
-    return x.copy_(shifted * (high - low) + low)
+    return x.copy_(torch.where(high > low, shifted * (high - low) + low, x))  # a constant crop stays: no device is waited for
 
 
 def add_gaussian_noise_(x: Tensor, std: float, seed: int) -> Tensor:
     """Adds std * N(0, 1), a function of the seed; which numbers differs between the implementations."""
-    if _is_compiled():
-        return torch.ops.dinov2.add_gaussian_noise_(x, std, seed)
-    return x.add_(torch.randn(x.shape, generator=torch.Generator().manual_seed(seed)), alpha=std)
+    if x.device.type in COMPILED_FOR:
+        torch.ops.dinov2.add_gaussian_noise_(x, std, seed)
+        return x
+    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(seed))  # on the CPU: the same numbers for any device
+    return x.add_(noise.to(x.device), alpha=std)
 
 
 def gaussian_smooth_(x: Tensor, sigma: Sigma) -> Tensor:
     """Separable Gaussian, sigma in voxels along H, W, D, zeros outside, cut at four sigma (MONAI's GaussianSmooth)."""
-    if _is_compiled():
-        return torch.ops.dinov2.gaussian_smooth_(x, sigma)
+    if x.device.type in COMPILED_FOR:
+        torch.ops.dinov2.gaussian_smooth_(x, sigma)
+        return x
     for axis, s in enumerate(sigma):
-        x.copy_(torch.tensordot(x, _smoothing_matrix(x.shape[axis + 1], s), ([axis + 1], [1])).movedim(-1, axis + 1))
+        matrix = _smoothing_matrix(x.shape[axis + 1], s).to(x.device)
+        x.copy_(torch.tensordot(x, matrix, ([axis + 1], [1])).movedim(-1, axis + 1))
     return x
 
 
 def gaussian_sharpen_(x: Tensor, sigma1: Sigma, sigma2: Sigma, alpha: float) -> Tensor:
     """blur1 + alpha * (blur1 - blur2(blur1)) (MONAI's GaussianSharpen)."""
-    if _is_compiled():
-        return torch.ops.dinov2.gaussian_sharpen_(x, sigma1, sigma2, alpha)
+    if x.device.type in COMPILED_FOR:
+        torch.ops.dinov2.gaussian_sharpen_(x, sigma1, sigma2, alpha)
+        return x
     gaussian_smooth_(x, sigma1)
     twice = gaussian_smooth_(x.clone(), sigma2)
     return x.mul_(1 + alpha).sub_(twice, alpha=alpha)
@@ -160,7 +161,7 @@ def gibbs_(x: Tensor, alpha: float) -> Tensor:
     back is taken; that equals a real transform with the mean of the mask and its mirror image.
     """
     spectrum = torch.fft.rfftn(x[0])  # [s, s, s // 2 + 1]
-    spectrum *= _gibbs_mask(x.shape[-1], alpha)
+    spectrum *= _gibbs_mask(x.shape[-1], alpha).to(x.device)
     return x.copy_(torch.fft.irfftn(spectrum, s=x.shape[1:])[None])
 
 
@@ -190,3 +191,24 @@ def _gibbs_mask(n: int, alpha: float) -> Tensor:
         left = radius**2 - (squared[:, None] + squared)  # what remains for the last axis
         mask += squared[:half] <= left[..., None]
     return mask.mul_(0.5)
+
+
+def _fake_crop_resize(volume: Tensor, start: Size3, stop: Size3, size: int, *_: object) -> Tensor:
+    return volume.new_empty(1, size, size, size, dtype=torch.float32)
+
+
+def _fake_change(x: Tensor, *_: object) -> None:
+    """Of what changes a crop in place."""
+
+
+def _register() -> frozenset[str]:
+    """Join these functions to the compiled operators; the devices that have kernels (folders of `csrc/augmentation`)."""
+    if not compiled_operators()[0]:
+        return frozenset()
+    torch.library.register_fake("dinov2::crop_resize", _fake_crop_resize)
+    for name in ("adjust_gamma_", "shift_histogram_", "add_gaussian_noise_", "gaussian_smooth_", "gaussian_sharpen_"):
+        torch.library.register_fake(f"dinov2::{name}", _fake_change)
+    return frozenset(["cpu"])
+
+
+COMPILED_FOR = _register()  # when imported: torch.compile cannot look for files while it traces a function

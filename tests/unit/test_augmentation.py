@@ -30,7 +30,7 @@ Apply = Callable[..., Tensor]
 @pytest.fixture(params=["monai", pytest.param("compiled", marks=needs_compiled), "torch"])
 def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     if request.param == "torch":
-        monkeypatch.setattr(ops, "_is_compiled", lambda: False)
+        monkeypatch.setattr(ops, "COMPILED_FOR", frozenset())
     return request.param
 
 
@@ -50,7 +50,7 @@ def apply_intensity(implementation: str) -> Apply:
 def fast(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Apply:
     """The fast back end in either implementation."""
     if request.param == "torch":
-        monkeypatch.setattr(ops, "_is_compiled", lambda: False)
+        monkeypatch.setattr(ops, "COMPILED_FOR", frozenset())
     return apply_fast.apply_crop
 
 
@@ -222,6 +222,51 @@ def test_a_constant_crop_stays_as_it_is(apply_intensity: Apply) -> None:
 def test_the_compiled_operators_refuse_what_they_cannot_take(call: Callable[[Tensor], Tensor], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         call(voxels(6, 5, 7))
+
+
+@needs_compiled
+def test_opcheck() -> None:
+    """Schemas, fake kernels and functionalisation, as torch.compile needs them."""
+    volume = voxels(9, 8, 7)
+    geometry = ((1, 0, 2), (8, 8, 7), 6, (2, 0, 1), (0, 1, 0), ops.INT16_SCALE)
+    torch.library.opcheck(torch.ops.dinov2.crop_resize.default, (volume, *geometry))
+    torch.library.opcheck(torch.ops.dinov2.crop_resize.default, (volume.float(), *geometry))
+    for name, arguments in {
+        "adjust_gamma_": (0.7,),
+        "shift_histogram_": ([0.0, 0.7, 1.0],),
+        "add_gaussian_noise_": (0.1, 5),
+        "gaussian_smooth_": ((0.5, 0.7, 0.9),),
+        "gaussian_sharpen_": ((0.5, 0.7, 0.9), (0.5,) * 3, 3.0),
+    }.items():
+        crop = torch.rand(1, 6, 6, 6, generator=torch.Generator().manual_seed(0))
+        torch.library.opcheck(getattr(torch.ops.dinov2, name).default, (crop, *arguments))
+
+
+STEPS = (
+    ap.Gamma(0.7), ap.Noise(0.1, 3), ap.HistogramShift((0.0, 0.7, 1.0)), ap.Smooth((0.5, 0.7, 0.9)),
+    ap.Sharpen((0.5,) * 3, (0.5,) * 3, 3.0), ap.Gibbs(0.5),
+)  # fmt: skip
+
+
+@needs_compiled
+@pytest.mark.slow
+def test_a_crop_can_be_compiled_whole() -> None:
+    crop = ap.CropPlan(ap.Box((1, 0, 2), (8, 8, 7)), 6, (1,), (((0, 1), 1),), STEPS[:-1])  # Gibbs is no operator
+
+    def two(volume: Tensor) -> Tensor:
+        return apply_fast.apply_crop(volume, crop).sin()
+
+    compiled = torch.compile(two, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(voxels(9, 8, 7)), two(voxels(9, 8, 7)))
+
+
+@pytest.mark.parametrize("angles", [(0.0, 0.0, 0.0), (0.1, 0.2, 0.3)])
+def test_a_tensor_of_a_device_without_kernels_is_taken_by_plain_pytorch(angles: tuple[float, float, float]) -> None:
+    """Where CPU operators are compiled too: `meta` computes nothing, but refuses tensors of another device."""
+    volume = voxels(9, 8, 7).to("meta")
+    plan = ap.CropPlan(ap.Box((1, 0, 2), (8, 8, 7)), 6, (1,), (((0, 1), 1),), STEPS, angles)
+    crop = apply_fast.apply_crop(volume, plan)
+    assert crop.device.type == "meta" and crop.shape == (1, 6, 6, 6) and crop.dtype == torch.float32
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -1,4 +1,4 @@
-// The same kernels compiled for x86 processors with AVX2 and FMA; ops.cpp asks the processor before it calls them.
+// The same kernels compiled for x86 processors with AVX2 and FMA; binding.cpp asks the processor before it calls them.
 
 #include <algorithm>
 #include <cstdint>

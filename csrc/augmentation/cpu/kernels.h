@@ -1,10 +1,10 @@
-// The arithmetic of the augmentation operators on plain memory, declared for two instruction sets. ops.cpp checks arguments,
-// makes tables, spreads the parts [begin, end) over threads and takes the set that the machine has.
+// The arithmetic of the augmentation operators on plain memory, declared for two instruction sets. binding.cpp checks
+// arguments, makes tables, spreads the parts [begin, end) over threads and takes the set that the machine has.
 #pragma once
 
 #include <cstdint>
 
-#include "../instruction_set.h"
+#include "../../instruction_set.h"
 
 namespace dinov2 {
 
