@@ -47,21 +47,54 @@ def crop_resize(
         [1, size, size, size] float32.
 
     Raises:
-        ValueError: Wrong shape or dtype, an empty box or one that leaves the volume, no permutation.
+        ValueError: Wrong shape, dtype or memory order, an empty box or one that leaves the volume, no permutation.
     """
+    _check_crop_resize(volume, start, stop, size, source_axes, flipped)
     scale = INT16_SCALE if volume.dtype == torch.int16 else 1.0
     if any(angles):
         x = _crop_rotated(volume, start, stop, size, angles, scale)
         return _permuted(x, source_axes, flipped)
     if volume.device.type in COMPILED_FOR:
         return torch.ops.dinov2.crop_resize(volume, start, stop, size, source_axes, flipped, scale)
-    if sorted(source_axes) != [0, 1, 2] or volume.dim() != 4 or volume.dtype not in (torch.int16, torch.float32):
-        raise ValueError(f"volume must be [1, H, W, D] int16 or float32 and source_axes {source_axes} a permutation of 0, 1, 2")
-    if any(not 0 <= a < b <= n for a, b, n in zip(start, stop, volume.shape[1:], strict=True)):
-        raise ValueError(f"box from {start} to {stop} is empty or leaves the volume {tuple(volume.shape)}")
     (a, b, c), (d, e, f) = start, stop
     x = F.interpolate(volume[None, :, a:d, b:e, c:f].float() * scale, (size,) * 3, mode="trilinear", align_corners=False)
     return _permuted(x[0, 0], source_axes, flipped)
+
+
+def _check_crop_resize(
+    volume: Tensor, start: Sequence[int], stop: Sequence[int], size: int, source_axes: Sequence[int], flipped: Sequence[int]
+) -> None:
+    """What the compiled operator checks too: here, so that a caller's mistake meets no C++ exception."""
+    if volume.dim() != 4 or volume.shape[0] != 1:
+        raise ValueError(f"volume must be [1, H, W, D], got {list(volume.shape)}")
+    if volume.dtype not in (torch.int16, torch.float32):
+        raise ValueError(f"volume must be int16 or float32, got {volume.dtype}")
+    if volume.stride(3) != 1:
+        raise ValueError(f"volume's last axis must be contiguous, its strides are {volume.stride()}")
+    if not len(start) == len(stop) == len(source_axes) == len(flipped) == 3:
+        raise ValueError("start, stop, source_axes and flipped must have three numbers each")
+    if size < 1:
+        raise ValueError(f"size must be at least 1, got {size}")
+    if sorted(source_axes) != [0, 1, 2]:
+        raise ValueError(f"source_axes must be a permutation of 0, 1, 2, got {list(source_axes)}")
+    if any(not 0 <= a < b <= n for a, b, n in zip(start, stop, volume.shape[1:], strict=True)):
+        raise ValueError(f"box from {start} to {stop} is empty or leaves the volume {list(volume.shape)}")
+
+
+def _check_crop(x: Tensor) -> None:
+    if x.dim() != 4 or x.shape[0] != 1 or not x.numel():
+        raise ValueError(f"crop must be [1, H, W, D], got {list(x.shape)}")
+    if x.dtype != torch.float32:
+        raise ValueError(f"crop must be float32, got {x.dtype}")
+    if not x.is_contiguous():
+        raise ValueError(f"crop must be contiguous, its strides are {x.stride()}")
+
+
+def _check_sigma(sigma: Sequence[float]) -> None:
+    if len(sigma) != 3:
+        raise ValueError(f"sigma must have three numbers (voxels), got {len(sigma)}")
+    if any(not s > 0 for s in sigma):
+        raise ValueError(f"sigma must be positive, got {list(sigma)}")
 
 
 def _permuted(x: Tensor, source_axes: Size3, flipped: Size3) -> Tensor:
@@ -103,6 +136,9 @@ def _crop_rotated(
 
 def adjust_gamma_(x: Tensor, gamma: float) -> Tensor:
     """((x - min) / range) ** gamma * range + min."""
+    _check_crop(x)
+    if not gamma > 0:
+        raise ValueError(f"gamma must be positive, got {gamma}")
     if x.device.type in COMPILED_FOR:
         torch.ops.dinov2.adjust_gamma_(x, gamma)
         return x
@@ -112,6 +148,9 @@ def adjust_gamma_(x: Tensor, gamma: float) -> Tensor:
 
 def shift_histogram_(x: Tensor, points: Sequence[float]) -> Tensor:
     """Piecewise-linear map of [min, max] onto itself through equally spaced points and these values (from 0 to 1)."""
+    _check_crop(x)
+    if len(points) < 2:
+        raise ValueError(f"points must have at least 2 numbers, got {len(points)}")
     if x.device.type in COMPILED_FOR:
         torch.ops.dinov2.shift_histogram_(x, points)
         return x
@@ -126,6 +165,7 @@ def shift_histogram_(x: Tensor, points: Sequence[float]) -> Tensor:
 
 def add_gaussian_noise_(x: Tensor, std: float, seed: int) -> Tensor:
     """Adds std * N(0, 1), a function of the seed; which numbers differs between the implementations."""
+    _check_crop(x)
     if x.device.type in COMPILED_FOR:
         torch.ops.dinov2.add_gaussian_noise_(x, std, seed)
         return x
@@ -135,6 +175,8 @@ def add_gaussian_noise_(x: Tensor, std: float, seed: int) -> Tensor:
 
 def gaussian_smooth_(x: Tensor, sigma: Sigma) -> Tensor:
     """Separable Gaussian, sigma in voxels along H, W, D, zeros outside, cut at four sigma (MONAI's GaussianSmooth)."""
+    _check_crop(x)
+    _check_sigma(sigma)
     if x.device.type in COMPILED_FOR:
         torch.ops.dinov2.gaussian_smooth_(x, sigma)
         return x
@@ -146,6 +188,9 @@ def gaussian_smooth_(x: Tensor, sigma: Sigma) -> Tensor:
 
 def gaussian_sharpen_(x: Tensor, sigma1: Sigma, sigma2: Sigma, alpha: float) -> Tensor:
     """blur1 + alpha * (blur1 - blur2(blur1)) (MONAI's GaussianSharpen)."""
+    _check_crop(x)
+    for sigma in (sigma1, sigma2):
+        _check_sigma(sigma)
     if x.device.type in COMPILED_FOR:
         torch.ops.dinov2.gaussian_sharpen_(x, sigma1, sigma2, alpha)
         return x

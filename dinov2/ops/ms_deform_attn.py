@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 Size3 = tuple[int, int, int]
 
 OUTSIDE = -1.0  # a location more than a voxel outside any volume
+MAX_LEVELS = 16  # of csrc/ms_deform_attn_3d/trilinear.h
 
 
 def ms_deform_attn_3d(
@@ -54,7 +55,9 @@ def ms_deform_attn_3d(
     dtype = _sum_dtype(value)
     locations, weights = sampling_locations.to(dtype), attention_weights.to(dtype)
     if value.device.type in COMPILED_FOR:
-        return torch.ops.dinov2.ms_deform_attn_3d(value, _flatten(spatial_shapes), locations, weights)
+        sizes = _flatten(spatial_shapes)
+        check_arguments(value, sizes, locations, weights)  # here, so that a caller's mistake meets no C++ exception
+        return torch.ops.dinov2.ms_deform_attn_3d(value, sizes, locations, weights)
     if not torch.compiler.is_compiling():
         _say_reference(value.device.type)
     return ms_deform_attn_3d_reference(value, spatial_shapes, locations, weights)
@@ -82,15 +85,20 @@ def ms_deform_attn_3d_reference(
 
 
 def check_arguments(value: Tensor, sizes: Sequence[int], locations: Tensor, weights: Tensor) -> None:
-    """What the compiled operators check, for the reference and for tracing.
+    """What the compiled operators check too, before they are called, for the reference and for tracing.
 
     Raises:
         ValueError: As of `ms_deform_attn_3d`.
     """
     if value.dim() != 4 or value.shape[2] == 0 or value.shape[3] == 0:
         raise ValueError(f"value must be [B, S, M, C] with heads and channels, got {list(value.shape)}")
+    for name, x in (("sampling_locations", locations), ("attention_weights", weights)):
+        if x.device != value.device:
+            raise ValueError(f"{name} must be on {value.device} as value is, got {x.device}")
     b, s, m, _ = value.shape
-    if any(n <= 0 for n in sizes) or not sizes:
+    if len(sizes) % 3 or not 3 <= len(sizes) <= 3 * MAX_LEVELS:
+        raise ValueError(f"spatial_shapes must hold (H, W, D) of 1 to {MAX_LEVELS} levels, got {len(sizes)} numbers")
+    if any(n <= 0 for n in sizes):
         raise ValueError(f"spatial_shapes must be positive, got {list(sizes)}")
     held = sum(h * w * d for h, w, d in zip(sizes[::3], sizes[1::3], sizes[2::3], strict=True))
     if held != s:
@@ -114,7 +122,7 @@ def _say_reference(device_type: str) -> None:
 
 
 def _sum_dtype(value: Tensor) -> torch.dtype:
-    if not value.is_floating_point():
+    if value.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
         raise ValueError(f"value must be float64, float32, float16 or bfloat16, got {value.dtype}")
     return torch.float64 if value.dtype == torch.float64 else torch.float32
 

@@ -1,9 +1,12 @@
-"""Arguments of deformable attention for the tests."""
+"""Arguments of deformable attention for the tests, and which compiled operators were called."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 Size3 = tuple[int, int, int]
 Arguments = tuple[Tensor, list[Size3], Tensor, Tensor]
@@ -45,3 +48,16 @@ def gradients(out: Tensor, arguments: Arguments, seed: int = 1) -> tuple[Tensor,
     """Of value, locations and weights, for a random gradient of the output."""
     grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(out)
     return torch.autograd.grad(out, tensors(arguments), grad)
+
+
+class CalledOperators(TorchDispatchMode):
+    """Names of this package's compiled operators that the enclosed code calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if func.namespace == "dinov2":
+            self.names.append(str(func))
+        return func(*args, **(kwargs or {}))

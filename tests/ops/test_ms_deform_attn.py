@@ -19,7 +19,7 @@ from torch import Tensor
 from dinov2.ops import compiled_operators, ms_deform_attn_3d, ms_deform_attn_3d_reference
 from dinov2.ops import ms_deform_attn as module
 from tests.conftest import ROOT
-from tests.ops.arguments import SHAPES, Arguments, gradients, make_arguments, tensors
+from tests.ops.arguments import SHAPES, Arguments, CalledOperators, gradients, make_arguments, tensors
 
 needs_compiled = pytest.mark.skipif(not compiled_operators()[0], reason=compiled_operators()[1])
 Operator = Callable[..., Tensor]
@@ -119,7 +119,7 @@ def replace(arguments: Arguments, **changes: object) -> list:
 
 BAD = {
     r"value must be \[B, S, M, C\] .*got \[2, 84, 10\]": lambda a: replace(a, value=a[0].flatten(2)),
-    r"value must be float64, float32, .*got (torch.int64|Long)": lambda a: replace(a, value=a[0].long()),
+    r"value must be float64, float32, .*got torch.int64": lambda a: replace(a, value=a[0].long()),
     r"value has S = 84 voxels, spatial_shapes .* hold 60": lambda a: replace(a, shapes=a[1][:1]),
     r"value has S = 83 voxels, .*hold": lambda a: replace(a, value=a[0][:, 1:]),
     r"spatial_shapes must be positive": lambda a: replace(a, shapes=[(5, 4, 3), (2, 0, 4)]),
@@ -127,13 +127,18 @@ BAD = {
     r"sampling_locations must be \[B, Q, M, L, P, 3\] .*M = 2, L = 2, got": lambda a: replace(a, locations=a[2][:, :, :1]),
     r"sampling_locations must be .*got \[2, 6, 2, 2, 3, 2\]": lambda a: replace(a, locations=a[2][..., :2]),
     r"attention_weights must be \[B, Q, M, L, P\] = \[2, 6, 2, 2, 3\]": lambda a: replace(a, weights=a[3][:, :5]),
+    r"attention_weights must be on cpu as value is, got meta": lambda a: replace(a, weights=a[3].detach().to("meta")),
+    r"1 to 16 levels, got 0 numbers": lambda a: replace(a, shapes=[]),
+    r"1 to 16 levels, got 51 numbers": lambda a: replace(a, shapes=[(1, 1, 1)] * 17),
 }
 
 
 @pytest.mark.parametrize("message", BAD)
 def test_what_does_not_fit_is_refused_by_name(operator: Operator, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    called = CalledOperators()
+    with pytest.raises(ValueError, match=message), called:
         operator(*BAD[message](make_arguments()))
+    assert not called.names  # the compiled one is not reached either
 
 
 @needs_compiled

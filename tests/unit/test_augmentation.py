@@ -21,6 +21,7 @@ from dinov2.data import augmentation_plan as ap
 from dinov2.ops import augmentation as ops
 from dinov2.ops import compiled_operators
 from tests.conftest import ROOT
+from tests.ops.arguments import CalledOperators
 
 IMPLEMENTATIONS = ("monai", "compiled", "torch")
 needs_compiled = pytest.mark.skipif(not compiled_operators()[0], reason=compiled_operators()[1])
@@ -203,25 +204,47 @@ def test_a_constant_crop_stays_as_it_is(apply_intensity: Apply) -> None:
         torch.testing.assert_close(apply_intensity(constant, step), constant)
 
 
+BAD_CALLS = [
+    (lambda v: ops.crop_resize(v[0], (0, 0, 0), (4, 4, 4), 4, (0, 1, 2), (0, 0, 0)), r"must be \[1, H, W, D\]"),
+    (lambda v: ops.crop_resize(v.double(), (0, 0, 0), (4, 4, 4), 4, (0, 1, 2), (0, 0, 0)), "int16 or float32"),
+    (lambda v: ops.crop_resize(v, (0, 0, 0), (4, 4, 9), 4, (0, 1, 2), (0, 0, 0)), "leaves the volume"),
+    (lambda v: ops.crop_resize(v, (2, 0, 0), (2, 4, 4), 4, (0, 1, 2), (0, 0, 0)), "is empty"),
+    (lambda v: ops.crop_resize(v, (0, 0, 0), (4, 4, 4), 4, (0, 0, 2), (0, 0, 0)), "permutation"),
+    (lambda v: ops.crop_resize(v, (0, 0), (4, 4, 4), 4, (0, 1, 2), (0, 0, 0)), "three numbers each"),
+    (lambda v: ops.crop_resize(v, (0, 0, 0), (4, 4, 4), 0, (0, 1, 2), (0, 0, 0)), "size must be at least 1"),
+    (lambda v: ops.crop_resize(v.transpose(1, 3), (0, 0, 0), (4, 4, 4), 4, (0, 1, 2), (0, 0, 0)), "contiguous"),
+    (lambda v: ops.adjust_gamma_(v, 0.5), "crop must be float32"),
+    (lambda v: ops.adjust_gamma_(v.float(), 0.0), "gamma must be positive"),
+    (lambda v: ops.gaussian_smooth_(v.float(), (1.0, 0.0, 1.0)), "sigma must be positive"),
+    (lambda v: ops.gaussian_smooth_(v.float(), (1.0, 1.0)), "sigma must have three numbers"),
+    (lambda v: ops.gaussian_sharpen_(v.float(), (1.0, 1.0, 1.0), (1.0, -1.0, 1.0), 1.0), "sigma must be positive"),
+    (lambda v: ops.add_gaussian_noise_(v.float().transpose(1, 3), 0.1, 0), "crop must be contiguous"),
+    (lambda v: ops.add_gaussian_noise_(v.float()[:, :0], 0.1, 0), r"crop must be \[1, H, W, D\]"),
+    (lambda v: ops.shift_histogram_(v.float(), [0.0]), "at least 2"),
+]
+
+
+@pytest.mark.parametrize("is_compiled", [pytest.param(True, marks=needs_compiled), False])
+@pytest.mark.parametrize("call, words", BAD_CALLS)
+def test_the_operators_refuse_what_they_cannot_take_before_any_kernel(
+    call: Callable[[Tensor], Tensor], words: str, is_compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No kernel of either implementation is reached: an exception that crosses C++ has ended a process with one compiler."""
+    monkeypatch.setattr(ops, "_is_compiled", lambda: is_compiled)
+    volume = voxels(6, 5, 7)
+    called = CalledOperators()
+    with pytest.raises(ValueError, match=words), called:
+        call(volume)
+    assert not called.names
+
+
 @needs_compiled
-@pytest.mark.parametrize(
-    "call, words",
-    [
-        (lambda v: ops.crop_resize(v[0], (0, 0, 0), (4, 4, 4), 4, (0, 1, 2), (0, 0, 0)), r"must be \[1, H, W, D\]"),
-        (lambda v: ops.crop_resize(v.double(), (0, 0, 0), (4, 4, 4), 4, (0, 1, 2), (0, 0, 0)), "int16 or float32"),
-        (lambda v: ops.crop_resize(v, (0, 0, 0), (4, 4, 9), 4, (0, 1, 2), (0, 0, 0)), "leaves the volume"),
-        (lambda v: ops.crop_resize(v, (2, 0, 0), (2, 4, 4), 4, (0, 1, 2), (0, 0, 0)), "is empty"),
-        (lambda v: ops.crop_resize(v, (0, 0, 0), (4, 4, 4), 4, (0, 0, 2), (0, 0, 0)), "permutation"),
-        (lambda v: ops.crop_resize(v.transpose(1, 3), (0, 0, 0), (4, 4, 4), 4, (0, 1, 2), (0, 0, 0)), "contiguous"),
-        (lambda v: ops.adjust_gamma_(v, 0.5), "crop must be float32"),
-        (lambda v: ops.adjust_gamma_(v.float(), 0.0), "gamma must be positive"),
-        (lambda v: ops.gaussian_smooth_(v.float(), (1.0, 0.0, 1.0)), "sigma must be positive"),
-        (lambda v: ops.shift_histogram_(v.float(), [0.0]), "at least 2"),
-    ],
-)
-def test_the_compiled_operators_refuse_what_they_cannot_take(call: Callable[[Tensor], Tensor], words: str) -> None:
-    with pytest.raises(ValueError, match=words):
-        call(voxels(6, 5, 7))
+def test_the_compiled_operators_check_for_themselves() -> None:
+    crop = voxels(6, 5, 7).float()
+    with pytest.raises(ValueError, match="gamma must be positive"):
+        torch.ops.dinov2.adjust_gamma_(crop, 0.0)
+    with pytest.raises(ValueError, match="is empty or leaves the volume"):
+        torch.ops.dinov2.crop_resize(crop, (0, 0, 0), (4, 4, 9), 4, (0, 1, 2), (0, 0, 0), 1.0)
 
 
 @needs_compiled
