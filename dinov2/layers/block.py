@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor, nn
 
 from dinov2.layers.attention import Attention, Segment
 from dinov2.layers.layer_scale import LayerScale
 from dinov2.layers.mlp import Mlp
+from dinov2.layers.stochastic_depth import Draw, add_rows, draw_subset, drop_mask, kept_rows, mean_keeping_scale, take_rows
 
 
 class Block(nn.Module):
@@ -46,44 +46,28 @@ class Block(nn.Module):
         self.drop_path = drop_path
         self.subset_above = subset_above
 
-    def forward(self, x: Tensor, segments: list[Segment]) -> Tensor:
-        """[T, E] -> [T, E]."""
-        x = self._add_residual(x, segments, lambda t, segs: self.ls1(self.attn(self.norm1(t), segs)))
-        return self._add_residual(x, segments, lambda t, segs: self.ls2(self.mlp(self.norm2(t))))
+    def forward(self, x: Tensor, segments: list[Segment], draws: tuple[Draw, Draw] | None = None) -> Tensor:
+        """[T, E] -> [T, E]; `draws` are of `self.draw`, which is called where there are none."""
+        for_attention, for_mlp = self.draw(x, segments) if draws is None else draws
+        x = self._add_residual(x, segments, for_attention, lambda t, segs: self.ls1(self.attn(self.norm1(t), segs)))
+        return self._add_residual(x, segments, for_mlp, lambda t, _: self.ls2(self.mlp(self.norm2(t))))
 
-    def _add_residual(self, x: Tensor, segments: list[Segment], branch: Callable[[Tensor, list[Segment]], Tensor]) -> Tensor:
+    def draw(self, x: Tensor, segments: list[Segment]) -> tuple[Draw, Draw]:
+        """What the attention and the MLP branch of one pass are computed for; draws from torch's generator."""
         if not self.training or self.drop_path == 0.0:
-            return x + branch(x, segments)
+            return None, None
         if self.drop_path <= self.subset_above:
-            return x + branch(x, segments) * drop_mask(x, segments, self.drop_path)
-        rows, kept, scale = draw_subset(segments, self.drop_path, x.device)
-        residual = branch(x.index_select(0, rows), kept)
-        if len(set(scale)) > 1:  # subset sizes are whole numbers, so the exact scale can differ by segment
-            per_row = [residual.new_full((seg.num_rows, 1), s) for seg, s in zip(kept, scale, strict=True)]
-            return x.index_add(0, rows, (residual * torch.cat(per_row)).to(x.dtype))
-        return x.index_add(0, rows, residual.to(x.dtype), alpha=scale[0])
+            return drop_mask(x, segments, self.drop_path), drop_mask(x, segments, self.drop_path)
+        return draw_subset(segments, self.drop_path, x.device), draw_subset(segments, self.drop_path, x.device)
 
-
-def draw_subset(segments: list[Segment], rate: float, device: torch.device) -> tuple[Tensor, list[Segment], list[float]]:
-    """Rows of a random subset of the sequences, its segments, and the factor per segment that keeps the mean.
-
-    Every segment keeps `max(1, int(n * (1 - rate)))` of its n sequences.
-    """
-    rows, kept, scale, start = [], [], [], 0
-    for seg in segments:
-        num_kept = max(1, int(seg.num_sequences * (1 - rate)))
-        chosen = torch.randperm(seg.num_sequences, device=device)[:num_kept]
-        rows.append((start + chosen[:, None] * seg.length + torch.arange(seg.length, device=device)).flatten())
-        kept.append(seg._replace(num_sequences=num_kept))
-        scale.append(seg.num_sequences / num_kept)
-        start += seg.num_rows
-    return torch.cat(rows), kept, scale
-
-
-def drop_mask(x: Tensor, segments: list[Segment], rate: float) -> Tensor:
-    """[T, 1]: 0 for the rows of dropped sequences, 1 / (1 - rate) for the others, drawn per sequence."""
-    masks = []
-    for seg in segments:
-        keep = torch.rand(seg.num_sequences, device=x.device) >= rate
-        masks.append((keep.to(x.dtype) / (1 - rate)).repeat_interleave(seg.length))
-    return torch.cat(masks)[:, None]
+    def _add_residual(
+        self, x: Tensor, segments: list[Segment], draw: Draw, branch: Callable[[Tensor, list[Segment]], Tensor]
+    ) -> Tensor:
+        # the sum stays in the dtype of `x`: under autocast in the half precision of the first product, in both networks
+        if draw is None:
+            return x + branch(x, segments).to(x.dtype)
+        if isinstance(draw, Tensor):
+            return x + (branch(x, segments) * draw).to(x.dtype)
+        rows, place, kept = kept_rows(draw, segments)
+        residual = branch(take_rows(x, rows, place), kept)
+        return add_rows(x, residual * mean_keeping_scale(segments, kept, residual), rows, place)

@@ -6,10 +6,11 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from dinov2.layers.attention import Segment
+from dinov2.layers.block import Block
 
 MODES = ("none", "selective", "full")
 _aten = torch.ops.aten
@@ -24,16 +25,17 @@ _KEPT = {
 }
 
 
-def run_block(block: nn.Module, packed: Tensor, segments: list[Segment], mode: str) -> Tensor:
+def run_block(block: Block, packed: Tensor, segments: list[Segment], mode: str) -> Tensor:
     """`block(packed, segments)`, [T, E] -> [T, E], keeping for the backward pass what `mode` says.
 
     `none` keeps all that autograd asks for; `selective` the results of matrix products and attention; `full` the input only.
-    Stochastic depth is drawn the same way again. Results and gradients are the same in each.
+    Stochastic depth is drawn here, once for both passes. Results and gradients are the same in each.
     """
+    draws = block.draw(packed, segments)
     if mode == "none" or not torch.is_grad_enabled():
-        return block(packed, segments)
+        return block(packed, segments, draws)
     contexts = {"context_fn": partial(create_selective_checkpoint_contexts, _policy)} if mode == "selective" else {}
-    return checkpoint(block, packed, segments, use_reentrant=False, **contexts)
+    return checkpoint(block, packed, segments, draws, use_reentrant=False, preserve_rng_state=False, **contexts)
 
 
 def _policy(_context: Any, operation: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:

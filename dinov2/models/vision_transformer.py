@@ -222,7 +222,7 @@ class DinoVisionTransformer3d(nn.Module):
         packed, segments = self._pack([x], [None])
         outputs = {}
         for i, block in enumerate(self.block_list):
-            packed = block(packed, segments)
+            packed = run_block(block, packed, segments, "none")
             if i in take:
                 outputs[i] = packed.view(x.shape[0], segments[0].length, -1)
         tokens = [self.norm(outputs[i]) if norm else outputs[i] for i in take]

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from dinov2.layers import Block, DINOHead, Segment, packed_attention
 from dinov2.layers.attention import resolve_attention
-from dinov2.layers.block import draw_subset
 from dinov2.layers.rope import rotary_table, rotate
+from dinov2.layers.stochastic_depth import add_rows, draw_subset, kept_rows, mean_keeping_scale, take_rows
 from dinov2.models.vision_transformer import DinoVisionTransformer3d, vit_giant2_3d, vit_tiny_3d
 
 
@@ -129,21 +129,59 @@ def test_stochastic_depth_keeps_the_mean(rate: float, subset_above: float) -> No
     segments = [Segment(4, 3), Segment(6, 2)]
     x = torch.randn(24, 8, dtype=torch.float64)
     # one residual branch, so that the mean is exact
-    draws = torch.stack([block._add_residual(x, segments, lambda t, s: t.sin()) for _ in range(4000)])
+    draws = torch.stack(
+        [block._add_residual(x, segments, block.draw(x, segments)[0], lambda t, s: t.sin()) for _ in range(4000)]
+    )
     torch.testing.assert_close(draws.mean(0), x + x.sin(), atol=0.1, rtol=0)
 
 
 def test_the_subset_is_computed_and_scaled_per_segment() -> None:
     torch.manual_seed(0)
-    rows, kept, scale = draw_subset([Segment(5, 2), Segment(4, 3)], 0.3, torch.device("cpu"))
-    assert [s.num_sequences for s in kept] == [3, 2] and scale == [5 / 3, 2.0]
+    segments = [Segment(5, 2), Segment(4, 3)]
+    rows, place, kept = kept_rows(draw_subset(segments, 0.3, torch.device("cpu")), segments)
+    scale = mean_keeping_scale(segments, kept, torch.empty(0))
+    assert [s.num_sequences for s in kept] == [3, 2] and scale.unique().tolist() == pytest.approx([5 / 3, 2.0])
     assert rows.unique().numel() == 3 * 2 + 2 * 3
     assert ((rows < 10).sum(), (rows >= 10).sum()) == (6, 6)
+    assert torch.equal(place[rows], torch.arange(len(rows))) and int((place >= 0).sum()) == len(rows)
     block = Block(8, 2, drop_path=0.3).double().train()
     x = torch.randn(22, 8, dtype=torch.float64)
-    out = block._add_residual(x, [Segment(5, 2), Segment(4, 3)], lambda t, s: torch.ones_like(t))
+    out = block._add_residual(x, segments, block.draw(x, segments)[0], lambda t, s: torch.ones_like(t))
     added = (out - x)[:, 0]
     assert added.round(decimals=9).unique().tolist() == pytest.approx([0.0, 5 / 3, 2.0])
+
+
+@pytest.mark.parametrize("compiling", [False, True])
+def test_rows_leave_and_come_back_with_exact_gradients(compiling: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As copies (eager) and as gathers with the inverse index (compiled), which no additions are needed for."""
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
+    segments = [Segment(5, 2), Segment(4, 3)]
+    rows, place, _ = kept_rows(draw_subset(segments, 0.3, torch.device("cpu")), segments)
+    x = torch.randn(22, 3, dtype=torch.float64, requires_grad=True)
+    part = torch.randn(len(rows), 3, dtype=torch.float64, requires_grad=True)
+    torch.testing.assert_close(add_rows(x, part, rows, place), x.index_add(0, rows, part))
+    assert torch.equal(take_rows(x, rows, place), x[rows])
+    assert torch.autograd.gradcheck(lambda x: take_rows(x, rows, place), x)
+    assert torch.autograd.gradcheck(lambda x, part: add_rows(x, part, rows, place), (x, part))
+
+
+def test_the_draws_of_a_step_do_not_depend_on_who_draws() -> None:
+    """Torch's generator is read as it was when each branch drew for itself, so that old runs resume with the same draws."""
+    net, x = make_net(drop_path_rate=0.5, drop_path_uniform=True), volumes(6, 16, 16, 16)
+    torch.manual_seed(7)
+    net(x)
+    after_the_pass = torch.rand(1)
+    torch.manual_seed(7)
+    for _ in range(2 * len(net.block_list)):
+        torch.randperm(6)
+    assert torch.equal(after_the_pass, torch.rand(1))
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_the_residual_stream_keeps_the_half_precision_of_the_first_product(training: bool) -> None:
+    net = make_net(drop_path_rate=0.5).float().train(training)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert net(volumes(2, 16, 16, 16).float(), is_training=True)["x_prenorm"].dtype == torch.bfloat16
 
 
 def test_nothing_is_dropped_in_evaluation() -> None:
