@@ -162,7 +162,9 @@ class TrainConfig:
     cache_max_gb: float | None = key(None, "the cache folder stops growing at about this size (GiB); null: no limit")
     memory_store_mb: int = key(1024, "preprocessed volumes kept in memory, MiB per loader process; 0 keeps none")
     augmentation: str = key("auto", "monai (the reference), fast (the same crops sooner), auto: fast")
-    compile: bool = key(False, "torch.compile for each block; faster after a minute or more of compiling")
+    compile: Any = key(
+        "auto", "torch.compile for each block (a minute of compiling): true, false, or auto: on GPUs with Triton"
+    )
     activation_checkpointing: str = key(
         "none",
         "what blocks compute again in the backward pass: none, selective (all but products and attention), full",
@@ -176,6 +178,7 @@ class TrainConfig:
         require_choice("train.centering", self.centering, ("sinkhorn_knopp", "centering"))
         require_choice("train.strategy", self.strategy, ("auto", "single", "ddp", "fsdp"))
         require_choice("train.activation_checkpointing", self.activation_checkpointing, ("none", "selective", "full"))
+        require(self.compile in (True, False, "auto"), f"train.compile={self.compile!r} is not one of true, false, auto")
         require_choice("train.backend", self.backend, ("auto", "nccl", "gloo"))
         require(self.timeout_s > 0, f"train.timeout_s={self.timeout_s} must be positive")
         require_choice("train.augmentation", self.augmentation, ("auto", "monai", "fast"))

@@ -9,10 +9,7 @@ fsdp     parameters, gradients and optimiser state are shared out (`fully_shard`
 
 from __future__ import annotations
 
-import importlib.util
 import logging
-import os
-import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
@@ -24,6 +21,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from dinov2.distributed.runtime import Runtime
+from dinov2.train.compiling import compile_model, resolve_compile
 from dinov2.train.ssl_meta_arch import DTYPES, SSLMetaArch
 
 logger = logging.getLogger(__name__)
@@ -41,8 +39,8 @@ def resolve_strategy(strategy: str, runtime: Runtime) -> str:
 def parallelise(model: SSLMetaArch, cfg: DictConfig, runtime: Runtime) -> None:
     """Spread a model over the ranks by `train.strategy`, in place; every rank holds the same weights before."""
     strategy = resolve_strategy(cfg.train.strategy, runtime)
-    if cfg.train.compile:
-        _compile_blocks(model, runtime)
+    if resolve_compile(cfg.train.compile, runtime):
+        compile_model(model)
     if strategy == "ddp":
         device_ids = [runtime.device.index] if runtime.device.type == "cuda" else None
         for name, net in model.student.items():
@@ -58,18 +56,6 @@ def parallelise(model: SSLMetaArch, cfg: DictConfig, runtime: Runtime) -> None:
     model.gradient_sync = lambda is_last: _gradient_sync(model, strategy, is_last)
     if runtime.world_size > 1:
         logger.info("%s over %d ranks", strategy, runtime.world_size)
-
-
-def _compile_blocks(model: SSLMetaArch, runtime: Runtime) -> None:
-    """Compile each block by itself (names and checkpoints stay); said and left where this machine cannot."""
-    is_cpu = runtime.device.type == "cpu"
-    has_compiler = shutil.which(os.environ.get("CXX", "g++")) if is_cpu else importlib.util.find_spec("triton")
-    if not has_compiler:
-        logger.warning("train.compile has no effect: %s was not found", "a C++ compiler" if is_cpu else "triton")
-        return
-    for side in (model.student, model.teacher):
-        for block in side["backbone"].block_list:
-            block.compile(dynamic=False)
 
 
 def _shard(net: nn.Module, mesh: DeviceMesh, precision: DictConfig, side: str, runtime: Runtime) -> None:

@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from dinov2.distributed.runtime import Runtime
 
@@ -26,7 +25,7 @@ class Progress:
         self.runtime = runtime
         self.volumes_per_step = volumes_per_step
         self.peak_flops = runtime.matmul_flops_per_s(dtype)
-        self.flops_per_step = 0
+        self.flops_per_step = 0  # of `step_flops`, once a batch is there
         self._steps, self._waited = 0, 0.0
         self._since = time.perf_counter()
 
@@ -35,16 +34,6 @@ class Progress:
         start = time.perf_counter()
         yield
         self._waited += time.perf_counter() - start
-
-    @contextmanager
-    def counting_flops(self) -> Iterator[None]:
-        """Count the matrix products of the enclosed step (once; masks change the number a little from step to step)."""
-        if self.flops_per_step:
-            yield
-            return
-        with FlopCounterMode(display=False) as counter:
-            yield
-        self.flops_per_step = counter.get_total_flops()
 
     def step_done(self) -> None:
         self._steps += 1

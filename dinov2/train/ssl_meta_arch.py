@@ -66,6 +66,7 @@ class SSLMetaArch(nn.Module):
         self.ibot_center = TeacherCenter(self._ibot_head_cfg().head_n_prototypes)
         self.student_calls: dict[str, nn.Module] = {}  # by name, what is called for a student module instead of it (DDP)
         self.gradient_sync: Callable[[bool], AbstractContextManager] = lambda is_last: nullcontext()  # around a micro-batch
+        self.compile_state = "off"  # untried, on: of `compile_model`
         self.grad_scaler = torch.amp.GradScaler(enabled=False)  # the loop replaces it where fp16 needs one
         if cfg.compute_precision.student.backbone.mixed_precision.param_dtype == "fp64":
             self.double()

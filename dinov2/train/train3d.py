@@ -39,6 +39,8 @@ from dinov2.logging.provenance import RUN_FILE, run_record
 from dinov2.program import run_program
 from dinov2.signals import stop_requests
 from dinov2.train.build import build, build_checkpointer, compute_dtype, data_record
+from dinov2.train.compiling import first_compiled
+from dinov2.train.flops import step_flops
 from dinov2.train.progress import Progress, progress_line
 from dinov2.train.schedules import Schedules, StepParams, apply_schedules, build_schedules
 from dinov2.train.stages import read_stages
@@ -151,8 +153,8 @@ def do_train(
             torch.manual_seed(torch_seed(cfg.train.seed, Kind.STEP, iteration))
             hp = schedules(iteration)
             is_logged = iteration % cfg.train.log_period == 0 or iteration == total - 1
-            with progress.counting_flops():
-                values = train_step(state, hp, batch, cfg.optim.clip_grad, is_logged)
+            progress.flops_per_step = progress.flops_per_step or step_flops(model, batch)
+            values = train_step(state, hp, batch, cfg.optim.clip_grad, is_logged)
             state.iteration = iteration
             progress.step_done()
             checkpointer.finish(wait=False)
@@ -184,7 +186,7 @@ def train_step(
     model, optimizer = state.model, state.optimizer
     apply_schedules(optimizer, hp)  # lr, weight decay, frozen last layer
     optimizer.zero_grad(set_to_none=True)
-    values = model.forward_backward(micro_batches, hp.teacher_temp, monitor)
+    values = first_compiled(model, lambda: model.forward_backward(micro_batches, hp.teacher_temp, monitor))
     model.grad_scaler.unscale_(optimizer)
     grad_norms = clip_grad_norms(model.student, clip_grad)  # per submodule, as DINOv2
     if accept_finite(state, values["total_loss"], grad_norms, micro_batches):  # before any weight moves

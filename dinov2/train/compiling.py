@@ -1,0 +1,134 @@
+"""torch.compile, block by block: where it is used, what is said of it, and what happens where it fails."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+import shutil
+import subprocess
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+from torch import nn
+from torch._dynamo.utils import counters
+
+from dinov2.distributed import any_rank, is_enabled
+from dinov2.distributed.runtime import Runtime
+from dinov2.layers import Block, Segment
+from dinov2.train.ssl_meta_arch import SSLMetaArch
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+BACKEND = "inductor"
+# what Dynamo, Inductor, Triton and the compilers behind them raise where they meet something they cannot do
+_FAILURES = (
+    RuntimeError,
+    OSError,
+    ImportError,
+    AttributeError,
+    TypeError,
+    AssertionError,
+    LookupError,
+    subprocess.SubprocessError,
+)
+
+
+def resolve_compile(choice: bool | str, runtime: Runtime) -> bool:
+    """Whether `train.compile` asks for what this machine has: `auto` is on for CUDA with Triton, off on a CPU.
+
+    Several ranks compile a small block first and agree: what failed on one of them later would leave the others waiting.
+    """
+    is_cpu = runtime.device.type == "cpu"
+    has_compiler = bool(shutil.which(os.environ.get("CXX", "g++")) if is_cpu else importlib.util.find_spec("triton"))
+    wanted = not is_cpu if choice == "auto" else bool(choice)
+    if wanted and not has_compiler:
+        logger.warning("train.compile has no effect: %s was not found", "a C++ compiler" if is_cpu else "triton")
+    if not wanted or runtime.world_size == 1:
+        return wanted and has_compiler
+    problem = _trial(runtime.device) if has_compiler else "no compiler"
+    if any_rank(bool(problem), runtime.device):
+        logger.warning("train.compile has no effect: compiling failed%s", f" ({problem})" if problem else " on another rank")
+        return False
+    return True
+
+
+def _trial(device: torch.device) -> str:
+    """What goes wrong where a small block is compiled, forward and backward; empty for nothing."""
+    block = Block(16, 2, drop_path=0.5, init_values=1.0).to(device)
+    compile_block(block)
+    x, segments = torch.randn(16, 16, device=device, requires_grad=True), [Segment(4, 4)]
+    try:
+        block(x, segments, block.draw(x, segments)).sum().backward()
+    except _FAILURES as err:
+        return _one_line(err)
+    return ""
+
+
+def _one_line(err: BaseException) -> str:
+    lines = [line.strip() for line in str(err).splitlines() if line.strip()]
+    return f"{type(err).__name__}: {' '.join(lines)[:200]}"
+
+
+def compile_block(block: nn.Module, dynamic: bool | None = False) -> None:
+    """Compile a block's `forward` and nothing around it: hooks (FSDP), names and checkpoints stay as they are."""
+    block.forward = torch.compile(block.forward, dynamic=dynamic, backend=BACKEND)
+
+
+def compile_model(model: SSLMetaArch) -> None:
+    """Compile each block of both networks; equal blocks share what is compiled. It happens in the first step."""
+    torch._dynamo.config.optimize_ddp = False  # it would cut a block at gradient buckets, and knows no autograd functions
+    for side in (model.student, model.teacher):
+        blocks = side["backbone"].block_list
+        has_one_shape = len({block.drop_path for block in blocks}) == 1  # else the kept rows of every block are others
+        for block in blocks:
+            compile_block(block, dynamic=False if has_one_shape else None)
+    model.compile_state = "untried"
+
+
+def leave_uncompiled(model: SSLMetaArch) -> None:
+    """Undo `compile_model`."""
+    for side in (model.student, model.teacher):
+        for block in side["backbone"].block_list:
+            block.__dict__.pop("forward", None)
+    model.compile_state = "off"
+
+
+def first_compiled(model: SSLMetaArch, step: Callable[[], T]) -> T:
+    """Run `step`, a forward and backward pass; of the first compiled one say how long it took.
+
+    Where that fails, which is said once, blocks go on uncompiled and `step` runs again, with the same draws. With several ranks
+    (`resolve_compile` made a trial) the error stays one.
+    """
+    if model.compile_state != "untried":
+        return step()
+    start, seed = time.perf_counter(), torch.initial_seed()
+    buffers = [(b, b.clone()) for b in model.buffers()]
+    try:
+        result = step()
+        _wait_for(buffers[0][0].device)
+    except torch.OutOfMemoryError:
+        raise
+    except _FAILURES as err:
+        if is_enabled():
+            raise
+        logger.warning("train.compile has no effect: compiling failed (%s)", _one_line(err))
+    else:
+        model.compile_state = "on"
+        what = "compiled: %d graphs, %.0f s for the first step"
+        logger.info(what, counters["stats"]["unique_graphs"], time.perf_counter() - start)
+        return result
+    leave_uncompiled(model)
+    model.zero_grad(set_to_none=True)
+    for buffer, before in buffers:
+        buffer.copy_(before)
+    torch.manual_seed(seed)
+    return step()
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
