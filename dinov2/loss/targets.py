@@ -9,44 +9,44 @@ import torch
 from torch import Tensor, nn
 
 from dinov2.distributed import all_reduce_max, all_reduce_sum, global_count
+from dinov2.loss.row_math import PLAIN, RowMath, at_least_fp32
 
 _TINY = 1e-30  # keeps an unused prototype from dividing by zero, and its quotient from overflowing
 
 
-def at_least_fp32(x: Tensor) -> Tensor:
-    """Half precisions become float32; float32 and float64 stay."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
 @torch.no_grad()
-def sinkhorn_knopp(scores: Tensor, temp: float, num_iters: int = 3) -> Tensor:
+def sinkhorn_knopp(scores: Tensor, temp: float, num_iters: int = 3, math: RowMath = PLAIN) -> Tensor:
     """Targets whose prototypes are used equally often over all rows of all ranks.
 
     Args:
         scores: [R, K] teacher outputs; R may be 0 on a rank.
         temp: Teacher temperature.
         num_iters: Rounds of normalising prototypes, then rows.
+        math: Plain or compiled.
 
     Returns:
         [R, K] in at least float32; rows sum to 1.
 
-    Each row's largest score is taken off before the exponential and given back as a weight in the first round, which
+    What the rounds change is one factor per row and one per prototype, so that a round is two products of the matrix with a
+    vector. Each row's largest score is taken off before the exponential and given back as the first factors of the rows, which
     leaves the result as it is: no score is too large, and no row vanishes.
 
     Source: SwAV's Sinkhorn-Knopp as used by DINOv2; 3DINO paper, "DINOv2".
     """
-    x = at_least_fp32(scores) / temp
-    num_rows = global_count(x.shape[0], x)
-    row_max = x.amax(1, keepdim=True) if x.numel() else x.new_zeros(0, 1)
-    lowest = torch.finfo(x.dtype).min
-    largest = all_reduce_max(row_max.max() if x.numel() else x.new_tensor(lowest))
-    q = torch.exp(x - row_max)  # [R, K], every row has a 1
-    weight = torch.exp(row_max - largest)  # [R, 1], what the rows were divided by, as it counts in the first round
-    for i in range(num_iters):
-        per_prototype = all_reduce_sum((q * weight if i == 0 else q).sum(0, keepdim=True))  # [1, K]
-        q /= (per_prototype * x.shape[1]).clamp_min(_TINY)
-        q /= (q.sum(1, keepdim=True) * num_rows).clamp_min(_TINY)
-    return q * num_rows
+    num_prototypes = scores.shape[1]
+    if scores.numel():
+        q, row_max = math.exponentials(scores, temp)  # [R, K], every row has a 1; [R, 1]
+        largest = row_max.max()
+    else:
+        q, row_max = at_least_fp32(scores), at_least_fp32(scores).new_zeros(0, 1)
+        largest = q.new_full((), torch.finfo(q.dtype).min)
+    num_rows = global_count(len(q), q)
+    rows = torch.exp(row_max - all_reduce_max(largest)).squeeze(1)  # [R]
+    columns = q.new_ones(num_prototypes)  # [K]
+    for _ in range(num_iters):
+        columns = (all_reduce_sum(q.T @ rows) * num_prototypes).clamp_min(_TINY).reciprocal()
+        rows = (q @ columns * num_rows).clamp_min(_TINY).reciprocal()
+    return math.scaled(q, (rows * num_rows)[:, None], columns)
 
 
 class TeacherCenter(nn.Module):

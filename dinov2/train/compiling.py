@@ -18,6 +18,7 @@ from torch._dynamo.utils import counters
 from dinov2.distributed import any_rank, is_enabled
 from dinov2.distributed.runtime import Runtime
 from dinov2.layers import Block, Segment
+from dinov2.loss.row_math import PLAIN, compiled_row_math
 from dinov2.train.ssl_meta_arch import SSLMetaArch
 
 logger = logging.getLogger(__name__)
@@ -86,6 +87,7 @@ def compile_model(model: SSLMetaArch) -> None:
         has_one_shape = len({block.drop_path for block in blocks}) == 1  # else the kept rows of every block are others
         for block in blocks:
             compile_block(block, dynamic=False if has_one_shape else None)
+    model.row_math = compiled_row_math(BACKEND)
     model.compile_state = "untried"
 
 
@@ -94,6 +96,7 @@ def leave_uncompiled(model: SSLMetaArch) -> None:
     for side in (model.student, model.teacher):
         for block in side["backbone"].block_list:
             block.__dict__.pop("forward", None)
+    model.row_math = PLAIN
     model.compile_state = "off"
 
 

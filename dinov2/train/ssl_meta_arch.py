@@ -19,6 +19,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from dinov2.distributed import all_reduce_sum
 from dinov2.layers import DINOHead
 from dinov2.loss import TeacherCenter, dino_loss, ibot_loss, koleo_loss, sinkhorn_knopp
+from dinov2.loss.row_math import PLAIN
 from dinov2.models import build_backbone
 from dinov2.train.monitors import collapse_monitors, mean_entropy
 from dinov2.train.param_groups import fuse_groups, param_groups_with_decay
@@ -66,6 +67,7 @@ class SSLMetaArch(nn.Module):
         self.ibot_center = TeacherCenter(self._ibot_head_cfg().head_n_prototypes)
         self.student_calls: dict[str, nn.Module] = {}  # by name, what is called for a student module instead of it (DDP)
         self.gradient_sync: Callable[[bool], AbstractContextManager] = lambda is_last: nullcontext()  # around a micro-batch
+        self.row_math = PLAIN  # or compiled, by `compile_model`
         self.compile_state = "off"  # untried, on: of `compile_model`
         self.grad_scaler = torch.amp.GradScaler(enabled=False)  # the loop replaces it where fp16 needs one
         if cfg.compute_precision.student.backbone.mixed_precision.param_dtype == "fp64":
@@ -154,7 +156,7 @@ class SSLMetaArch(nn.Module):
         if self.cfg.train.centering == "centering":
             cls_target, patch_target = self.dino_center(cls_all, teacher_temp), self.ibot_center(patch_all, teacher_temp)
         else:
-            cls_target, patch_target = sinkhorn_knopp(cls_all, teacher_temp), sinkhorn_knopp(patch_all, teacher_temp)
+            cls_target, patch_target = (sinkhorn_knopp(x, teacher_temp, math=self.row_math) for x in (cls_all, patch_all))
         cls_parts = cls_target.split([len(x) for x in cls_scores])
         patch_parts = patch_target.split([len(x) for x in patch_scores])
         targets = [Targets(c.view(NUM_GLOBAL_CROPS, -1, c.shape[-1]), p) for c, p in zip(cls_parts, patch_parts, strict=True)]
@@ -172,7 +174,8 @@ class SSLMetaArch(nn.Module):
         cls, patch = self._project("student", all_cls, patches)  # [(G+L)*B, K], [M, K]
         cls = cls.view(-1, len(global_cls) // NUM_GLOBAL_CROPS, cls.shape[-1])  # [G+L, B, K]
         before_head = global_cls.view(NUM_GLOBAL_CROPS, -1, global_cls.shape[-1])
-        return StudentOutputs(cls[:NUM_GLOBAL_CROPS], cls[NUM_GLOBAL_CROPS:], patch, before_head)
+        global_cls_scores, local_cls_scores = cls.split([NUM_GLOBAL_CROPS, len(cls) - NUM_GLOBAL_CROPS])
+        return StudentOutputs(global_cls_scores, local_cls_scores, patch, before_head)
 
     def losses(self, student: StudentOutputs, target: Targets, batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
         """The terms as they are logged, and the weighted sum that is differentiated.
@@ -182,13 +185,13 @@ class SSLMetaArch(nn.Module):
         """
         cfg = self.cfg
         num_pairs = NUM_GLOBAL_CROPS * (NUM_GLOBAL_CROPS - 1) + NUM_GLOBAL_CROPS * len(student.local_cls)
-        dino_local = dino_loss(student.local_cls, target.cls) / num_pairs
-        dino_global = dino_loss(student.global_cls, target.cls, skip_same_crop=True) / num_pairs
+        dino_local = dino_loss(student.local_cls, target.cls, math=self.row_math) / num_pairs
+        dino_global = dino_loss(student.global_cls, target.cls, True, self.row_math) / num_pairs
         koleo = cfg.dino.koleo_loss_weight * sum(
             koleo_loss(x, all_ranks=cfg.dino.koleo_distributed) for x in student.global_cls_before_head
         )
         ibot, ibot_cross_entropy = ibot_loss(
-            student.patch, target.patch, batch["masks_weight"], num_rows=len(batch["collated_masks"])
+            student.patch, target.patch, batch["masks_weight"], len(batch["collated_masks"]), self.row_math
         )
         total = cfg.dino.loss_weight * (dino_local + dino_global) + koleo + cfg.ibot.loss_weight * ibot
         logged = {

@@ -11,8 +11,17 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
+from torch._dynamo.utils import counters
 
-from dinov2.loss import TeacherCenter, cross_entropy, dino_loss, ibot_loss, koleo_loss, sinkhorn_knopp
+from dinov2.loss import (
+    TeacherCenter,
+    compiled_row_math,
+    cross_entropy,
+    dino_loss,
+    ibot_loss,
+    koleo_loss,
+    sinkhorn_knopp,
+)
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
@@ -49,6 +58,56 @@ def test_cross_entropy_is_the_textbook_one() -> None:
     expected = -(t * torch.log_softmax(s / 0.1, -1)).sum(-1)
     torch.testing.assert_close(cross_entropy(s, t), expected)
     assert float(cross_entropy(torch.zeros(1, 9), torch.full((1, 9), 1 / 9))) == pytest.approx(math.log(9))
+
+
+def test_sinkhorn_is_the_textbook_one() -> None:
+    """Rounds of dividing by the sums of prototypes, then of rows; in float32 near it for peaked scores too."""
+    s = torch.tanh(scores(40, 30))  # as the head's, in [-1, 1]
+    q = torch.exp(s / 0.04)
+    for _ in range(3):
+        q = q / (q.sum(0) * 30)
+        q = q / (q.sum(1, keepdim=True) * 40)
+    torch.testing.assert_close(sinkhorn_knopp(s, 0.04), q * 40, rtol=1e-11, atol=1e-13)
+    torch.testing.assert_close(sinkhorn_knopp(s.float(), 0.04).double(), q * 40, rtol=1e-4, atol=1e-6)
+
+
+def test_the_gradient_of_the_cross_entropy_is_exact_and_kept_once_in_the_dtype_of_the_scores() -> None:
+    s, t = scores(3, 2, 9).requires_grad_(), distributions(1, 2, 9)
+    weight = scores(3, 2, seed=5)
+    (expected,) = torch.autograd.grad((-(t * torch.log_softmax(s / 0.1, -1)).sum(-1) * weight).sum(), s)
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        cross_entropy(s, t)
+    assert [x.dtype for x in kept] == [s.dtype]
+    loss = (cross_entropy(s, t) * weight).sum()
+    loss.backward(retain_graph=True)
+    torch.testing.assert_close(s.grad, expected)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):  # it was scaled in place
+        loss.backward()
+
+
+def test_gradients_of_half_precision_scores_do_not_vanish_before_the_loss_scale() -> None:
+    """A row's weight of 1e-5 alone would leave nothing of most entries in fp16; the scale comes with the backward pass."""
+    s, t = scores(4, 512, dtype=torch.float16).requires_grad_(), distributions(4, 512)
+    (cross_entropy(s, t.float()).sum() * 1e-5 * 65536).backward()
+    exact = s.detach().double().requires_grad_()
+    (cross_entropy(exact, t).sum() * 1e-5 * 65536).backward()
+    error = (s.grad.double() - exact.grad).norm() / exact.grad.norm()
+    assert s.grad.dtype == torch.float16 and float(error) < 2e-3
+
+
+def test_compiled_row_math_takes_any_number_of_rows_without_compiling_again() -> None:
+    torch._dynamo.reset()
+    counters.clear()
+    math = compiled_row_math("aot_eager")
+    for i, rows in enumerate((5, 9, 13, 1, 0)):
+        s, t = scores(rows, 16, seed=rows).requires_grad_(), sinkhorn_knopp(scores(rows, 16, seed=2), 0.05 + 0.01 * i)
+        torch.testing.assert_close(sinkhorn_knopp(scores(rows, 16, seed=2), 0.05 + 0.01 * i, math=math), t)
+        (plain,) = torch.autograd.grad(cross_entropy(s, t).sum(), s)
+        (fast,) = torch.autograd.grad(cross_entropy(s, t, math=math).sum(), s)
+        torch.testing.assert_close(fast, plain)
+        assert counters["stats"]["unique_graphs"] == 3
+    assert not counters["graph_break"]
 
 
 def test_dino_sums_over_pairs_and_can_skip_a_crop_with_itself() -> None:
