@@ -1,147 +1,125 @@
-"""What an NVIDIA GPU does with the operator and a training step, as a Markdown table for docs/gpu.md.
+"""What an NVIDIA GPU does with every part of this project, as a Markdown table for docs/gpu.md, in a few minutes.
 
-    python benchmarks/gpu.py [--rounds N] [--batch N]          # scripts/gpu_check builds, tests and runs this
+    python benchmarks/gpu.py [--sections NAME,...] [--minutes 6] [--data FOLDER] [--output FILE]     # scripts/gpu_check runs it
 
-Deformable attention: ours against grid_sample, the cases of ms_deform_attn_3d.py. Training: a ViT-L step with 96 and 48 cubed
-crops, 8 local ones, in bf16 and fp16 with its loss scaler. NCCL: a step of a sharded network on every GPU. `--device cpu` runs
+Each section of `gpu_sections.py` runs in a process of its own, in the order of its worth, as long as the minutes last: one
+that runs out of memory, crashes or hangs ends none of the others. Rows appear as they are measured; `--output` keeps them and
+their figures as lines of JSON. `--data` holds real volumes for the end-to-end section (else it makes some). `--device cpu` runs
 it all very small, to see that the program works.
 """
 
 from __future__ import annotations
 
 import argparse
-import math
+import json
+import multiprocessing
 import os
-import subprocess
+import signal
 import sys
+import tempfile
 import time
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import torch
-import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from benchmarks import gpu_sections as sections
 
-from benchmarks import ms_deform_attn_3d as operator
-from benchmarks import train_step
-from dinov2.distributed.runtime import Runtime
-from dinov2.models.vision_transformer import vit_tiny_3d
-from dinov2.ops import cuda_kernels
-
-LARGE = ["student.arch=vit_large_3d", "dino.head_n_prototypes=65536", "ibot.head_n_prototypes=65536"]
-
-
-def row(what: str, measured: str) -> None:
-    print(f"| {what} | {measured} |", flush=True)
-
-
-def describe(device: str) -> None:
-    """The table's head: the machine."""
-    if device == "cuda":
-        card = torch.cuda.get_device_properties(0)
-        name = f"{torch.cuda.device_count()} x {card.name}, {card.total_memory / 2**30:.0f} GiB"
-        version = f"CUDA {torch.version.cuda}, kernels: {cuda_kernels()[1]}"
-    else:
-        name, version = "CPU", "no CUDA"
-    row("what", "measured")
-    row("---", "---")
-    row("machine", f"{name}; torch {torch.__version__}, {version}")
+SECTIONS = {  # the most valuable first, with the seconds that each may take and what must be left for it to start
+    "machine": (sections.machine, 60, 0),
+    "train": (sections.train_compiled, 200, 60),
+    "attention": (sections.attention, 60, 20),
+    "end_to_end": (sections.end_to_end, 200, 60),
+    "segmentation": (sections.segmentation, 120, 40),
+    "eager": (sections.train_eager, 80, 30),
+    "budget": (sections.train_budget, 100, 60),
+    "fp16": (sections.train_fp16, 100, 60),
+    "small_batch": (sections.train_small_batch, 80, 50),
+    "embed": (sections.embed, 60, 25),
+    "probe": (sections.probe, 30, 10),
+    "nccl": (sections.nccl, 60, 20),
+}
 
 
-def time_operator(device: str, dtype: torch.dtype, rounds: int) -> None:
-    """Forward and backward of each case, ours and the reference taking turns."""
-    for case in operator.CASES if device == "cuda" else ("injector",):
-        value, shapes, locations, weights = operator.make_arguments(case, False, device)
-        arguments = (value.detach().to(dtype).requires_grad_(), shapes, locations, weights)
-        best = {way: (math.inf, math.inf) for way in operator.WAYS}
-        for _ in range(rounds + 1):  # the first one also loads kernels
-            for way, function in operator.WAYS.items():
-                best[way] = tuple(map(min, best[way], operator.passes(function, arguments)))
-        for i, name in enumerate(("forward", "backward")):
-            ours, reference = 1e3 * best["ours"][i], 1e3 * best["grid_sample"][i]
-            what = f"deformable attention, {case}, {str(dtype).removeprefix('torch.')}, {name}"
-            row(what, f"{ours:.2f} ms; grid_sample {reference:.2f} ms: {reference / ours:.1f} times")
+@dataclass
+class Report:
+    """The table: printed row by row, kept in a file that the sections' processes share."""
+
+    file: Path
+
+    def row(self, what: str, measured: str, **figures: float) -> None:
+        print(f"| {what} | {measured} |", flush=True)
+        with self.file.open("a") as out:
+            out.write(json.dumps({"what": what, "measured": measured, **figures}) + "\n")
+
+    def figure(self, name: str) -> float | None:
+        """The last figure of this name, of any section."""
+        lines = self.file.read_text().splitlines() if self.file.exists() else []
+        found = [row[name] for row in map(json.loads, lines) if name in row]
+        return found[-1] if found else None
 
 
-def time_training(device: str, precision: str, rounds: int, batch: int) -> None:
-    """Best time of a step after two that warm up, memory, and whether the loss is finite."""
-    words = [f"compute_precision.{s}.{m}.mixed_precision.param_dtype={precision}" for s, m in all_modules()]
-    runtime = Runtime(torch.device(device))
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    setup = train_step.Setup([*(LARGE if device == "cuda" else train_step.SMALL), *words], batch, device)
-    best, loss = math.inf, torch.tensor(math.nan)
-    for i in range(rounds + 2):
-        start = time.perf_counter()
-        loss = setup.step()["total_loss"]
-        runtime.synchronize()
-        best = min(best, time.perf_counter() - start) if i >= 2 else best
-    what = f"training step, {precision}, {batch} volumes, {'ViT-L' if device == 'cuda' else 'a small network'}"
-    figures = f"{best:.3f} s, {batch / best:.1f} volumes/s, {runtime.peak_memory_gib():.1f} GiB"
-    row(what, f"{figures}, loss {float(loss):.3f}{'' if math.isfinite(loss) else ': NOT FINITE'}")
+def run_section(name: str, report: Report, args: argparse.Namespace, seconds: float) -> str | None:
+    """Why a section failed; None where it did not."""
+    section, _, _ = SECTIONS[name]
+    process = multiprocessing.get_context("fork").Process(target=_child, args=(section, report, args))
+    process.start()
+    process.join(seconds)
+    reason = None if process.exitcode == 0 else f"failed (exit code {process.exitcode})"
+    if process.is_alive():
+        reason = f"stopped after {seconds:.0f} s"
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)  # what it started too
+    process.join()
+    return reason
 
 
-def all_modules() -> list[tuple[str, str]]:
-    return [(side, module) for side in ("student", "teacher") for module in ("backbone", "dino_head", "ibot_head")]
-
-
-def sharded_step() -> None:
-    """One step of a sharded network, in each process that torchrun starts; rank 0 says what came out."""
-    rank, device = int(os.environ["LOCAL_RANK"]), os.environ["GPU_CHECK_DEVICE"]
-    if device == "cuda":
-        torch.cuda.set_device(rank)
-    dist.init_process_group("nccl" if device == "cuda" else "gloo")
-    torch.manual_seed(0)
-    network = vit_tiny_3d(patch_size=8, img_size=32).to(device)
-    x = torch.randn(2, 1, 32, 32, 32, device=device)
-    alone = network(x, None, is_training=True)["x_norm_clstoken"].float()
-    mesh = init_device_mesh(device, (dist.get_world_size(),))
-    for block in network.block_list:
-        fully_shard(block, mesh=mesh)
-    fully_shard(network, mesh=mesh)
-    optimizer = torch.optim.AdamW(network.parameters())
-    start = time.perf_counter()
-    out = network(x, None, is_training=True)["x_norm_clstoken"].float()
-    out.square().sum().backward()
-    optimizer.step()
-    error = float((out - alone).detach().abs().max())
-    if rank == 0:
-        seconds = time.perf_counter() - start
-        row(
-            f"sharded step on {dist.get_world_size()} ranks, {dist.get_backend()}",
-            f"{seconds:.2f} s; differs from one process by {error:.1e}",
-        )
-    dist.destroy_process_group()
-
-
-def run_sharded_step(device: str) -> int:
-    ranks = torch.cuda.device_count() if device == "cuda" else 1
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    environment = {**os.environ, "GPU_CHECK_DEVICE": device}
-    return subprocess.run([*command, __file__, "--sharded-step"], env=environment).returncode
+def _child(section: Any, report: Report, args: argparse.Namespace) -> None:
+    os.setsid()
+    section(report, args)
+    sys.stdout.flush()
+    os._exit(0)  # without a wait for threads of the compiler
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--batch", type=int, default=8, help="volumes of a training step")
+    parser.add_argument("--sections", default=",".join(SECTIONS), help="default: %(default)s")
+    parser.add_argument("--minutes", type=float, default=6, help="sections that do not fit any more are left out")
+    parser.add_argument("--data", type=Path, help="folder of real volumes")
+    parser.add_argument("--output", type=Path, help="file for the rows and their figures (JSON lines)")
+    parser.add_argument("--rounds", type=int, default=5, help="steps that are timed together, calls of an operator")
+    parser.add_argument("--batches", default="64,128", help="volumes of a training step")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--sharded-step", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.sharded_step:
-        sharded_step()
+        sections.sharded_step(args.device)
         return 0
-    if args.device == "cuda" and not torch.cuda.is_available():
+    names = args.sections.split(",")
+    if unknown := sorted(set(names) - set(SECTIONS)):
+        parser.error(f"--sections {','.join(unknown)}: choose among {', '.join(SECTIONS)}")
+    if args.device == "cuda" and not sections.has_gpu():
         print("no NVIDIA GPU that this torch can use: `dinov2 doctor` says more", file=sys.stderr)
         return 2
-    describe(args.device)
-    for dtype in (torch.float32, torch.bfloat16):
-        time_operator(args.device, dtype, args.rounds)
-    for precision in ("bf16", "fp16"):
-        time_training(args.device, precision, args.rounds, args.batch)
-    return run_sharded_step(args.device)
+    started = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        report = Report(args.output.resolve() if args.output else Path(folder, "rows.json"))
+        report.row("what", "measured")
+        report.row("---", "---")
+        failed = 0
+        for name in names:
+            _, limit, least = SECTIONS[name]
+            left = 60 * args.minutes - (time.perf_counter() - started)
+            if left < least:
+                report.row(f"section {name}", f"left out: {left:.0f} s of --minutes {args.minutes:g} remain")
+                continue
+            began = time.perf_counter()
+            reason = run_section(name, report, args, min(limit, left))
+            failed += reason is not None
+            report.row(f"section {name}", f"{time.perf_counter() - began:.0f} s{'; ' + reason if reason else ''}")
+    return int(failed > 0)
 
 
 if __name__ == "__main__":

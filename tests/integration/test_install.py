@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 import zipfile
 from pathlib import Path
 
 import pytest
 import torch
 
+from benchmarks import gpu
 from tests.conftest import ROOT
 
 
@@ -80,11 +83,46 @@ def test_the_gpu_check_without_a_gpu_says_so_in_one_line() -> None:
 
 @pytest.mark.slow
 def test_what_the_gpu_check_measures_can_be_measured() -> None:
-    command = [sys.executable, "benchmarks/gpu.py", "--device", "cpu", "--rounds", "1", "--batch", "2"]
+    sections = "machine,eager,attention,segmentation,embed,probe,nccl"
+    command = [
+        sys.executable,
+        "benchmarks/gpu.py",
+        "--device",
+        "cpu",
+        "--rounds",
+        "1",
+        "--sections",
+        sections,
+        "--minutes",
+        "30",
+    ]
     result = subprocess.run(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    for row in ("bfloat16, backward | ", "training step, fp16, 2 volumes", "differs from one process by 0.0e+00"):
+    assert result.returncode == 0, result.stdout + result.stderr
+    for row in (
+        "| step, bf16, compile=false, 2 volumes | ",
+        "bfloat16, backward | ",
+        "| sliding window over ",
+        " scans/s with ",
+        "| linear probe, 52 heads",
+        "differs from one process by 0.0e+00",
+    ):
         assert row in result.stdout
+
+
+def test_a_section_that_crashes_or_hangs_ends_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
+    fates = {"raises": lambda report, args: 1 / 0, "dies": lambda report, args: os.kill(os.getpid(), signal.SIGKILL)}
+    fates |= {"hangs": lambda report, args: time.sleep(600), "works": lambda report, args: report.row("a", "b", c=2.5)}
+    monkeypatch.setattr(gpu, "SECTIONS", {name: (fate, 3, 0) for name, fate in fates.items()})
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--device", "cpu", "--output", str(tmp_path / "rows.json"), "--sections"])
+    sys.argv.append("raises,dies,hangs,works")
+    assert gpu.main() == 1
+    out, err = capfd.readouterr()
+    assert "ZeroDivisionError" in err
+    ends = [line.split("; ")[-1].rstrip(" |") for line in out.splitlines() if line.startswith("| section ")]
+    assert ends[:3] == ["failed (exit code 1)", f"failed (exit code -{int(signal.SIGKILL)})", "stopped after 3 s"]
+    assert "| a | b |" in out and gpu.Report(tmp_path / "rows.json").figure("c") == 2.5
 
 
 def test_metas_package_in_the_way_is_named(tmp_path: Path) -> None:
