@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +15,8 @@ from dinov2.logging import setup_logging
 
 if TYPE_CHECKING:
     from dinov2.data import Datalist
+
+    Commands = argparse._SubParsersAction[argparse.ArgumentParser]
 
 logger = logging.getLogger(__name__)
 
@@ -225,29 +227,34 @@ def _datalist(args: argparse.Namespace) -> Datalist:
     return datalist.larger_than(args.min_axis) if args.min_axis else datalist
 
 
+def _first_line(command: Callable[[argparse.Namespace], int]) -> str:
+    """What `--help` says of a command."""
+    return (command.__doc__ or "").partition("\n")[0]
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("dinov2", description="Self-supervised pretraining of 3D vision transformers.")
     parser.add_argument("--version", action="version", version=f"dinov2-3d {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     commands.add_parser("train", help="pretrain (the flags of train3d.py; `dinov2 train --help`)", add_help=False)
-    action = commands.add_parser("demo", help=demo.__doc__.splitlines()[0])
+    action = commands.add_parser("demo", help=_first_line(demo))
     action.add_argument("--output", type=Path, default=Path("demo_output"), help="folder of the results")
     action.add_argument("--data", type=Path, help="your own folder of volumes instead of made ones")
     action.add_argument("--seed", type=int, default=0)
     action.add_argument("overrides", nargs="*", metavar="key=value", help="of the training's configuration")
     action.set_defaults(function=demo)
-    action = commands.add_parser("doctor", help=doctor.__doc__.splitlines()[0])
+    action = commands.add_parser("doctor", help=_first_line(doctor))
     action.add_argument("--report", type=Path, help="write it to a file, for a bug report")
     action.set_defaults(function=doctor)
     config = commands.add_parser("config", help="show or check a configuration").add_subparsers(required=True, metavar="ACTION")
     for name, function, required in (("show", config_show, False), ("check", config_check, True)):
-        action = config.add_parser(name, help=function.__doc__.splitlines()[0])
+        action = config.add_parser(name, help=_first_line(function))
         action.add_argument("config", nargs=None if required else "?", help="YAML file or name; default: the defaults")
         action.add_argument("overrides", nargs="*", metavar="key=value")
         action.set_defaults(function=function)
     cache = commands.add_parser("cache", help="preprocessed volumes on disk").add_subparsers(required=True, metavar="ACTION")
     for name, function in (("build", cache_build), ("verify", cache_verify), ("stats", cache_stats)):
-        action = cache.add_parser(name, help=function.__doc__.splitlines()[0])
+        action = cache.add_parser(name, help=_first_line(function))
         action.add_argument("list", type=Path, help="datalist (JSON)")
         action.add_argument("--cache-dir", type=Path, required=True, help="the cache folder")
         action.add_argument("--min-axis", type=int, default=0, help="only volumes with more voxels along their smallest axis")
@@ -258,7 +265,7 @@ def build_parser() -> argparse.ArgumentParser:
             action.add_argument("--remove", action="store_true", help="remove damaged files, so that they are made anew")
         action.set_defaults(function=function)
     recipe = commands.add_parser("recipe", help="downstream datasets").add_subparsers(required=True, metavar="ACTION")
-    action = recipe.add_parser("check", help=recipe_check.__doc__.splitlines()[0])
+    action = recipe.add_parser("check", help=_first_line(recipe_check))
     action.add_argument("recipe", help="YAML file, or a name of configs/eval/datasets")
     action.add_argument("--base-data-dir", type=Path, required=True, help="folder of <dataset>_100_datalist.json")
     action.add_argument("--output-dir", type=Path, default=Path("recipe_check"), help="folder of the pictures")
@@ -268,10 +275,10 @@ def build_parser() -> argparse.ArgumentParser:
     _add_split(commands)
     _add_corpus(commands)
     _add_embed(commands)
-    checkpoint = commands.add_parser("checkpoint", help="weights and training checkpoints in their forms")
-    checkpoint = checkpoint.add_subparsers(required=True, metavar="ACTION")
+    checkpoints = commands.add_parser("checkpoint", help="weights and training checkpoints in their forms")
+    checkpoint = checkpoints.add_subparsers(required=True, metavar="ACTION")
     for name, function in (("inspect", checkpoint_inspect), ("export", checkpoint_export)):
-        action = checkpoint.add_parser(name, help=function.__doc__.splitlines()[0])
+        action = checkpoint.add_parser(name, help=_first_line(function))
         action.add_argument("path", type=Path, help="checkpoint folder, .pth or .safetensors")
         if name == "export":
             action.add_argument("output", type=Path, help=".pth or .safetensors")
@@ -284,8 +291,8 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_predict(commands: argparse._SubParsersAction) -> None:
-    action = commands.add_parser("predict", help=predict.__doc__.splitlines()[0])
+def _add_predict(commands: Commands) -> None:
+    action = commands.add_parser("predict", help=_first_line(predict))
     action.add_argument("--weights", type=Path, required=True, help="best_model.pth of segmentation3d.py")
     files = "the channels of one case, in the recipe's order; or a folder of single-channel scans"
     action.add_argument("--input", type=Path, nargs="+", required=True, metavar="FILE", help=files)
@@ -294,8 +301,8 @@ def _add_predict(commands: argparse._SubParsersAction) -> None:
     action.set_defaults(function=predict)
 
 
-def _add_classify(commands: argparse._SubParsersAction) -> None:
-    action = commands.add_parser("classify", help=classify.__doc__.splitlines()[0])
+def _add_classify(commands: Commands) -> None:
+    action = commands.add_parser("classify", help=_first_line(classify))
     action.add_argument("--probe", type=Path, required=True, help="probe.pth of linear3d.py")
     files = "scans; where the recipe has several channels, those of one case in its order"
     action.add_argument("--input", type=Path, nargs="+", required=True, metavar="FILE", help=files)
@@ -304,8 +311,8 @@ def _add_classify(commands: argparse._SubParsersAction) -> None:
     action.set_defaults(function=classify)
 
 
-def _add_split(commands: argparse._SubParsersAction) -> None:
-    action = commands.add_parser("split", help=split.__doc__.splitlines()[0])
+def _add_split(commands: Commands) -> None:
+    action = commands.add_parser("split", help=_first_line(split))
     action.add_argument("--images", type=Path, help="folder of images; nnU-Net's imagesTr too")
     action.add_argument("--labels", type=Path, help="folder of label maps named as the images; labelsTr too")
     action.add_argument("--table", type=Path, metavar="CSV", help="instead of them: a table with an image and a label a line")
@@ -313,8 +320,9 @@ def _add_split(commands: argparse._SubParsersAction) -> None:
         action.add_argument(f"--{name}-column", default=default, help=f"of the table; default: {default or 'none'}")
     action.add_argument("--output", type=Path, required=True, help="the list: <dataset>_100_datalist.json, for a table _cls_")
     action.add_argument("--seed", type=int, default=0, help="of the split and of the training list's order")
-    fractions = {"nargs": 3, "default": [0.7, 0.1, 0.2], "metavar": ("TRAINING", "VALIDATION", "TEST")}
-    action.add_argument("--fractions", type=float, help="of the patients; default: 0.7 0.1 0.2", **fractions)
+    parts, fractions = ("TRAINING", "VALIDATION", "TEST"), [0.7, 0.1, 0.2]
+    what = "of the patients; default: 0.7 0.1 0.2"
+    action.add_argument("--fractions", type=float, nargs=3, default=fractions, metavar=parts, help=what)
     patient = "regular expression whose group is the patient in a file name; default: sub-... (BIDS), else a file is a patient"
     action.add_argument("--patient", metavar="PATTERN", help=patient)
     action.add_argument("--parts", type=Path, metavar="JSON", help="a fixed split: file names of training, validation and test")
@@ -322,8 +330,8 @@ def _add_split(commands: argparse._SubParsersAction) -> None:
     action.set_defaults(function=split)
 
 
-def _add_corpus(commands: argparse._SubParsersAction) -> None:
-    action = commands.add_parser("index", help=index.__doc__.splitlines()[0])
+def _add_corpus(commands: Commands) -> None:
+    action = commands.add_parser("index", help=_first_line(index))
     action.add_argument(
         "folders", type=Path, nargs="+", metavar="FOLDER", help="folders of volumes; with --merge: shards' lists"
     )
@@ -343,20 +351,20 @@ def _add_corpus(commands: argparse._SubParsersAction) -> None:
     action.add_argument("--shard", default="1/1", metavar="I/N", help="only the I-th of N parts")
     action.add_argument("--merge", action="store_true", help="write one list of several shards'")
     action.set_defaults(function=index)
-    action = commands.add_parser("curate", help=curate.__doc__.splitlines()[0])
+    action = commands.add_parser("curate", help=_first_line(curate))
     action.add_argument("list", type=Path, help="datalist (JSON)")
     action.add_argument("--rules", required=True, help="YAML file or name; pretrain/curation/paper: the paper's")
     action.add_argument("--output", type=Path, required=True, help="datalist to write")
     action.add_argument("--explain", action="store_true", help="print what each rule kept")
     action.set_defaults(function=curate)
-    action = commands.add_parser("overlap", help=overlap.__doc__.splitlines()[0])
+    action = commands.add_parser("overlap", help=_first_line(overlap))
     action.add_argument("first", type=Path, help="datalist (JSON)")
     action.add_argument("second", type=Path, help="datalist, or weights that carry the hashes of their training scans")
     action.set_defaults(function=overlap)
 
 
-def _add_embed(commands: argparse._SubParsersAction) -> None:
-    action = commands.add_parser("embed", help=embed.__doc__.splitlines()[0])
+def _add_embed(commands: Commands) -> None:
+    action = commands.add_parser("embed", help=_first_line(embed))
     action.add_argument("source", type=Path, metavar="LIST|FOLDER", help="datalist (JSON), or a folder, which is indexed first")
     action.add_argument("--weights", required=True, help="path, owner/name on the Hugging Face hub, demo, or a network's name")
     action.add_argument("--output", type=Path, required=True, help="the table (.parquet); its other files lie beside it")

@@ -39,7 +39,7 @@ def find_config(name_or_path: str | Path) -> Path:
     return known[name]
 
 
-def config_keys(node: Any = Config, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field]]:
+def config_keys(node: Any = Config, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field[Any]]]:
     """All (dotted key, dataclass field) pairs of the schema, leaves only, in order."""
     for f in dataclasses.fields(node):
         default = f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default

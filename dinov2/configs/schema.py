@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dinov2.configs.errors import ConfigError, nearest
+from dinov2.geometry import triple
 
 ARCH_NAMES = ("vit_tiny_3d", "vit_small_3d", "vit_base_3d", "vit_large_3d", "vit_giant2_3d")
 ARCH_SHAPES = {  # embed_dim, depth, num_heads
@@ -238,7 +239,7 @@ class StudentConfig:
     def shape(self) -> tuple[int, int, int]:
         """(embed_dim, depth, num_heads): the arch's, where a key of its own does not replace it."""
         own = (self.embed_dim, self.depth, self.num_heads)
-        return tuple(a if o is None else o for a, o in zip(ARCH_SHAPES[self.arch], own, strict=True))
+        return triple(a if o is None else o for a, o in zip(ARCH_SHAPES[self.arch], own, strict=True))
 
 
 @dataclass

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import numpy as np
 import torch
@@ -72,23 +73,29 @@ def _rotated(volume: Tensor, plan: ap.CropPlan) -> Tensor:
 
 def apply_intensity(x: Tensor, step: ap.Intensity) -> Tensor:
     """One planned intensity change of [1, s, s, s]."""
+    return torch.as_tensor(_transform(step)(x))  # a tensor already; MONAI's transforms are declared to return arrays too
+
+
+def _transform(step: ap.Intensity) -> Callable[[Tensor], np.ndarray | Tensor]:
     match step:
         case ap.Gamma(gamma):
-            return AdjustContrast(gamma)(x)
+            return AdjustContrast(gamma)
         case ap.Noise(std, seed):
-            return RandGaussianNoise(prob=1.0, std=std, sample_std=False).set_random_state(seed)(x)
+            noise = RandGaussianNoise(prob=1.0, std=std, sample_std=False)
+            noise.set_random_state(seed)
+            return noise
         case ap.HistogramShift(points):
-            return _histogram_shift(x, points)
+            return partial(_histogram_shift, points=points)
         case ap.Smooth(sigma):
-            return GaussianSmooth(sigma)(x)
+            return GaussianSmooth(sigma)
         case ap.Sharpen(sigma1, sigma2, alpha):
-            return GaussianSharpen(sigma1, sigma2, alpha)(x)
+            return GaussianSharpen(sigma1, sigma2, alpha)
         case ap.Gibbs(alpha):
-            return GibbsNoise(alpha)(x)
+            return GibbsNoise(alpha)
     raise TypeError(f"unknown intensity step {step!r}")
 
 
-def _histogram_shift(x: Tensor, points: tuple[float, ...]) -> Tensor:
+def _histogram_shift(x: Tensor, points: tuple[float, ...]) -> np.ndarray | Tensor:
     """MONAI's histogram shift with given control points (its transform only draws its own)."""
     low, high = x.min(), x.max()
     if low == high:

@@ -13,8 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-Size3 = tuple[int, int, int]
-Range = tuple[float, float]
+from dinov2.geometry import Range, Size3, pair, triple
 
 ASPECT_RATIO = (0.9, 1 / 0.9)
 TURN_P = 0.3
@@ -32,10 +31,10 @@ class Box:
 
     @property
     def size(self) -> Size3:
-        return tuple(b - a for a, b in zip(self.start, self.stop, strict=True))
+        return triple(b - a for a, b in zip(self.start, self.stop, strict=True))
 
     def shifted(self, by: Size3) -> Box:
-        start, stop = (tuple(x + o for x, o in zip(edge, by, strict=True)) for edge in (self.start, self.stop))
+        start, stop = (triple(x + o for x, o in zip(edge, by, strict=True)) for edge in (self.start, self.stop))
         return Box(start, stop)
 
 
@@ -132,7 +131,7 @@ def plan_crop(shape_hwd: Size3, in_slice_scale: Range, cross_slice_scale: Range,
 
 def _in_slice_box(height: int, width: int, scale: Range, rng: np.random.Generator) -> tuple[int, int, int, int]:
     """(top, left, h, w) as torchvision's RandomResizedCrop chooses them: ten tries, then a central box."""
-    log_ratio = tuple(math.log(r) for r in ASPECT_RATIO)
+    log_ratio = pair(math.log(r) for r in ASPECT_RATIO)
     for _ in range(10):
         area = height * width * rng.uniform(*scale)
         aspect = math.exp(rng.uniform(*log_ratio))
@@ -149,8 +148,8 @@ def plan_region(shape_hwd: Size3, edges_vox: tuple[float, float, float] | None, 
     if edges_vox is None:
         return Box((0, 0, 0), shape_hwd)
     sizes = [min(n, max(1, round(edge))) for n, edge in zip(shape_hwd, edges_vox, strict=True)]
-    start = tuple(int(rng.integers(n - size + 1)) for n, size in zip(shape_hwd, sizes, strict=True))
-    return Box(start, tuple(a + size for a, size in zip(start, sizes, strict=True)))
+    start = triple(int(rng.integers(n - size + 1)) for n, size in zip(shape_hwd, sizes, strict=True))
+    return Box(start, triple(a + size for a, size in zip(start, sizes, strict=True)))
 
 
 def plan_turns(

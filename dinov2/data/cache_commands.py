@@ -123,7 +123,8 @@ def verify(datalist: Datalist, folder: Path, remove: bool, say: Say) -> int:
         0 where the cache is complete and whole, else 2.
     """
     cache = VolumeCache(folder)
-    bad, unlisted, belonging = 0, 0, set()
+    bad, unlisted = 0, 0
+    belonging: set[str] = set()
     missing = [e.image for e in tqdm(datalist.entries, unit="entry", disable=None) if not _keys(cache, e, belonging)]
     for path in tqdm(sorted(cache.items()), unit="file", disable=None):
         try:

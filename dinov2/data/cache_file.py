@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from dinov2.data.preprocess import Volume
+from dinov2.geometry import triple
 
 MAGIC = b"DINOVOL1"
 ALIGNMENT = 64
@@ -55,8 +56,8 @@ class Item:
             voxels = np.frombuffer(self.payload, np.dtype("<i2"), int(np.prod(shape))).reshape(shape)
         else:
             voxels = _decompress(self.payload, shape, h["rows"], h["slabs"])
-        box = tuple(slice(a, b) for a, b in h["box"])
-        return Volume(voxels[None], tuple(h["spacing_mm"]), h["moved_axis"], box)
+        box = triple(slice(a, b) for a, b in h["box"])
+        return Volume(voxels[None], triple(h["spacing_mm"]), h["moved_axis"], box)
 
 
 def encode(volume: Volume, source: dict[str, Any]) -> bytes:
@@ -137,7 +138,7 @@ def _decompress(payload: memoryview, shape: tuple[int, ...], rows: int, slabs: l
     voxels = np.empty(shape, np.dtype("<i2"))
     at = 0
     for i, length in enumerate(slabs):
-        out = memoryview(voxels[i * rows : (i + 1) * rows]).cast("B")
+        out = voxels[i * rows : (i + 1) * rows].data.cast("B")
         blosc2.decompress2(payload[at : at + length], dst=out, nthreads=1)
         at += length
     return voxels

@@ -26,6 +26,7 @@ from dinov2.data.preprocess import INT16_SCALE, Volume, foreground_box
 from dinov2.data.recipes import Recipe
 from dinov2.data.volumes import RawVolume, open_volume
 from dinov2.errors import BadInput
+from dinov2.geometry import Spacing, triple
 
 PREPARATION = 2  # raised with every change of what is made from the same files and recipe; part of the cache's keys
 SAME_PLACE = 0.1  # of a voxel, by which the corners of a case's files may lie apart
@@ -52,7 +53,18 @@ class Case:
         return self.item.case
 
     @property
-    def spacing_mm(self) -> tuple[float, float, float]:
+    def truth(self) -> Tensor:
+        """`label` where one is needed.
+
+        Raises:
+            BadInput: There is none.
+        """
+        if self.label is None:
+            raise BadInput(f"{self.name}: has no label map: list one for it, or leave the case out")
+        return self.label
+
+    @property
+    def spacing_mm(self) -> Spacing:
         """Along H, W, D."""
         return self.grid.spacing_mm
 
@@ -116,10 +128,20 @@ def _open(item: Item, recipe: Recipe) -> list[RawVolume]:
 
 def _open_one(path: str, channel: int) -> RawVolume:
     raw = open_volume(Entry(path, (), axes="xyzc", channel=channel))
+    _affine(raw)
+    return raw
+
+
+def _affine(raw: RawVolume) -> np.ndarray:
+    """[4, 4] voxel -> mm of an opened file.
+
+    Raises:
+        BadInput: It has none that can be used.
+    """
     affine = raw.image.affine
     if affine is None or not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9:
-        raise BadInput(f"{path}: its header does not say where its voxels lie (no usable affine): save it with an affine")
-    return raw
+        raise BadInput(f"{raw.path}: its header does not say where its voxels lie (no usable affine): save it with an affine")
+    return affine
 
 
 def _num_channels(raw: RawVolume) -> int:
@@ -132,23 +154,23 @@ def _check_same_grid(case: str, first: RawVolume, other: RawVolume) -> None:
     Raises:
         BadInput: Named with what differs.
     """
-    shape, other_shape = (tuple(raw.image.shape[:3]) for raw in (first, other))
+    shape, other_shape = (triple(raw.image.shape[:3]) for raw in (first, other))
     pair = f"{case}: {other.path} and {first.path}"
     if shape != other_shape:
         raise BadInput(f"{pair} have shapes {other_shape} and {shape}: resample one to the other's grid")
-    axes, other_axes = ("".join(nib.aff2axcodes(raw.image.affine)) for raw in (first, other))
+    axes, other_axes = ("".join(nib.aff2axcodes(_affine(raw))) for raw in (first, other))
     if axes != other_axes:
         raise BadInput(f"{pair} have orientations {other_axes} and {axes}: save both in one orientation")
-    apart = farthest_corner_mm(shape, first.image.affine, other.image.affine)
+    apart = farthest_corner_mm(shape, _affine(first), _affine(other))
     if apart > SAME_PLACE * min(first.spacing_mm):
         raise BadInput(f"{pair} lie up to {apart:.3g} mm apart by their headers: resample one to the other's grid")
 
 
 def _grid(raw: RawVolume, recipe: Recipe, resize_scale: float) -> GridMap:
-    affine = np.asarray(raw.image.affine, dtype=np.float64)
-    own = GridMap(tuple(raw.image.shape[:3]), affine, recipe.space.orientation, None)
+    affine = np.asarray(_affine(raw), dtype=np.float64)
+    own = GridMap(triple(raw.image.shape[:3]), affine, recipe.space.orientation, None)
     wanted = recipe.space.spacing_mm or (own.spacing_mm if resize_scale != 1 else None)
-    return dataclasses.replace(own, wanted_spacing_mm=None if wanted is None else tuple(s / resize_scale for s in wanted))
+    return dataclasses.replace(own, wanted_spacing_mm=None if wanted is None else triple(s / resize_scale for s in wanted))
 
 
 def _prepare_channel(raw: RawVolume, grid: GridMap, recipe: Recipe) -> np.ndarray:
@@ -221,10 +243,11 @@ def restore_prediction(prediction: Tensor, case: Case) -> nib.Nifti1Image:
     if label.shape != case.grid.shape:
         raise ValueError(f"{case.name}: prediction {label.shape}, expected the case's {case.grid.shape}")
     stored = case.grid.restore(label).astype(np.uint8 if label.max(initial=0) < 256 else np.int16)
-    source = Path(case.item.images[0])
-    if format_by_name(source) not in (NIFTI, PAIR):
+    path = Path(case.item.images[0])
+    source = nib.load(path) if format_by_name(path) in (NIFTI, PAIR) else None
+    if not isinstance(source, nib.AnalyzeImage):  # what NIfTI's classes derive from
         return nib.Nifti1Image(stored, case.grid.stored_affine)
-    header = nib.load(source).header.copy()
+    header = source.header.copy()
     header.set_data_dtype(stored.dtype)
     header["cal_min"] = header["cal_max"] = 0  # the image's window means nothing here
     return nib.Nifti1Image(stored, case.grid.stored_affine, header)  # the same affine: both forms of the header stay
@@ -267,19 +290,20 @@ class Cases:
             BadInput: As `prepare_case`.
         """
         item = self.items[index]
-        key = self._key(item) if self.cache else None
-        cached = self.cache.open(key, item.case) if self.cache else None
+        if self.cache is None:
+            return prepare_case(item, self.recipe, self.resize_scale)
+        key = self._key(item, self.cache)
+        cached = self.cache.open(key, item.case)
         if cached is not None:
             return _decode(item, cached.volume().voxels[0], cached.header["source"])
         case = prepare_case(item, self.recipe, self.resize_scale)
-        if self.cache:
-            self.cache.write(key, *_encode(case))
+        self.cache.write(key, *_encode(case))
         return case
 
-    def _key(self, item: Item) -> str | None:
+    def _key(self, item: Item, cache: VolumeCache) -> str | None:
         """Names what is cached by all that it is made from; None where a file cannot be read."""
         files = [*item.images, *([item.label] if isinstance(item.label, str) else [])]
-        sources = [self.cache.fingerprint(path) for path in files]
+        sources = [cache.fingerprint(path) for path in files]
         if None in sources:
             return None
         recipe = dataclasses.asdict(self.recipe)
@@ -304,14 +328,14 @@ def _encode(case: Case) -> tuple[Volume, dict[str, Any]]:
         "orientation": case.grid.orientation,
         "wanted_spacing_mm": case.grid.wanted_spacing_mm,
     }
-    return Volume(voxels.numpy(), case.spacing_mm, 2, tuple(slice(0, n) for n in voxels.shape[1:])), source
+    return Volume(voxels.numpy(), case.spacing_mm, 2, triple(slice(0, n) for n in voxels.shape[1:])), source
 
 
 def _decode(item: Item, voxels: Tensor, source: dict[str, Any]) -> Case:
     """The reverse of `_encode`; voxels [(C + 1) * H, W, D]."""
-    spacing = source["wanted_spacing_mm"]
+    wanted = source["wanted_spacing_mm"]
     affine = np.array(source["stored_affine"])
-    grid = GridMap(tuple(source["stored_shape"]), affine, source["orientation"], None if spacing is None else tuple(spacing))
+    grid = GridMap(triple(source["stored_shape"]), affine, source["orientation"], wanted and triple(wanted))
     planes = voxels.unflatten(0, (source["channels"] + source["labelled"], -1))  # [C + 1, H, W, D]
     label = planes[source["channels"] :].clone() if source["labelled"] else None
     return Case(item, _from_16_bits(planes[: source["channels"]]), label, grid)

@@ -7,6 +7,8 @@ C channels, s the crop's edge (voxels).
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -16,6 +18,7 @@ from dinov2.data import augmentation_plan as ap
 from dinov2.data.apply_fast import apply_intensity_
 from dinov2.data.cases import Case
 from dinov2.data.recipes import Recipe, Training
+from dinov2.geometry import triple
 
 ROTATION, SCALE, SHIFT = 30.0, (0.8, 1.25), 0.1  # of a random affine map: degrees about each axis, factor, share of the edge
 NOISE_STD = 0.1  # largest, MONAI's default
@@ -34,10 +37,13 @@ def training_crops(case: Case, recipe: Recipe, image_size: int, rng: np.random.G
     Returns:
         `train.crops_per_volume` times `image` [C, s, s, s] float32 and `label` [1, s, s, s] int16.
 
+    Raises:
+        BadInput: It has none.
+
     Source: 3DINO paper, Methods, "3DINO segmentation", and the customary settings of each set (`configs/eval/datasets`).
     """
     plan = recipe.train
-    image, label = case.image, case.label
+    image, label = case.image, case.truth
     if plan.foreground_crop:
         box = foreground_box(image)
         image, label = image[:, *box], label[:, *box]
@@ -62,7 +68,7 @@ def foreground_box(image: Tensor) -> tuple[slice, slice, slice]:
     for axis in range(3):
         along = inside.any(dim=[a for a in range(3) if a != axis]).nonzero().flatten().tolist()
         box.append(slice(along[0], along[-1] + 1) if along else slice(None))
-    return tuple(box)
+    return triple(box)
 
 
 def _random_start(image: Tensor, label: Tensor, size: int, plan: Training, rng: np.random.Generator) -> list[int]:
@@ -135,8 +141,12 @@ def _one_of(view: Tensor, name: str, rng: np.random.Generator) -> Tensor:
         std = rng.uniform(0.0, NOISE_STD)
         steps: list[ap.Intensity] = [ap.Noise(std, int(rng.integers(2**31))) for _ in view]
     else:
-        plans = {"gamma": lambda: ap.Gamma(rng.uniform(0.5, 2.0)), "smooth": lambda: ap.plan_smooth(rng)}
-        steps = [plans.get(name, lambda: ap.plan_sharpen(rng))()] * len(view)
+        plans: dict[str, Callable[[], ap.Intensity]] = {
+            "gamma": lambda: ap.Gamma(rng.uniform(0.5, 2.0)),
+            "smooth": lambda: ap.plan_smooth(rng),
+            "sharpen": lambda: ap.plan_sharpen(rng),
+        }
+        steps = [plans[name]()] * len(view)
     return torch.cat([apply_intensity_(channel[None].contiguous(), step) for channel, step in zip(view, steps, strict=True)])
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from dinov2.errors import BadInput
 from dinov2.files import replacing
+from dinov2.geometry import Spacing, triple
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +36,7 @@ class Entry:
 
     image: str
     shape: tuple[int, ...]
-    spacing_mm: tuple[float, float, float] | None = None
+    spacing_mm: Spacing | None = None
     axes: str | None = None
     channel: int | None = None
     extra: dict[str, Any] = field(default_factory=dict, compare=False)
@@ -106,8 +107,7 @@ def _entry(item: Any, path: Path, i: int) -> Entry:
     where = f"{where} ({item['image']})"
     shape, spacing = item.get("shape"), item.get("spacing")
     numbers = (int, float)
-    whole = isinstance(shape, list) and len(shape) in (3, 4) and all(isinstance(s, int) and s > 0 for s in shape)
-    if not whole:
+    if not (isinstance(shape, list) and len(shape) in (3, 4) and all(isinstance(s, int) and s > 0 for s in shape)):
         raise BadInput(f"{where}: shape must be three or four positive integers, got {json.dumps(shape)}")
     ok = isinstance(spacing, list) and len(spacing) >= 3 and all(isinstance(s, numbers) for s in spacing[:3])
     if spacing is not None and not ok:
@@ -120,7 +120,7 @@ def _entry(item: Any, path: Path, i: int) -> Entry:
     return Entry(
         image=os.path.normpath(path.parent.absolute() / item["image"]),
         shape=tuple(shape),
-        spacing_mm=None if spacing is None else tuple(float(s) for s in spacing[:3]),
+        spacing_mm=None if spacing is None else triple(float(s) for s in spacing[:3]),
         axes=axes,
         channel=channel,
         extra={k: v for k, v in item.items() if k not in _KNOWN},

@@ -150,9 +150,9 @@ def _label(item: dict[str, Any], recipe: Recipe, folder: Path, where: str) -> st
     if recipe.bins:
         inside = [_is_number(value) and low <= value < high for low, high in recipe.bins.values()]
     else:
-        inside = [value in (number, name) for number, name in recipe.classes.items()]
+        inside = [value in (number, name) for number, name in (recipe.classes or {}).items()]
     if not any(inside):
-        classes = recipe.bins or recipe.classes
+        classes = recipe.bins or recipe.classes or {}
         raise BadInput(f"{where} ({_brief(item)}): label {json.dumps(value)[:80]} is in none of the recipe's {dict(classes)}")
     return inside.index(True)
 

@@ -12,8 +12,9 @@ from functools import cached_property
 import nibabel as nib
 import numpy as np
 
+from dinov2.geometry import Size3, Spacing, triple
+
 SAME_SPACING = 1e-3  # relative difference up to which a spacing counts as the wanted one, and is kept
-Size3 = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class GridMap:
     stored_shape: Size3
     stored_affine: np.ndarray
     orientation: str
-    wanted_spacing_mm: tuple[float, float, float] | None
+    wanted_spacing_mm: Spacing | None
 
     @cached_property
     def _turn(self) -> np.ndarray:
@@ -44,20 +45,20 @@ class GridMap:
 
     @cached_property
     def _oriented_shape(self) -> Size3:
-        return tuple(self.stored_shape[int(np.argwhere(self._turn[:, 0] == axis)[0, 0])] for axis in range(3))
+        return triple(self.stored_shape[int(np.argwhere(self._turn[:, 0] == axis)[0, 0])] for axis in range(3))
 
     @cached_property
     def _steps(self) -> tuple[float, float, float]:
         """Distance of prepared voxels in oriented ones, along each axis; exactly 1 where nothing is resampled."""
         own = np.linalg.norm(self._oriented_affine[:3, :3], axis=0)
         steps = np.ones(3) if self.wanted_spacing_mm is None else np.array(self.wanted_spacing_mm) / own
-        return tuple(1.0 if abs(s - 1) <= SAME_SPACING else float(s) for s in steps)
+        return triple(1.0 if abs(s - 1) <= SAME_SPACING else float(s) for s in steps)
 
     @cached_property
     def shape(self) -> Size3:
         """(H, W, D)."""
         sizes = zip(self._oriented_shape, self._steps, strict=True)
-        return tuple(n if step == 1 else int(np.round((n - 1) / step + 1)) for n, step in sizes)
+        return triple(n if step == 1 else int(np.round((n - 1) / step + 1)) for n, step in sizes)
 
     @cached_property
     def affine(self) -> np.ndarray:
@@ -65,9 +66,9 @@ class GridMap:
         return self._oriented_affine @ np.diag([*self._steps, 1.0])
 
     @cached_property
-    def spacing_mm(self) -> tuple[float, float, float]:
+    def spacing_mm(self) -> Spacing:
         """Along H, W, D."""
-        return tuple(float(s) for s in np.linalg.norm(self.affine[:3, :3], axis=0))
+        return triple(float(s) for s in np.linalg.norm(self.affine[:3, :3], axis=0))
 
     def prepare(self, stored: np.ndarray, linear: bool) -> np.ndarray:
         """A stored array on the prepared grid.

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dinov2.errors import BadInput, BadVolume
+from dinov2.geometry import Range, Spacing, triple
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -44,7 +45,7 @@ class Volume:
     """
 
     stored: np.ndarray
-    spacing_mm: tuple[float, float, float]
+    spacing_mm: Spacing
     moved_axis: int
     box: tuple[slice, slice, slice]
 
@@ -65,7 +66,7 @@ class Volume:
         return np.ascontiguousarray(np.moveaxis(stored, self.moved_axis, -1)[self.box])
 
 
-def slice_axis(spacing_mm: tuple[float, float, float]) -> int:
+def slice_axis(spacing_mm: Spacing) -> int:
     """Which axis runs across slices: the one beside the two equally spaced ones.
 
     All equal: the last. Several pairs within the tolerance: the closest pair is in-plane. None: the coarsest axis.
@@ -80,7 +81,7 @@ def slice_axis(spacing_mm: tuple[float, float, float]) -> int:
     return int(np.argmax(spacing_mm))
 
 
-def preprocess(voxels: np.ndarray, spacing_mm: tuple[float, float, float], name: str) -> Volume:
+def preprocess(voxels: np.ndarray, spacing_mm: Spacing, name: str) -> Volume:
     """Preprocess one time point.
 
     Args:
@@ -94,12 +95,12 @@ def preprocess(voxels: np.ndarray, spacing_mm: tuple[float, float, float], name:
     voxels = normalise(voxels, name)
     axis = slice_axis(spacing_mm)
     voxels = np.moveaxis(voxels, axis, -1)
-    spacing = [s for i, s in enumerate(spacing_mm) if i != axis] + [spacing_mm[axis]]
+    spacing = triple([*(s for i, s in enumerate(spacing_mm) if i != axis), spacing_mm[axis]])
     box = foreground_box(voxels)
-    return Volume(to_16_bits(voxels[box])[None], tuple(spacing), axis, box)
+    return Volume(to_16_bits(voxels[box])[None], spacing, axis, box)
 
 
-def normalise(voxels: np.ndarray, name: str, percentiles: tuple[float, float] = PERCENTILES) -> np.ndarray:
+def normalise(voxels: np.ndarray, name: str, percentiles: Range = PERCENTILES) -> np.ndarray:
     """Intensities to [-1, 1], clipped: the percentiles become -1 and 1.
 
     Args:
@@ -118,7 +119,7 @@ def normalise(voxels: np.ndarray, name: str, percentiles: tuple[float, float] = 
     return np.clip(voxels, -1.0, 1.0, out=voxels)
 
 
-def percentiles_of(preprocessing: Mapping[str, Any]) -> tuple[float, float]:
+def percentiles_of(preprocessing: Mapping[str, Any]) -> Range:
     """The one thing in which weights' preprocessing may differ from this version's.
 
     Raises:
@@ -156,7 +157,7 @@ def fill_non_finite(voxels: np.ndarray, name: str) -> np.ndarray:
     return np.where(finite, voxels, voxels[finite].mean(dtype=np.float64)).astype(np.float32)
 
 
-def intensity_range(voxels: np.ndarray, name: str, percentiles: tuple[float, float] = PERCENTILES) -> tuple[float, float]:
+def intensity_range(voxels: np.ndarray, name: str, percentiles: Range = PERCENTILES) -> Range:
     """The values that become -1 and 1.
 
     Raises:
@@ -178,6 +179,6 @@ def bounding_box(inside: np.ndarray) -> tuple[slice, slice, slice]:
     """Of the true cells of [H, W, D], at least one."""
     box = []
     for axis in range(3):
-        along = inside.any(axis=tuple(a for a in range(3) if a != axis)).nonzero()[0]
+        along = np.flatnonzero(inside.any(axis=tuple(a for a in range(3) if a != axis)))
         box.append(slice(int(along[0]), int(along[-1]) + 1))
-    return tuple(box)
+    return triple(box)

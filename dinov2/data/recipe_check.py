@@ -113,12 +113,12 @@ def describe_case(case: Case, recipe: Recipe) -> Findings:
         masks = recipe.masks(case.label)
         shares = {n: float(mask.float().mean()) for n, mask in zip(recipe.output_names, masks, strict=True)}
         lines.append("  voxels: " + ", ".join(f"{name} {share:.2%}" for name, share in shares.items()))
-        warnings += _label_warnings(case)
+        warnings += _label_warnings(case, case.label)
     return Findings(lines, warnings, shares)
 
 
-def _label_warnings(case: Case) -> list[str]:
-    labelled = case.label[0] != 0
+def _label_warnings(case: Case, label: Tensor) -> list[str]:
+    labelled = label[0] != 0
     if not labelled.any():
         return [f"{case.name}: nothing is labelled"]
     outside = float((case.image == BACKGROUND).all(0)[labelled].float().mean())

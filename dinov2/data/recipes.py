@@ -175,7 +175,7 @@ class Recipe:
         """Names of the network's outputs, in their order; of a segmentation by classes, the background is the first."""
         if self.task == "regression":
             return ["value"]
-        return list(self.regions or self.bins or self.classes.values())
+        return list(self.regions or self.bins or (self.classes or {}).values())
 
     @property
     def num_outputs(self) -> int:
@@ -265,7 +265,7 @@ def _regions(given: Any) -> dict[str, list[int]]:
         given = LABEL_SCHEMES[given]
     require(isinstance(given, Mapping), f"regions={given!r} must be a label scheme or {{name: [label values]}}")
     for name, group in given.items():
-        ok = isinstance(group, list) and group and all(type(v) is int and 0 < v <= MAX_LABEL for v in group)
+        ok = isinstance(group, list) and len(group) > 0 and all(type(v) is int and 0 < v <= MAX_LABEL for v in group)
         require(ok, f"regions.{name}={group!r} must be a list of label values above 0")
     return {str(name): list(group) for name, group in given.items()}
 

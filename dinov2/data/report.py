@@ -13,7 +13,7 @@ import json
 import logging
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -145,7 +145,7 @@ def _stacked_bars(entries: list[Entry]) -> str:
     return f'<div class="legend">{legend}</div><div class="bars">{"".join(rows)}</div>'
 
 
-def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
     shown = rows[:MAX_ROWS]
     if len(rows) > len(shown):
         shown = [*shown, (f"and {len(rows) - len(shown):,} more", *[""] * (len(head) - 1))]
@@ -158,7 +158,7 @@ def _histograms(entries: list[Entry]) -> str:
     across = [slice_axis(spacing) for _, spacing in known]
     in_plane = [max(n for i, n in enumerate(shape) if i != axis) for (shape, _), axis in zip(known, across, strict=True)]
     spacing = [min(s for i, s in enumerate(mm) if i != axis) for (_, mm), axis in zip(known, across, strict=True)]
-    figures = [
+    figures: list[tuple[str, Sequence[float], str]] = [
         ("voxels in plane (longer side)", in_plane, ""),
         ("slices", [shape[axis] for (shape, _), axis in zip(known, across, strict=True)], ""),
         ("voxels along the smallest axis", [min(shape) for shape, _ in known], ""),

@@ -151,7 +151,7 @@ def _save(case: Case, image: np.ndarray, label: np.ndarray, spacing: list[float]
 
 def write_list(path: Path, cases: list[Case]) -> None:
     """The pretraining datalist of generated cases."""
-    images = [nib.load(c.image) for c in cases]
+    images = [nib.Nifti1Image.from_filename(c.image) for c in cases]
     write_datalist(
         path,
         (

@@ -16,7 +16,7 @@ matplotlib.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spin
 COLOURS = {"demo encoder": "tab:green", "trained": "tab:blue", "untrained": "tab:orange", "raw patch": "tab:gray"}
 
 
-def draw_curves(rows: list[dict], prototypes: tuple[int, int], path: Path) -> None:
+def draw_curves(rows: list[dict[str, float]], prototypes: tuple[int, int], path: Path) -> None:
     """Losses, entropies, and the collapse monitors against the iteration.
 
     Args:
@@ -27,22 +27,22 @@ def draw_curves(rows: list[dict], prototypes: tuple[int, int], path: Path) -> No
     axes = figure.subplots(1, 3)
     steps = [r["iteration"] for r in rows]
 
-    def line(axis: matplotlib.axes.Axes, name: str, label: str, **style: object) -> None:
-        axis.plot(steps, [r[name] for r in rows], label=label, **style)
+    def line(axis: matplotlib.axes.Axes, name: str, label: str, colour: str) -> None:
+        axis.plot(steps, [r[name] for r in rows], label=label, color=colour)
 
-    line(axes[0], "dino_cross_entropy", "DINO (image)", color="tab:blue")
-    line(axes[0], "ibot_cross_entropy", "iBOT (patches)", color="tab:green")
+    line(axes[0], "dino_cross_entropy", "DINO (image)", "tab:blue")
+    line(axes[0], "ibot_cross_entropy", "iBOT (patches)", "tab:green")
     for k, colour in zip(prototypes, ("tab:blue", "tab:green"), strict=True):
         axes[0].axhline(math.log(k), color=colour, ls=":", lw=1)
     axes[0].set_title("cross-entropy, nats (dotted: log K)")
-    line(axes[1], "teacher_entropy", "teacher", color="tab:red")
-    line(axes[1], "student_entropy", "student", color="tab:purple")
+    line(axes[1], "teacher_entropy", "teacher", "tab:red")
+    line(axes[1], "student_entropy", "student", "tab:purple")
     axes[1].axhline(math.log(prototypes[0]), color="black", ls=":", lw=1)
     axes[1].set_title("entropy, nats (dotted: log K, a collapse)")
-    line(axes[2], "feature_rank", "effective rank", color="tab:brown")
-    line(axes[2], "prototypes_used", "prototypes used", color="tab:olive")
+    line(axes[2], "feature_rank", "effective rank", "tab:brown")
+    line(axes[2], "prototypes_used", "prototypes used", "tab:olive")
     twin = axes[2].twinx()
-    line(twin, "mean_cosine", "mean cosine (right)", color="tab:cyan")
+    line(twin, "mean_cosine", "mean cosine (right)", "tab:cyan")
     twin.set_ylim(-0.1, 1)
     axes[2].set_title("class tokens (cosine near 1: a collapse)")
     for axis in axes:

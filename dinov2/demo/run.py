@@ -6,6 +6,7 @@ import json
 import logging
 import shlex
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -73,9 +74,10 @@ def run_demo(output: Path, data: Path | None, seed: int, overrides: list[str], s
             picture = Entry(str(first.image), (1, 1, 1))
         else:
             train, test = [], []
-            picture = list_folder(data, output, say)
-            if picture is None:
+            held_out = list_folder(data, output, say)
+            if held_out is None:
                 return EXIT_RESUMABLE
+            picture = held_out
             show_encoder(encoder.backbone, picture, output, say)
         teacher, cfg, code = train_small(output, seed, overrides, say)
         if code != EXIT_OK:
@@ -165,10 +167,10 @@ def measure(
     check = [labelled_crops(c, p, seed + 1) for c in test]
     untrained = [build_model_for_eval(cfg, "random", seed=s) for s in UNTRAINED_SEEDS]
     extractors: dict[str, list[Callable[[Tensor], Tensor]]] = {
-        "demo encoder": [lambda w: patch_features(demo, w)],
-        "trained": [lambda w: patch_features(trained, w)],
-        "untrained": [lambda w, net=net: patch_features(net, w) for net in untrained],
-        "raw patch": [lambda w: raw_features(w, p)],
+        "demo encoder": [partial(patch_features, demo)],
+        "trained": [partial(patch_features, trained)],
+        "untrained": [partial(patch_features, net) for net in untrained],
+        "raw patch": [partial(raw_features, patch_size=p)],
     }
     scores: dict[int, dict[str, list[float]]] = {n: {name: [] for name in extractors} for n in LABELLED}
     for name, functions in extractors.items():

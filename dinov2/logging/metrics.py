@@ -5,8 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from types import TracebackType
+from typing import TYPE_CHECKING, TextIO
 
 from dinov2.files import to_json, write_text
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 METRICS_FILE = "training_metrics.json"
 
@@ -32,7 +36,7 @@ class MetricWriter:
     """
 
     def __init__(self, output_dir: Path, start_iteration: int, is_writing: bool = True) -> None:
-        self._file = self._board = None
+        self._out: tuple[TextIO, SummaryWriter] | None = None
         if not is_writing:
             return
         path = output_dir / METRICS_FILE
@@ -40,29 +44,31 @@ class MetricWriter:
         write_text(path, "".join(to_json(row) + "\n" for row in kept))
         from torch.utils.tensorboard import SummaryWriter  # here: it takes two seconds, and a command needs none
 
-        self._file = path.open("a", buffering=1)  # a line at a time
-        self._board = SummaryWriter(str(output_dir / "tensorboard"), purge_step=start_iteration)
+        file = path.open("a", buffering=1)  # a line at a time
+        self._out = file, SummaryWriter(str(output_dir / "tensorboard"), purge_step=start_iteration)
 
     def write(self, metrics: dict[str, float]) -> None:
         """One line; `iteration` is the step on TensorBoard's axis."""
-        if self._file is None:
+        if self._out is None:
             return
-        self._file.write(to_json(metrics) + "\n")
+        file, board = self._out
+        file.write(to_json(metrics) + "\n")
         for name, value in metrics.items():
             if name != "iteration":
-                self._board.add_scalar(f"train/{name}", value, int(metrics["iteration"]))
+                board.add_scalar(f"train/{name}", value, int(metrics["iteration"]))
 
     def write_image(self, name: str, path: Path, iteration: int) -> None:
         """Show a PNG file on TensorBoard."""
-        if self._board is not None:
+        if self._out is not None:
             from matplotlib.image import imread
 
-            self._board.add_image(name, imread(path)[..., :3], iteration, dataformats="HWC")
+            self._out[1].add_image(name, imread(path)[..., :3], iteration, dataformats="HWC")
 
     def __enter__(self) -> MetricWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, err: BaseException | None, tb: TracebackType | None) -> None:
-        if self._file is not None:
-            self._file.close()
-            self._board.close()
+        if self._out is not None:
+            file, board = self._out
+            file.close()
+            board.close()

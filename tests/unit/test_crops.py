@@ -16,6 +16,7 @@ from dinov2.data.downstream import Item
 from dinov2.data.grids import GridMap
 from dinov2.data.recipes import ONE_OF, Recipe, Training, load_recipe
 from dinov2.data.streams import Kind, stream
+from dinov2.errors import BadInput
 
 SHAPE = (13, 11, 9)
 PLAIN = Training(crops_per_volume=4)
@@ -97,6 +98,11 @@ def test_a_case_without_a_label_of_the_wanted_kind_takes_the_other() -> None:
     for value in (0, 1):
         made = training_crops(case(torch.full((1, *SHAPE), value, dtype=torch.int16)), recipe(crop="pos_neg"), 5, draw(0))
         assert len(made) == 4
+
+
+def test_a_case_without_a_label_map_is_refused_by_name() -> None:
+    with pytest.raises(BadInput, match="one: has no label map"):
+        training_crops(dataclasses.replace(case(), label=None), recipe(), 5, draw(0))
 
 
 @pytest.mark.parametrize("crop", ["random", "pos_neg"])

@@ -11,6 +11,7 @@ import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import nibabel as nib
@@ -24,6 +25,7 @@ from dinov2.data.preprocess import bounding_box, fill_non_finite, intensity_rang
 from dinov2.data.readers import ImageFile
 from dinov2.data.volumes import RawVolume, open_image, open_volume, raw_volume
 from dinov2.errors import BadVolume
+from dinov2.geometry import Spacing
 
 Row = dict[str, Any]
 
@@ -46,7 +48,7 @@ class ExamineOptions:
 
     pattern: re.Pattern[str] | None = None
     fourth_axis: str = "refuse"
-    spacing_mm: tuple[float, float, float] | None = None
+    spacing_mm: Spacing | None = None
     keep_ids: bool = False
     id_salt: str = ""
 
@@ -72,13 +74,13 @@ def examine_unit(unit: Unit, options: ExamineOptions) -> list[Row]:
     if unit.problem:
         return [problem(unit.path, *unit.problem)]
     if not unit.slices:
-        return _rows(unit.path, unit, options, lambda: open_image(unit.path))
+        return _rows(unit.path, unit, options, partial(open_image, unit.path))
     rows = []
     series, bad = series_of(os.path.join(unit.path, name) for name in unit.slices)
     for path, err in bad:
         rows.append(problem(path, err.reason, str(err)))
     for slices in series.values():
-        rows += _rows(min(s.path for s in slices), unit, options, lambda slices=slices: stack(slices))
+        rows += _rows(min(s.path for s in slices), unit, options, partial(stack, slices))
     return sorted(rows, key=lambda row: row.get("path") or row["entry"]["image"])
 
 

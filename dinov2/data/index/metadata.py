@@ -61,7 +61,8 @@ def describe_place(unit: Unit, path: str, tags: dict[str, str], pattern: re.Patt
         BadVolume: Its sidecar is no JSON object.
     """
     relative = os.path.relpath(path, unit.root).replace(os.sep, "/")
-    by_pattern = pattern.match(relative).groupdict() if pattern and pattern.match(relative) else {}
+    matched = pattern.match(relative) if pattern else None
+    by_pattern = matched.groupdict() if matched else {}
     sidecar = {k.lower(): v for k, v in read_sidecar(unit).items()}
     by_sidecar = {key: next((sidecar[n] for n in names if sidecar.get(n)), None) for key, names in _SIDECAR_KEYS.items()}
     bids = re.search(r"(?:^|[/_])sub-([A-Za-z0-9]+)", relative)

@@ -1,0 +1,32 @@
+"""Numbers along the three axes of a volume, and the two ends of a range: names of their types, and how one is made."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TypeVar
+
+T = TypeVar("T")
+
+Size3 = tuple[int, int, int]  # voxels, cells or patches
+Spacing = tuple[float, float, float]  # mm
+Range = tuple[float, float]
+
+
+def triple(values: Iterable[T]) -> tuple[T, T, T]:
+    """Three values as a tuple that the type checker knows the length of.
+
+    Raises:
+        ValueError: There are fewer or more.
+    """
+    one, two, three = values
+    return one, two, three
+
+
+def pair(values: Iterable[T]) -> tuple[T, T]:
+    """As `triple`, of two values.
+
+    Raises:
+        ValueError: There are fewer or more.
+    """
+    one, two = values
+    return one, two
