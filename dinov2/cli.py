@@ -279,7 +279,7 @@ def build_parser() -> argparse.ArgumentParser:
     checkpoint = checkpoints.add_subparsers(required=True, metavar="ACTION")
     for name, function in (("inspect", checkpoint_inspect), ("export", checkpoint_export)):
         action = checkpoint.add_parser(name, help=_first_line(function))
-        action.add_argument("path", type=Path, help="checkpoint folder, .pth or .safetensors")
+        action.add_argument("path", type=Path, help="a file, a checkpoint's or run's folder, owner/name on the hub, or demo")
         if name == "export":
             action.add_argument("output", type=Path, help=".pth or .safetensors")
             action.add_argument("--chunks", type=int, help="groups in the names of the blocks, 0: flat; default: as they are")
@@ -359,14 +359,20 @@ def _add_corpus(commands: Commands) -> None:
     action.set_defaults(function=curate)
     action = commands.add_parser("overlap", help=_first_line(overlap))
     action.add_argument("first", type=Path, help="datalist (JSON)")
-    action.add_argument("second", type=Path, help="datalist, or weights that carry the hashes of their training scans")
+    action.add_argument(
+        "second", type=Path, help="datalist, or weights (as of embed) that carry the hashes of their training scans"
+    )
     action.set_defaults(function=overlap)
 
 
 def _add_embed(commands: Commands) -> None:
     action = commands.add_parser("embed", help=_first_line(embed))
     action.add_argument("source", type=Path, metavar="LIST|FOLDER", help="datalist (JSON), or a folder, which is indexed first")
-    action.add_argument("--weights", required=True, help="path, owner/name on the Hugging Face hub, demo, or a network's name")
+    action.add_argument(
+        "--weights",
+        required=True,
+        help="file, checkpoint's or run's folder, owner/name on the Hugging Face hub, demo, or a network's name",
+    )
     action.add_argument("--output", type=Path, required=True, help="the table (.parquet); its other files lie beside it")
     action.add_argument("--config-file", help="of the network, for weights that do not tell")
     action.add_argument("--mode", default="full_image", help="full_image, resize or sliding_window")

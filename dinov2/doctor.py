@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 
 import dinov2
-from dinov2.logging.provenance import git_state, versions
 from dinov2.data.formats import FORMATS
+from dinov2.logging.provenance import git_state, versions
 from dinov2.ops import compiled_operators, cuda_kernels
 
 _OPTIONAL = {

@@ -16,24 +16,20 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor
 
-from dinov2.configs import load_and_merge_config_3d
+from dinov2.checkpointer.teacher import RANDOM, open_teacher
 from dinov2.data.datalist import Entry
 from dinov2.data.preprocess import PREPROCESSING, normalise, percentiles_of
 from dinov2.data.scans import Scan, bare_volumes, load_scan
 from dinov2.distributed.runtime import Runtime
 from dinov2.errors import BadInput, BadVolume
-from dinov2.eval.setup import build_model_for_eval
+from dinov2.eval.setup import build_model_for_eval, config_for
 from dinov2.eval.views import View, look
-from dinov2.fsdp.export import read_teacher
 from dinov2.models import DinoVisionTransformer3d
-from dinov2.models.architecture import config_of_name, config_of_weights
-from dinov2.models.hub import WEIGHTS_SUFFIXES, fetch, is_repository
 from dinov2.models.vision_transformer import FACTORIES
-from dinov2.models.weights import load_backbone, plain_names
+from dinov2.models.weights import plain_names
 
 logger = logging.getLogger(__name__)
 
-DEMO = Path(__file__).resolve().parent / "weights" / "demo.safetensors"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 RANGE_TOLERANCE = 1e-3  # beyond [-1, 1], before bare values are taken for unprepared ones
 _NO_LICENCE = "not said (the published 3DINO-ViT weights are CC BY-NC-ND 4.0); ask their owner before you use them"
@@ -211,9 +207,9 @@ def load_encoder(
     """A frozen encoder from weights; logs their licence.
 
     Args:
-        source: A weights file (`.pth`, `.safetensors`) or training checkpoint's folder; `owner/name[@revision][:file]` on the
-            Hugging Face hub; `demo`, the small encoder that comes with the package; or the name of a network
-            (`vit_small_3d`, ...), which is then untrained.
+        source: A weights file (`.pth`, `.safetensors`); the folder of a training checkpoint or of a training run;
+            `owner/name[@revision][:file]` on the Hugging Face hub; `demo`, the small encoder that comes with the package; or
+            untrained, the name of a network (`vit_small_3d`, ...), or `random` with a configuration.
         device: `auto` (CUDA where there is one), `cpu`, `cuda`, ...
         config: Configuration (path, name or merged) of the network, for weights that do not tell.
         dtype: Of matrix products: `fp32`, `bf16`, `fp16`; `auto` is bf16 on CUDA (fp16 where it has none) and fp32 elsewhere.
@@ -227,47 +223,17 @@ def load_encoder(
     if dtype != "auto" and dtype not in DTYPES:
         raise BadInput(f"dtype {dtype!r}: choose auto, {', '.join(DTYPES)}")
     chosen = DTYPES[_best_dtype(place) if dtype == "auto" else dtype]
-    cfg = load_and_merge_config_3d(config) if isinstance(config, (str, Path)) else config
-    if str(source) in FACTORIES:
-        logger.warning("%s: an untrained network of seed %d; its features mean little", source, seed)
-        cfg = cfg or config_of_name(str(source))
-        return Encoder(_build(cfg, place, seed), PREPROCESSING, chosen, None, cfg)
-    path, licence = _find(source, cache_dir)
-    saved, meta = read_teacher(path)
-    state = plain_names(saved)
-    cfg = cfg or config_of_weights(state, meta, source)
-    backbone = _build(cfg, place, seed)
-    load_backbone(backbone, state, source)
-    licence = licence or meta.get("licence")
-    logger.warning("%s: licence of the weights: %s", source, licence or _NO_LICENCE)
-    return Encoder(backbone, meta.get("preprocessing", PREPROCESSING), chosen, licence, cfg)
-
-
-def _build(cfg: DictConfig, device: torch.device, seed: int) -> DinoVisionTransformer3d:
+    teacher = open_teacher(source, cache_dir)
+    if config is None and teacher.source == RANDOM:
+        raise BadInput(f"weights random: of which network? give a configuration, or one of {', '.join(FACTORIES)} as weights")
+    cfg = config if isinstance(config, DictConfig) else config_for(teacher, config)
     with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay as they were
-        return build_model_for_eval(cfg, "random", Runtime(device), seed)
-
-
-def _find(source: str | Path, cache_dir: str | Path | None) -> tuple[Path, str | None]:
-    """The file or folder, and the licence that a hub names.
-
-    Raises:
-        BadInput: It is nowhere.
-    """
-    name = str(source)
-    if name == "demo":
-        if not DEMO.is_file():
-            raise BadInput(
-                "demo: this installation has no demo weights (dinov2/weights/demo.safetensors): install a release "
-                "or checkout that has them, or give a path, a hub id or the name of a network"
-            )
-        return DEMO, None
-    if Path(source).exists():
-        return Path(source), None
-    if isinstance(source, str) and is_repository(name):
-        return fetch(name, cache_dir)
-    what = "no such file" if name.endswith(WEIGHTS_SUFFIXES) else "no such file, folder or network"
-    raise BadInput(f"weights {source}: {what}: give a path, owner/name on the hub, demo, or one of {', '.join(FACTORIES)}")
+        backbone = build_model_for_eval(cfg, teacher, Runtime(place), seed)
+    if teacher.is_untrained:
+        logger.warning("%s: an untrained network of seed %d; its features mean little", source, seed)
+    else:
+        logger.warning("%s: licence of the weights: %s", source, teacher.licence or _NO_LICENCE)
+    return Encoder(backbone, teacher.meta.get("preprocessing", PREPROCESSING), chosen, teacher.licence, cfg)
 
 
 def _device(device: str | torch.device) -> torch.device:

@@ -10,7 +10,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
@@ -18,12 +18,14 @@ from dinov2.data.datalist import Entry, read_datalist
 from dinov2.data.index.examine import content_sha
 from dinov2.errors import EXIT_BAD_INPUT, EXIT_OK, BadInput, BadVolume
 
+if TYPE_CHECKING:  # weights bring torch, which comparing two lists can do without
+    from dinov2.checkpointer.teacher import Teacher
+
 logger = logging.getLogger(__name__)
 
 Say = Callable[[str], None]
 TRAINED_ON = "trained_on"  # of a checkpoint's meta
 SHA_CHARS = 16  # 64 bits of each: a chance match among 100,000 and 10,000 scans has odds of 1 in 10^10
-_WEIGHTS = (".pth", ".pt", ".safetensors")
 _SHOWN = 10
 
 
@@ -105,24 +107,25 @@ def shared_with(entries: list[Entry], seen: Seen) -> Shared:
     return Shared(scans, patients, sum(not e.extra.get("sha") for e in entries))
 
 
-def seen_by_weights(path: str | Path) -> Seen | None:
+def seen_by_weights(weights: Teacher | str | Path) -> Seen | None:
     """The hashes that weights carry; None where they carry none.
 
     Raises:
-        BadInput: The file cannot be read.
+        BadInput: They cannot be read.
     """
-    from dinov2.fsdp.export import read_meta
+    from dinov2.checkpointer.teacher import read_meta
 
-    found = read_meta(Path(path)).get(TRAINED_ON)
+    meta = read_meta(weights) if isinstance(weights, (str, Path)) else weights.meta
+    found = meta.get(TRAINED_ON)
     return None if found is None else Seen(frozenset(found["scans"]), frozenset(found["patients"]), found["num_unknown"])
 
 
-def warn_of_overlap(test: list[Entry], weights: str | Path) -> Shared | None:
+def warn_of_overlap(test: list[Entry], weights: Teacher | str | Path) -> Shared | None:
     """Warn where test scans, or other scans of their patients, were pretrained on; what evaluations call before they start.
 
     Args:
         test: The scans that will be scored; without a hash in their list they are read for it.
-        weights: The checkpoint that is evaluated.
+        weights: Those that are evaluated, opened or as of `open_teacher`.
 
     Returns:
         What is shared; None where the weights do not say what they saw.
@@ -130,9 +133,9 @@ def warn_of_overlap(test: list[Entry], weights: str | Path) -> Shared | None:
     Raises:
         BadInput: The weights cannot be read.
     """
-    seen = seen_by_weights(weights)
+    seen, name = seen_by_weights(weights), weights if isinstance(weights, (str, Path)) else weights.source
     if seen is None:
-        logger.warning("%s does not say what it was trained on: whether the test scans were among it is not known", weights)
+        logger.warning("%s does not say what it was trained on: whether the test scans were among it is not known", name)
         return None
     shared = shared_with(test, seen)
     if shared.scans:
@@ -141,8 +144,16 @@ def warn_of_overlap(test: list[Entry], weights: str | Path) -> Shared | None:
     if shared.patients:
         logger.warning("%d test scans are of patients of whom other scans were pretrained on", len(shared.patients))
     if seen.num_unknown:
-        logger.warning("%s was also trained on %d volumes without a content hash", weights, seen.num_unknown)
+        logger.warning("%s was also trained on %d volumes without a content hash", name, seen.num_unknown)
     return shared
+
+
+def _names_weights(second: Path) -> bool:
+    if second.suffix == ".json":
+        return False
+    from dinov2.checkpointer.teacher import names_weights
+
+    return names_weights(second)
 
 
 def overlap(first: Path, second: Path, say: Say) -> int:
@@ -155,7 +166,7 @@ def overlap(first: Path, second: Path, say: Say) -> int:
         BadInput: One cannot be read, or the weights carry no hashes.
     """
     entries = read_datalist(first).entries
-    if second.suffix in _WEIGHTS:
+    if _names_weights(second):
         seen = seen_by_weights(second)
         if seen is None:
             raise BadInput(f"{second}: does not say what it was trained on: compare with the list it was trained on")

@@ -11,6 +11,7 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor
 
+from dinov2.checkpointer.teacher import open_weights
 from dinov2.configs.loader import typed_from
 from dinov2.data.cases import prepare_case
 from dinov2.data.crops import central_view
@@ -25,7 +26,6 @@ from dinov2.eval.linear_heads import Head
 from dinov2.eval.probe_training import Probe
 from dinov2.eval.setup import build_model_for_eval
 from dinov2.fsdp import save_atomically
-from dinov2.models.weights import open_weights
 
 PROBE = "probe.pth"
 Say = Callable[[str], None]

@@ -22,6 +22,7 @@ from torch.nn.functional import cross_entropy
 from torch.optim import AdamW
 from tqdm import tqdm
 
+from dinov2.checkpointer.teacher import open_weights
 from dinov2.data.cases import Cases
 from dinov2.data.crops import training_view
 from dinov2.data.samplers import EndlessOrder, PositionSampler
@@ -37,7 +38,6 @@ from dinov2.files import write_json
 from dinov2.fsdp import save_atomically
 from dinov2.logging import MetricWriter
 from dinov2.models import DinoVisionTransformer3d
-from dinov2.models.weights import open_weights
 from dinov2.signals import stop_requests
 
 logger = logging.getLogger(__name__)

@@ -10,18 +10,13 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.distributed.checkpoint as dcp
-from omegaconf import OmegaConf
 from torch import Tensor
 
-from dinov2.configs import load_and_merge_config_3d
+from dinov2.checkpointer.teacher import open_trained
 from dinov2.errors import BadInput
 from dinov2.files import replacing, writing
 from dinov2.fsdp import save_atomically
 
-Teacher = tuple[dict[str, Tensor], dict[str, Any]]  # state dict, meta
-_PREFIX = "model.teacher."
 PATH_KEYS = (
     ("train", "dataset_path"),
     ("train", "output_dir"),
@@ -30,75 +25,6 @@ PATH_KEYS = (
     ("student", "full_pretrained_weights"),
     ("MODEL", "WEIGHTS"),
 )
-_RANK_FILE = re.compile(r"\.rank_\d+\.pth$")
-
-
-def read_teacher(path: Path) -> Teacher:
-    """The teacher in a file or folder, names as they are saved.
-
-    Raises:
-        BadInput: None of the forms, or one rank's file of an FSDP1 run.
-    """
-    if path.is_dir():
-        return _from_folder(path), _config_of_run(path)
-    if _RANK_FILE.search(path.name):
-        raise BadInput(f"{path}: one rank's share of an FSDP1 run: use its teacher_checkpoint.pth")
-    if path.suffix == ".safetensors":
-        return _from_safetensors(path)
-    from dinov2.models.weights import open_weights, state_of
-
-    content = open_weights(path)
-    return state_of(content, path), _meta_of(content)
-
-
-def read_meta(path: Path) -> dict[str, Any]:
-    """What a weights file says of itself; empty where it says nothing.
-
-    Raises:
-        BadInput: Not a weights file.
-    """
-    if path.suffix == ".safetensors":
-        return _from_safetensors(path)[1]
-    from dinov2.models.weights import open_weights
-
-    return _meta_of(open_weights(path))
-
-
-def _meta_of(content: Any) -> dict[str, Any]:
-    meta = content.get("meta", {}) if isinstance(content, dict) else {}
-    return meta if isinstance(meta, dict) else {}
-
-
-def _from_folder(path: Path) -> dict[str, Tensor]:
-    if not (path / ".metadata").is_file():
-        raise BadInput(f"{path}: no .metadata, not a complete training checkpoint")
-    saved = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
-    wanted = {k: m for k, m in saved.items() if k.startswith(_PREFIX)}
-    if not wanted:
-        raise BadInput(f"{path}: holds no teacher")
-    tensors = {k: torch.empty(m.size, dtype=m.properties.dtype) for k, m in wanted.items()}
-    dcp.load(tensors, checkpoint_id=path, no_dist=True)
-    return {k.removeprefix(_PREFIX): v for k, v in tensors.items()}
-
-
-def _config_of_run(checkpoint: Path) -> dict[str, Any]:
-    """What a teacher's file would say of its network, from the output folder that a checkpoint lies in."""
-    file = checkpoint.absolute().parent.parent / "config.yaml"
-    return {"config": OmegaConf.to_container(load_and_merge_config_3d(file))} if file.is_file() else {}
-
-
-def _from_safetensors(path: Path) -> Teacher:
-    from safetensors import SafetensorError, safe_open
-
-    from dinov2.models.weights import refuse_pointer
-
-    refuse_pointer(path)
-    try:
-        with safe_open(path, "pt") as file:
-            meta = json.loads((file.metadata() or {}).get("meta", "{}"))
-            return {name: file.get_tensor(name) for name in file.keys()}, _meta_of({"meta": meta})  # noqa: SIM118
-    except (OSError, SafetensorError, ValueError) as err:
-        raise BadInput(f"{path}: not a readable safetensors file ({str(err).splitlines()[0][:120]})") from err
 
 
 def renamed(state: dict[str, Tensor], chunks: int | None) -> dict[str, Tensor]:
@@ -129,14 +55,15 @@ def without_paths(meta: dict[str, Any]) -> dict[str, Any]:
     return {**meta, "config": config} if config else meta
 
 
-def export(source: Path, target: Path, chunks: int | None, with_heads: bool, licence: str | None = None) -> int:
+def export(source: str | Path, target: Path, chunks: int | None, with_heads: bool, licence: str | None = None) -> int:
     """Write a teacher in the form of `target`'s ending (.pth or .safetensors); returns the number of tensors.
 
     Args:
         chunks: See `renamed`.
         licence: Of the weights, as their owner decides; None leaves what they say.
     """
-    state, meta = read_teacher(source)
+    teacher = open_trained(source)
+    state, meta = teacher.state, teacher.meta
     meta = without_paths({**meta, "licence": licence} if licence else meta)
     state = renamed(state, chunks)
     if not with_heads:
@@ -156,9 +83,10 @@ def export(source: Path, target: Path, chunks: int | None, with_heads: bool, lic
     return len(state)
 
 
-def describe(path: Path) -> list[str]:
-    """What a file or folder holds, a line each: modules, blocks, width, dtype, where it came from."""
-    state, meta = read_teacher(path)
+def describe(path: str | Path) -> list[str]:
+    """What weights hold, a line each: modules, blocks, width, dtype, where they came from."""
+    teacher = open_trained(path)
+    state, meta = teacher.state, teacher.meta
     modules = Counter()
     for name, value in state.items():
         modules[name.split(".")[0]] += value.numel()

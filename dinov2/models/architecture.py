@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,35 +23,60 @@ _STUDENT_KEYS = (  # what `build_backbone` reads
 )  # fmt: skip
 
 
-def config_of_weights(state: StateDict, meta: dict[str, Any], source: str | Path) -> DictConfig:
+def config_of_weights(state: StateDict, meta: dict[str, Any], source: str | Path, overrides: Sequence[str] = ()) -> DictConfig:
     """A configuration that builds the backbone of some weights, blocks named flat.
 
     Args:
         state: Plain names (`plain_names`), with or without the `backbone.` prefix.
         meta: What the file says of itself; its `config` is believed where there is one.
         source: Named in messages.
+        overrides: ``key=value`` words, applied last.
 
     Raises:
         BadInput: Nothing says what the network is, or it is none that can be built.
     """
-    saved = meta.get("config")
-    if isinstance(saved, dict) and isinstance(saved.get("student"), dict) and isinstance(saved.get("crops"), dict):
-        student = {k: saved["student"][k] for k in _STUDENT_KEYS if k in saved["student"]}
-        size = saved["crops"].get("global_crops_size", 96)
+    student = saved_network(meta)
+    if student is not None:
+        size = meta["config"]["crops"].get("global_crops_size", 96)
     else:
         student, size = _told_by_tensors({k.removeprefix("backbone."): v for k, v in state.items()}, source)
     words = [f"student.{k}={'null' if v is None else v}" for k, v in student.items()]
-    words += ["student.block_chunks=0", f"crops.global_crops_size={size}", f"crops.local_crops_size={size}"]
-    return load_and_merge_config_3d(None, words)
+    return load_and_merge_config_3d(None, [*words, *_shape_words(size), *overrides])
 
 
-def config_of_name(arch: str, size: int | None = None) -> DictConfig:
+def config_of_name(arch: str, overrides: Sequence[str] = ()) -> DictConfig:
     """The configuration of a factory's network with default settings."""
-    size = size or 96
-    return load_and_merge_config_3d(
-        None,
-        [f"student.arch={arch}", "student.block_chunks=0", f"crops.global_crops_size={size}", f"crops.local_crops_size={size}"],
-    )
+    return load_and_merge_config_3d(None, [f"student.arch={arch}", *_shape_words(96), *overrides])
+
+
+def _shape_words(size: int) -> list[str]:
+    """Overrides for a network whose learned positions are laid out for volumes of `size` voxels an edge."""
+    return ["student.block_chunks=0", f"crops.global_crops_size={size}", f"crops.local_crops_size={size}"]
+
+
+def saved_network(meta: dict[str, Any]) -> dict[str, Any] | None:
+    """The `student` keys that weights say of their network; None where they do not say."""
+    saved = meta.get("config")
+    if isinstance(saved, dict) and isinstance(saved.get("student"), dict) and isinstance(saved.get("crops"), dict):
+        return {k: saved["student"][k] for k in _STUDENT_KEYS if k in saved["student"]}
+    return None
+
+
+def refuse_other_heads(cfg: DictConfig, meta: dict[str, Any], source: str | Path) -> None:
+    """Hold a configuration against what weights say where no tensor shows the difference: the heads of a block.
+
+    Raises:
+        BadInput: They differ.
+    """
+    student = saved_network(meta) or {}
+    if student.get("arch") not in SIZES:
+        return
+    own, given = (s.get("num_heads") or SIZES[s["arch"]][2] for s in (student, cfg.student))
+    if own != given:
+        raise BadInput(
+            f"weights {source}: does not fit this network: trained with {own} heads a block, the configuration has {given}: "
+            "give the configuration they were trained with, or none"
+        )
 
 
 def _told_by_tensors(state: StateDict, source: str | Path) -> tuple[dict[str, Any], int]:

@@ -1,16 +1,13 @@
-"""Weights from files into modules: whatever layout they were saved in, strict about what is missing."""
+"""Tensors into modules: whatever names they were saved under, strict about what is missing.
+
+Where tensors come from: `checkpointer/teacher.py`."""
 
 from __future__ import annotations
 
 import logging
 import re
-import struct
-from contextlib import suppress
 from pathlib import Path
-from pickle import UnpicklingError
-from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from dinov2.errors import BadInput
@@ -19,77 +16,12 @@ from dinov2.models.vision_transformer import DinoVisionTransformer3d, resize_pos
 logger = logging.getLogger(__name__)
 
 StateDict = dict[str, Tensor]
-_LFS_POINTER = b"version https://git-lfs"
-# what torch raises for files of other kinds: its unpickler runs whatever the first bytes happen to say
-_READ_ERRORS = (
-    OSError, EOFError, UnpicklingError, RuntimeError, ValueError, TypeError, LookupError, AttributeError, struct.error,
-    MemoryError,
-)  # fmt: skip
 _PREFIXES = ("module.", "_orig_mod.", "teacher.")
-
-
-def read_weights(path: str | Path) -> StateDict:
-    """The tensors of a teacher in any of its forms, without wrappers' prefixes, blocks named flat.
-
-    Args:
-        path: A file of `torch.save` (teacher checkpoint, bare or wrapped state dict), safetensors, or the folder of a
-            training checkpoint.
-
-    Raises:
-        BadInput: Missing, none of these, or a pickle that holds more than tensors and plain values.
-    """
-    from dinov2.fsdp.export import read_teacher
-
-    return plain_names(read_teacher(Path(path))[0])
 
 
 def plain_names(state: StateDict) -> StateDict:
     """Entries without wrappers' prefixes (`module.`, `teacher.`), blocks named flat."""
     return {_plain_name(k): v for k, v in state.items()}
-
-
-def state_of(content: Any, path: str | Path) -> StateDict:
-    """The tensors of what a weights file holds, out of DINOv2's, MONAI's and Lightning's wrappers; names as saved.
-
-    Raises:
-        BadInput: No tensor in it.
-    """
-    for wrapper in ("teacher", "model", "state_dict"):
-        if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
-            content = content[wrapper]
-            break
-    if not isinstance(content, dict) or not any(isinstance(v, Tensor) for v in content.values()):
-        raise BadInput(f"weights {path}: holds no state dict: give a teacher checkpoint or the state dict of a backbone")
-    return {k: v for k, v in content.items() if isinstance(v, Tensor)}
-
-
-def refuse_pointer(path: str | Path) -> None:
-    """Tell the few lines that Git LFS leaves in a clone from the weights they stand for.
-
-    Raises:
-        BadInput: They are such lines.
-    """
-    with suppress(OSError), Path(path).open("rb") as file:
-        if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
-            raise BadInput(f"weights {path}: a Git LFS pointer, not the weights: run `git lfs pull` in its repository")
-
-
-def open_weights(path: str | Path) -> Any:
-    """What a file of `torch.save` holds, tensors and plain values only.
-
-    Raises:
-        BadInput: Missing, not such a file, or one that holds more.
-    """
-    refuse_pointer(path)
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as err:
-        raise BadInput(f"weights {path}: no such file") from err
-    except _READ_ERRORS as err:
-        if ".rank_" in Path(path).name:
-            raise BadInput(f"weights {path}: one rank's share of an FSDP1 run: use its teacher_checkpoint.pth") from err
-        reason = " ".join(str(err).split())[:120]
-        raise BadInput(f"weights {path}: not a checkpoint of tensors that is safe to open ({reason})") from err
 
 
 def _plain_name(name: str) -> str:
@@ -103,7 +35,7 @@ def load_backbone(backbone: DinoVisionTransformer3d, weights: StateDict, source:
 
     Args:
         backbone: Filled in place, chunked or flat.
-        weights: From `read_weights`, with or without the `backbone.` prefix; other modules' entries are not read.
+        weights: By plain names (`plain_names`), with or without the `backbone.` prefix; other modules' entries are not read.
         source: Named in messages.
 
     Raises:

@@ -9,12 +9,13 @@ import pytest
 import torch
 from omegaconf import DictConfig
 
+from dinov2.checkpointer.teacher import read_meta, read_teacher, read_weights
 from dinov2.cli import main
 from dinov2.distributed.runtime import Runtime
 from dinov2.errors import BadInput
 from dinov2.fsdp import Checkpointer
-from dinov2.fsdp.export import describe, export, read_meta, read_teacher, renamed
-from dinov2.models.weights import load_backbone, read_weights
+from dinov2.fsdp.export import describe, export, renamed
+from dinov2.models.weights import load_backbone
 from dinov2.train.build import build
 from dinov2.train.state import TrainState, save_teacher
 

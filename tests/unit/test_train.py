@@ -16,10 +16,11 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.train_step import MatrixProducts
+from dinov2.checkpointer.teacher import read_weights
 from dinov2.data import TrainLoader, read_datalist
 from dinov2.distributed.runtime import Runtime
 from dinov2.errors import BadInput
-from dinov2.models.weights import load_backbone, load_heads, read_weights
+from dinov2.models.weights import load_backbone, load_heads
 from dinov2.train import monitors
 from dinov2.train.build import build, load_start_weights
 from dinov2.train.flops import step_flops

@@ -15,8 +15,8 @@ import torch
 from huggingface_hub.errors import OfflineModeIsEnabled
 from omegaconf import DictConfig
 
-from dinov2 import encoder as encoder_module
 from dinov2 import load_encoder
+from dinov2.checkpointer import teacher as teacher_module
 from dinov2.configs import default_yaml, load_and_merge_config_3d
 from dinov2.distributed.runtime import Runtime
 from dinov2.errors import BadInput
@@ -153,7 +153,7 @@ def test_a_file_that_is_no_weights_is_one_line(
 
 
 def test_what_is_nowhere_says_what_can_be_given(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(encoder_module, "DEMO", tmp_path / "demo.safetensors")
+    monkeypatch.setattr(teacher_module, "DEMO", tmp_path / "demo.safetensors")
     with pytest.raises(BadInput, match="demo: this installation has no demo weights .*demo.safetensors.: install"):
         load_encoder("demo")
     with pytest.raises(BadInput, match="vit_smal_3d: no such file, folder or network: .*vit_small_3d"):

@@ -12,6 +12,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
+from dinov2.checkpointer.teacher import open_weights
 from dinov2.configs.loader import typed_from
 from dinov2.configs.schema import Config
 from dinov2.data.recipes import Recipe
@@ -24,7 +25,6 @@ from dinov2.eval.setup import build_model_for_eval
 from dinov2.fsdp import save_atomically
 from dinov2.layers.attention import resolve_attention
 from dinov2.models import DinoVisionTransformer3d, build_backbone
-from dinov2.models.weights import open_weights
 
 logger = logging.getLogger(__name__)
 

@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW
 from tqdm import tqdm
 
+from dinov2.checkpointer.teacher import open_weights
 from dinov2.data.cases import Case, Cases
 from dinov2.data.recipe_check import draw_case
 from dinov2.data.streams import Kind, torch_seed
@@ -33,7 +34,6 @@ from dinov2.eval.segmentation_3d.losses import build_loss
 from dinov2.files import write_json
 from dinov2.fsdp import save_atomically
 from dinov2.logging import MetricWriter
-from dinov2.models.weights import open_weights
 from dinov2.signals import stop_requests
 from dinov2.train.schedules import CosineSchedule
 from dinov2.train.ssl_meta_arch import DTYPES
