@@ -242,17 +242,11 @@ def _fake_crop_resize(volume: Tensor, start: Size3, stop: Size3, size: int, *_: 
     return volume.new_empty(1, size, size, size, dtype=torch.float32)
 
 
-def _fake_change(x: Tensor, *_: object) -> None:
-    """Of what changes a crop in place."""
-
-
 def _register() -> frozenset[str]:
     """Join these functions to the compiled operators; the devices that have kernels (folders of `csrc/augmentation`)."""
     if not compiled_operators()[0]:
         return frozenset()
-    torch.library.register_fake("dinov2::crop_resize", _fake_crop_resize)
-    for name in ("adjust_gamma_", "shift_histogram_", "add_gaussian_noise_", "gaussian_smooth_", "gaussian_sharpen_"):
-        torch.library.register_fake(f"dinov2::{name}", _fake_change)
+    torch.library.register_fake("dinov2::crop_resize", _fake_crop_resize)  # torch makes those of operators that return nothing
     return frozenset(["cpu"])
 
 

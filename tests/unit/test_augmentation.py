@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +16,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dinov2.data import DataAugmentationDINO3d, apply_fast, apply_monai
 from dinov2.data import augmentation_plan as ap
@@ -283,13 +286,47 @@ def test_a_crop_can_be_compiled_whole() -> None:
     torch.testing.assert_close(compiled(voxels(9, 8, 7)), two(voxels(9, 8, 7)))
 
 
+class Called(TorchDispatchMode):
+    """The operators of this package that are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if func.namespace == "dinov2":
+            self.names.append(func.name().removeprefix("dinov2::"))
+        return func(*args, **(kwargs or {}))
+
+
+@needs_compiled
+@pytest.mark.parametrize("device, is_compiled", [("cpu", True), ("meta", False)])
+def test_operators_go_by_the_tensors_device_not_by_what_is_built(device: str, is_compiled: bool) -> None:
+    """Tensors without values stand in for a device that is not here; they refuse to be mixed with another's."""
+    plan = ap.CropPlan(ap.Box((1, 0, 2), (8, 8, 7)), 6, (1,), (((0, 1), 1),), STEPS)
+    ops._squared_distances.cache_clear()
+    with FakeTensorMode(allow_non_fake_inputs=True), Called() as called:
+        crop = apply_fast.apply_crop(torch.empty(1, 9, 8, 7, dtype=torch.int16, device=device), plan)
+    ops._squared_distances.cache_clear()  # tensors without values must not stay in it
+    assert crop.device.type == device and crop.shape == (1, 6, 6, 6) and crop.dtype == torch.float32
+    expected = {
+        "crop_resize",
+        "adjust_gamma_",
+        "add_gaussian_noise_",
+        "shift_histogram_",
+        "gaussian_smooth_",
+        "gaussian_sharpen_",
+    }
+    assert set(called.names) == (expected if is_compiled else set())
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("angles", [(0.0, 0.0, 0.0), (0.1, 0.2, 0.3)])
-def test_a_tensor_of_a_device_without_kernels_is_taken_by_plain_pytorch(angles: tuple[float, float, float]) -> None:
-    """Where CPU operators are compiled too: `meta` computes nothing, but refuses tensors of another device."""
-    volume = voxels(9, 8, 7).to("meta")
+def test_a_crop_on_a_gpu_is_that_of_plain_pytorch(angles: ap.Size3, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops, "COMPILED_FOR", frozenset())
     plan = ap.CropPlan(ap.Box((1, 0, 2), (8, 8, 7)), 6, (1,), (((0, 1), 1),), STEPS, angles)
-    crop = apply_fast.apply_crop(volume, plan)
-    assert crop.device.type == "meta" and crop.shape == (1, 6, 6, 6) and crop.dtype == torch.float32
+    found = apply_fast.apply_crop(voxels(9, 8, 7).cuda(), plan)
+    torch.testing.assert_close(found.cpu(), apply_fast.apply_crop(voxels(9, 8, 7), plan), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
