@@ -21,12 +21,13 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dinov2.configs import load_and_merge_config_3d
-from dinov2.data.collate import Collate
+from dinov2.data.collate import BatchLayout, Masking, collate
 from dinov2.distributed.runtime import Runtime
 from dinov2.train.build import build
 from dinov2.train.schedules import StepParams
@@ -61,18 +62,13 @@ def random_batch(cfg: Any, batch: int) -> dict[str, Any]:
     """What the loader delivers, with noise for voxels and the paper's masks."""
     c = cfg.crops
     grid = c.global_crops_size // cfg.student.patch_size
-    collate = Collate(0, batch, grid**3, cfg.ibot.mask_sample_probability, tuple(cfg.ibot.mask_ratio_min_max))
-    samples = [
-        {
-            "global_crops": [torch.randn(1, *(c.global_crops_size,) * 3) for _ in range(2)],
-            "local_crops": [torch.randn(1, *(c.local_crops_size,) * 3) for _ in range(c.local_crops_number)],
-            "sample_id": str(i),
-            "position": i,
-            "bad": {},
-        }
-        for i in range(batch)
-    ]
-    return collate(samples)
+    layout = BatchLayout(batch, c.global_crops_size, c.local_crops_size, c.local_crops_number, grid**3)
+    rows = layout.rows(np.empty(layout.nbytes, np.uint8))
+    for voxels in (rows.global_crops, rows.local_crops):
+        voxels.normal_()
+    masking = Masking(0, batch, cfg.ibot.mask_sample_probability, tuple(cfg.ibot.mask_ratio_min_max))
+    upperbound = masking.write(range(batch), rows.masks)
+    return collate(rows, range(batch), [{"sample_id": str(i), "bad": {}} for i in range(batch)], upperbound)
 
 
 class MatrixProducts(TorchDispatchMode):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -29,7 +29,7 @@ class DataAugmentationDINO3d:
         sharpen_alpha: Range of the strength of sharpening.
         backend: `monai` (the reference), `fast` (one gather and few passes; compiled where possible), or `auto`: `fast`,
             because the tests hold it to the reference.
-        dtype: Of the crops; they are computed in float32.
+        dtype: Of the crops that a call returns; they are computed in float32.
     """
 
     def __init__(
@@ -94,10 +94,22 @@ class DataAugmentationDINO3d:
         Returns:
             `global_crops`, `global_crops_teacher` (the same), `local_crops`: lists of [1, s, s, s].
         """
-        plan = self.plan(tuple(volume.shape[1:]), np.random.default_rng(seed), spacing_mm)
-        global_crops = [self.apply_crop(volume, c).to(self.dtype) for c in plan.global_crops]
-        local_crops = [self.apply_crop(volume, c).to(self.dtype) for c in plan.local_crops]
+        crops = [torch.empty(1, size, size, size, dtype=self.dtype) for size, _, _ in self.crop_kinds]
+        self.write(volume, crops, seed, spacing_mm)
+        global_crops, local_crops = crops[:NUM_GLOBAL_CROPS], crops[NUM_GLOBAL_CROPS:]
         return {"global_crops": global_crops, "global_crops_teacher": global_crops, "local_crops": local_crops}
+
+    def write(
+        self,
+        volume: Tensor,
+        out: Sequence[Tensor],
+        seed: int | np.random.Generator,
+        spacing_mm: tuple[float, float, float] = (1.0, 1.0, 1.0),
+    ) -> None:
+        """The same crops, global before local, into memory that is there: [1, s, s, s] each, of any dtype."""
+        plan = self.plan(tuple(volume.shape[1:]), np.random.default_rng(seed), spacing_mm)
+        for crop, place in zip((*plan.global_crops, *plan.local_crops), out, strict=True):
+            place.copy_(self.apply_crop(volume, crop))
 
 
 def backend_named(name: str) -> Callable[[Tensor, ap.CropPlan], Tensor]:

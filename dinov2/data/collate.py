@@ -1,86 +1,120 @@
-"""Samples -> the batch of a training step, with its masks."""
+"""The batch of a training step: where its crops and masks lie in memory, and what else belongs to it."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from multiprocessing import parent_process
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from dinov2.data.augmentations import NUM_GLOBAL_CROPS
 from dinov2.data.dataset import Sample
 from dinov2.data.masking import plan_masks
 
+# b volumes of a micro-batch, L local crops, G and S edges of global and local crops, N patches, M masked patches
+
 Batch = dict[str, Any]
+
+_ALIGNMENT = 64
+
+
+class Rows(NamedTuple):
+    """What of a batch has a row per crop, crop-major: all volumes' first crop, then all volumes' second, ..."""
+
+    global_crops: Tensor  # [2b, 1, G, G, G]
+    local_crops: Tensor  # [L*b, 1, S, S, S]
+    masks: Tensor  # [2b, N] bool
+
+    def crops_of(self, volume: int) -> list[Tensor]:
+        """The crops of one volume, [1, s, s, s] each, global before local."""
+        step = len(self.global_crops) // NUM_GLOBAL_CROPS
+        return [*self.global_crops[volume::step], *self.local_crops[volume::step]]
 
 
 @dataclass(frozen=True)
-class Collate:
-    """Collation of one micro-batch of b volumes out of an effective batch of B.
+class BatchLayout:
+    """How the rows of a micro-batch lie in one piece of memory."""
 
-    The masks are drawn for all 2B rows of the step; this micro-batch takes the rows of its own volumes.
-    """
+    batch_size: int
+    global_size: int
+    local_size: int
+    num_local: int
+    num_patches: int
+    dtype: torch.dtype = torch.float32  # of the crops
+
+    @property
+    def _parts(self) -> list[tuple[tuple[int, ...], torch.dtype]]:
+        b, num_global = self.batch_size, NUM_GLOBAL_CROPS
+        return [
+            ((num_global * b, 1, *(self.global_size,) * 3), self.dtype),
+            ((self.num_local * b, 1, *(self.local_size,) * 3), self.dtype),
+            ((num_global * b, self.num_patches), torch.bool),
+        ]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(_aligned(math.prod(shape) * dtype.itemsize) for shape, dtype in self._parts)
+
+    def rows(self, memory: np.ndarray) -> Rows:
+        """Views of `nbytes` bytes; they keep `memory` alive."""
+        whole, first, views = torch.from_numpy(memory), 0, []
+        for shape, dtype in self._parts:
+            size = math.prod(shape) * dtype.itemsize
+            views.append(whole[first : first + size].view(dtype).view(shape))
+            first += _aligned(size)
+        return Rows(*views)
+
+
+def _aligned(size: int) -> int:
+    return -(-size // _ALIGNMENT) * _ALIGNMENT
+
+
+@dataclass(frozen=True)
+class Masking:
+    """Masks of micro-batches: drawn for all 2B crops of an effective batch, of which each takes the rows of its volumes."""
 
     seed: int
     effective_batch: int
-    num_patches: int
     sample_probability: float
     ratio_min_max: tuple[float, float]
 
-    def __call__(self, samples: list[Sample]) -> Batch:
-        """Crop-major batch.
-
-        Returns:
-            `collated_global_crops` (2b, 1, G, G, G), `collated_local_crops` (L*b, 1, S, S, S), `collated_masks`
-            (2b, N) bool, `mask_indices_list` (M,) into the flattened mask, `masks_weight` (M,) = 1 / masked patches of
-            that row, `upperbound` int >= M, `n_masked_patches` (1,), `sample_ids`, `positions` (b,) int64, `bad`
-            {path: reason}; only `bad` where no volume could be used.
-        """
-        bad = {path: reason for s in samples for path, reason in s["bad"].items()}
-        if not all("global_crops" in s for s in samples):
-            return {"bad": bad}
-        positions = [s["position"] for s in samples]
+    def write(self, positions: Sequence[int], masks: Tensor) -> int:
+        """Fill `masks` [2b, N] for volumes of one step; returns how many patches could be masked at most."""
         step, first = divmod(positions[0], self.effective_batch)
-        masks, upperbound = self._masks(step, np.arange(first, first + len(samples)))
-        return {
-            "collated_global_crops": _crop_major(samples, "global_crops"),
-            "collated_local_crops": _crop_major(samples, "local_crops"),
-            "collated_masks": masks,
-            "mask_indices_list": masks.flatten().nonzero().flatten(),
-            "masks_weight": (1 / masks.sum(-1).clamp(min=1.0))[:, None].expand_as(masks)[masks],
-            "upperbound": upperbound,
-            "n_masked_patches": masks.sum().reshape(1),
-            "sample_ids": [s["sample_id"] for s in samples],
-            "positions": torch.tensor(positions, dtype=torch.int64),
-            "bad": bad,
-        }
-
-    def _masks(self, step: int, volumes: np.ndarray) -> tuple[torch.Tensor, int]:
-        plan = plan_masks(
-            self.seed,
-            step,
-            NUM_GLOBAL_CROPS * self.effective_batch,
-            self.num_patches,
-            self.sample_probability,
-            self.ratio_min_max,
-        )
+        num_rows = NUM_GLOBAL_CROPS * self.effective_batch
+        plan = plan_masks(self.seed, step, num_rows, masks.shape[1], self.sample_probability, self.ratio_min_max)
+        volumes = np.arange(first, first + len(positions))
         rows = np.concatenate([volumes + crop * self.effective_batch for crop in range(NUM_GLOBAL_CROPS)])
-        return torch.from_numpy(plan.masks[rows]), int(plan.upper_bounds[rows].sum())
+        masks.copy_(torch.from_numpy(plan.masks[rows]))
+        return int(plan.upper_bounds[rows].sum())
 
 
-def _crop_major(samples: list[Sample], key: str) -> torch.Tensor:
-    """All samples' first crop, then all samples' second, ...; an empty tensor where there are none.
+def collate(rows: Rows, positions: Sequence[int], samples: Sequence[Sample], upperbound: int) -> Batch:
+    """The batch of rows that are written.
 
-    In a loader process they are written straight into shared memory, so that crops are copied once.
+    Returns:
+        `collated_global_crops` (2b, 1, G, G, G), `collated_local_crops` (L*b, 1, S, S, S), `collated_masks` (2b, N) bool,
+        `mask_indices_list` (M,) into the flattened mask, `masks_weight` (M,) = 1 / masked patches of that row, `upperbound`
+        int >= M, `n_masked_patches` (1,), `sample_ids`, `positions` (b,) int64, `bad` {path: reason}; only `bad` where no
+        volume could be used.
     """
-    crops = [s[key][i] for i in range(len(samples[0][key])) for s in samples]
-    if not crops:
-        return torch.empty(0)
-    if parent_process() is None:
-        return torch.stack(crops)
-    one = crops[0]
-    # what torch's default_collate calls in its own workers; there is no public way to new shared memory
-    storage = torch.UntypedStorage._new_shared(len(crops) * one.numel() * one.element_size())
-    return torch.stack(crops, out=one.new_empty(0).set_(storage, 0, (len(crops), *one.shape)))
+    bad = {path: reason for s in samples for path, reason in s["bad"].items()}
+    if not all("sample_id" in s for s in samples):
+        return {"bad": bad}
+    masks = rows.masks
+    return {
+        "collated_global_crops": rows.global_crops,
+        "collated_local_crops": rows.local_crops,
+        "collated_masks": masks,
+        "mask_indices_list": masks.flatten().nonzero().flatten(),
+        "masks_weight": (1 / masks.sum(-1).clamp(min=1.0))[:, None].expand_as(masks)[masks],
+        "upperbound": upperbound,
+        "n_masked_patches": masks.sum().reshape(1),
+        "sample_ids": [s["sample_id"] for s in samples],
+        "positions": torch.tensor(positions, dtype=torch.int64),
+        "bad": bad,
+    }

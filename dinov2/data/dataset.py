@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
-from torch.utils.data import Dataset
+from torch import Tensor
 
 from dinov2.data.augmentations import DataAugmentationDINO3d
 from dinov2.data.cache import VolumeCache
@@ -17,7 +18,7 @@ from dinov2.errors import BadVolume
 Sample = dict[str, Any]
 
 
-class PretrainDataset(Dataset):
+class PretrainDataset:
     """Crops by position; a volume that cannot be used is replaced by the next of the list with the same stream.
 
     Args:
@@ -42,10 +43,11 @@ class PretrainDataset(Dataset):
         self.order = EndlessOrder(len(datalist), seed)
         self.store = VolumeStore(datalist.entries, store_bytes, cache)
 
-    def __getitem__(self, position: int) -> Sample:
-        """`global_crops`, `local_crops` (lists of [1, s, s, s]), `sample_id`, `position`, `bad` {path: reason}.
+    def draw(self, position: int, out: Sequence[Tensor]) -> Sample:
+        """Write the crops of a position into `out`, global before local, [1, s, s, s] each.
 
-        Where no volume of the list can be used, only `position` and `bad`.
+        Returns:
+            `sample_id` and `bad` {path: reason}; where no volume of the list can be used, only `bad`.
         """
         first = self.order(position)
         bad: dict[str, str] = {}
@@ -57,6 +59,6 @@ class PretrainDataset(Dataset):
             except BadVolume as err:
                 bad[self.datalist.entries[index].image] = str(err)
                 continue
-            crops = self.augmentation(volume.voxels, rng, volume.spacing_mm)
-            return {**crops, "sample_id": self.datalist.entries[index].image, "position": position, "bad": bad}
-        return {"position": position, "bad": bad}
+            self.augmentation.write(volume.voxels, out, rng, volume.spacing_mm)
+            return {"sample_id": self.datalist.entries[index].image, "bad": bad}
+        return {"bad": bad}

@@ -3,34 +3,40 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import islice
+from typing import Any
 
+import numpy as np
 import torch
 from omegaconf import DictConfig
 
 from dinov2.data.augmentations import DataAugmentationDINO3d
 from dinov2.data.cache import VolumeCache
-from dinov2.data.collate import Batch, Collate
+from dinov2.data.collate import Batch, BatchLayout, Masking, collate
 from dinov2.data.datalist import Datalist
-from dinov2.data.dataset import PretrainDataset
+from dinov2.data.dataset import PretrainDataset, Sample
 from dinov2.data.samplers import PositionSampler
-from dinov2.data.workers import compute_in_order
+from dinov2.data.slots import HELD, slot_queue
 from dinov2.errors import BadInput
 
 logger = logging.getLogger(__name__)
 
 
-def build_augmentation(cfg: DictConfig, dtype: torch.dtype = torch.float32) -> DataAugmentationDINO3d:
+Take = Callable[[bool], Batch | None]  # the next batch; with False, None where it would have to be waited for
+
+
+def build_augmentation(cfg: DictConfig) -> DataAugmentationDINO3d:
     """The augmentation of a configuration's `crops`, with the back end of `train.augmentation`."""
-    return DataAugmentationDINO3d(**cfg.crops, backend=cfg.train.augmentation, dtype=dtype)
+    return DataAugmentationDINO3d(**cfg.crops, backend=cfg.train.augmentation)
 
 
 def crop_dtype(cfg: DictConfig, device: torch.device) -> torch.dtype:
     """What crops are handed over in: the precision that both backbones multiply in where it is another than float32.
 
-    For a half precision the patch embedding would round them to it anyway; half the bytes pass through shared memory and to
-    the device.
+    For a half precision the patch embedding would round them to it anyway; half the bytes are written, and go to the device.
     """
     names = {cfg.compute_precision[side].backbone.mixed_precision.param_dtype for side in ("student", "teacher")}
     fp16 = torch.float32 if device.type == "cpu" else torch.float16
@@ -46,7 +52,10 @@ class TrainLoader:
         datalist: The volumes, already filtered.
         start_step: First step to deliver.
         rank, world_size: This rank's share.
-        device: Where batches go; through pinned memory to CUDA.
+        device: Where batches go; to CUDA one ahead, read by the device from where loader processes wrote them.
+
+    A batch stays as it is while anything refers to it. On the CPU the newest two are views of memory shared with the loader
+    processes, and whoever keeps more is given copies.
 
     Iteration raises `BadInput` where no volume of the list can be used, or a loader process was killed.
     Volumes that were replaced are named in the log once each and counted in `bad_volumes`.
@@ -67,54 +76,47 @@ class TrainLoader:
         self.accumulation_steps = t.accumulation_steps
         self.bad_volumes: dict[str, str] = {}
         self._sampler = sampler = PositionSampler(t.batch_size_per_gpu, t.accumulation_steps, rank, world_size, start_step)
-        grid = cfg.crops.global_crops_size // cfg.student.patch_size
-        self._collate = Collate(
-            t.seed,
-            sampler.effective_batch,
-            grid**3,
-            cfg.ibot.mask_sample_probability,
-            tuple(cfg.ibot.mask_ratio_min_max),
-        )
-        augmentation = build_augmentation(cfg, crop_dtype(cfg, self.device))
+        self._layout = _layout(cfg, crop_dtype(cfg, self.device))
+        masked = cfg.ibot.mask_sample_probability, tuple(cfg.ibot.mask_ratio_min_max)
+        self._masking = Masking(t.seed, sampler.effective_batch, *masked)
         cache = VolumeCache(t.cache_dir, t.cache_max_gb) if t.cache_dir else None
-        self._dataset = PretrainDataset(datalist, augmentation, t.seed, t.memory_store_mb * 2**20, cache)
+        self._dataset = PretrainDataset(datalist, build_augmentation(cfg), t.seed, t.memory_store_mb * 2**20, cache)
         self._num_workers = t.num_workers
 
     def __iter__(self) -> Iterator[list[Batch]]:
-        batches = self._on_cuda() if self.device.type == "cuda" else self._batches()
-        while True:
-            yield list(islice(batches, self.accumulation_steps))
+        with self._batches() as take:
+            on_cuda = self.device.type == "cuda"
+            batches = one_ahead(take, CudaCopies(self.device)) if on_cuda else iter(lambda: take(True), None)
+            while True:
+                yield list(islice(batches, self.accumulation_steps))
 
-    def _on_cuda(self) -> Iterator[Batch]:
-        """One batch ahead: copied on a stream of its own while the batch before is computed with."""
-        stream, waiting = torch.cuda.Stream(self.device), None
-        for batch in self._batches():
-            with torch.cuda.stream(stream):
-                moved = {k: self._copied(v) if torch.is_tensor(v) else v for k, v in batch.items()}
-                copied = stream.record_event()
-            if waiting is not None:
-                yield self._arrived(*waiting)
-            waiting = moved, copied
+    @contextmanager
+    def _batches(self) -> Iterator[Take]:
+        """What delivers batches in host memory, in order."""
+        positions, layout = iter(self._sampler), self._layout
+        if self._num_workers == 0:
+            yield lambda wait: self._alone(next(positions)) if wait else None
+            return
+        with slot_queue(self._write, layout.nbytes, positions, layout.batch_size, self._num_workers, self.device) as queue:
+            yield lambda wait: self._batch(*taken) if (taken := queue.take(wait)) else None
 
-    def _copied(self, value: torch.Tensor) -> torch.Tensor:
-        return value.pin_memory().to(self.device, non_blocking=True)
+    def _alone(self, positions: Sequence[int]) -> Batch:
+        memory = np.empty(self._layout.nbytes, np.uint8)
+        return self._batch(memory, positions, [self._write(memory, positions, range(len(positions)))])
 
-    def _arrived(self, batch: Batch, copied: torch.cuda.Event) -> Batch:
-        """The batch for use on the current stream, its memory kept until that stream is done with it."""
-        current = torch.cuda.current_stream(self.device)
-        current.wait_event(copied)
-        for value in batch.values():
-            if torch.is_tensor(value):
-                value.record_stream(current)
+    def _write(self, memory: np.ndarray, positions: Sequence[int], volumes: Sequence[int]) -> tuple[dict[int, Sample], int]:
+        """Fill the rows of some volumes of a batch; who has the first one fills the masks."""
+        rows = self._layout.rows(memory)
+        samples = {volume: self._dataset.draw(positions[volume], rows.crops_of(volume)) for volume in volumes}
+        return samples, self._masking.write(positions, rows.masks) if 0 in samples else 0
+
+    def _batch(self, memory: np.ndarray, positions: Sequence[int], written: list[tuple[dict[int, Sample], int]]) -> Batch:
+        samples = {volume: sample for part, _ in written for volume, sample in part.items()}
+        upperbound = sum(bound for _, bound in written)
+        in_order = [samples[volume] for volume in range(len(positions))]
+        batch = collate(self._layout.rows(memory), positions, in_order, upperbound)
+        self._report(batch)
         return batch
-
-    def _batches(self) -> Iterator[Batch]:
-        for batch in compute_in_order(self._compute, self._sampler, self._num_workers):
-            self._report(batch)
-            yield batch
-
-    def _compute(self, positions: list[int]) -> Batch:
-        return self._collate([self._dataset[position] for position in positions])
 
     def _report(self, batch: Batch) -> None:
         for path, reason in batch["bad"].items():
@@ -124,3 +126,56 @@ class TrainLoader:
         if "positions" not in batch:
             reason = next(iter(batch["bad"].values()))
             raise BadInput(f"{self.datalist.path}: none of its {len(self.datalist)} volumes can be used; the first: {reason}")
+
+
+def _layout(cfg: DictConfig, dtype: torch.dtype) -> BatchLayout:
+    c, num_patches = cfg.crops, (cfg.crops.global_crops_size // cfg.student.patch_size) ** 3
+    sizes = c.global_crops_size, c.local_crops_size, c.local_crops_number
+    return BatchLayout(cfg.train.batch_size_per_gpu, *sizes, num_patches, dtype)
+
+
+class CudaCopies:
+    """Batches on their way to a CUDA device, on a stream of their own."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._stream = torch.cuda.Stream(device)
+        self._sources: deque[tuple[Batch, Any]] = deque()  # what is read, and the event of its end
+
+    def start(self, batch: Batch) -> tuple[Batch, torch.cuda.Event]:
+        """The batch on the device, and the event that its values are there."""
+        with torch.cuda.stream(self._stream):  # slots are pinned memory; of what is not, a pinned copy is read
+            tensors = {key: value for key, value in batch.items() if torch.is_tensor(value)}
+            moved = batch | {key: value.pin_memory().to(self.device, non_blocking=True) for key, value in tensors.items()}
+            copied = self._stream.record_event()
+        self._sources.append((batch, copied))
+        return moved, copied
+
+    def arrived(self, batch: Batch, copied: torch.cuda.Event) -> Batch:
+        """The batch for use on the current stream, its memory kept until that stream is done with it."""
+        current = torch.cuda.current_stream(self.device)
+        current.wait_event(copied)
+        for value in batch.values():
+            if torch.is_tensor(value):
+                value.record_stream(current)
+        return batch
+
+    def release(self) -> None:
+        """Let go of host memory that has been read; wait where `HELD` batches have not been."""
+        while self._sources and (len(self._sources) >= HELD or self._sources[0][1].query()):
+            self._sources.popleft()[1].synchronize()
+
+
+def one_ahead(take: Take, copies: CudaCopies) -> Iterator[Batch]:
+    """Batches on a device, each copied while the one before is computed with, where it is there in time."""
+
+    def start(wait: bool) -> tuple[Batch, torch.cuda.Event] | None:
+        copies.release()
+        batch = take(wait)
+        return None if batch is None else copies.start(batch)
+
+    waiting = start(True)
+    while True:
+        ahead = start(False)
+        yield copies.arrived(*waiting)
+        waiting = ahead or start(True)

@@ -1,4 +1,4 @@
-"""Processes that compute a loader's batches, in order, and end it with the reason where one of them dies."""
+"""Processes that compute what a loader delivers, and end it with the reason where one of them dies."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import multiprocessing
 import signal
 import traceback
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from functools import partial
 from itertools import cycle
 from multiprocessing.connection import Connection
@@ -27,11 +28,61 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 Compute = Callable[[Any], Any]
 
 
+@dataclass(frozen=True)
+class Worker:
+    """A loader process and the pipe to it."""
+
+    process: BaseProcess
+    connection: Connection
+
+    def send(self, request: Any) -> None:
+        """Ask for something; the process holds requests until it comes to them.
+
+        Raises:
+            BadInput: The process was killed.
+        """
+        try:
+            self.connection.send(request)
+        except ConnectionError as err:
+            raise _died(self.process) from err
+
+    def receive(self) -> Any:
+        """The next answer, waited for.
+
+        Raises:
+            BadInput: The process was killed.
+            Exception: What `compute` raised there.
+        """
+        try:
+            value, error = self.connection.recv()
+        except (EOFError, OSError) as err:  # in the message, before it, or while its tensors' shared memory was asked for
+            raise _died(self.process) from err
+        if error is not None:
+            raise error
+        return value
+
+
+@contextmanager
+def loader_processes(compute: Compute, num_workers: int) -> Iterator[list[Worker]]:
+    """Processes that answer every request with `compute(request)`; they end with the context, or with the program.
+
+    Each has a pipe of its own: there is no lock that one which is killed could take with it, and its end is seen at once as
+    the end of its pipe (docs/decisions/005-loader-processes.md).
+    """
+    workers: list[Worker] = []
+    end = partial(_end, workers)
+    atexit.register(end)  # where an unfinished generator is still referred to then; before multiprocessing waits for them
+    try:
+        for _ in range(num_workers):
+            workers.append(_start(compute, [worker.connection for worker in workers]))
+        yield workers
+    finally:
+        end()
+        atexit.unregister(end)
+
+
 def compute_in_order(compute: Compute, requests: Iterable[Any], num_workers: int) -> Iterator[Any]:
     """`compute(request)` of each of endless requests, in their order, from `num_workers` processes (0: this one).
-
-    Each process has a pipe of its own: there is no lock that one which is killed could take with it, and its end is seen at
-    once as the end of its pipe (docs/decisions/005-loader-processes.md).
 
     Raises:
         BadInput: A process was killed.
@@ -40,30 +91,24 @@ def compute_in_order(compute: Compute, requests: Iterable[Any], num_workers: int
     if num_workers == 0:
         yield from map(compute, requests)
         return
-    workers: list[tuple[BaseProcess, Connection]] = []
-    end = partial(_end, workers)
-    atexit.register(end)  # where an unfinished generator is still referred to then; before multiprocessing waits for them
-    try:
-        for _ in range(num_workers):
-            workers.append(_start(compute, [connection for _, connection in workers]))
+    with loader_processes(compute, num_workers) as workers:
         todo = iter(requests)
         for _ in range(AHEAD):
             for worker in workers:
-                _send(*worker, next(todo))
+                worker.send(next(todo))
         for worker in cycle(workers):
-            yield _exchange(*worker, todo)
-    finally:
-        end()
-        atexit.unregister(end)
+            answer = worker.receive()
+            worker.send(next(todo))
+            yield answer
 
 
-def _start(compute: Compute, others: list[Connection]) -> tuple[BaseProcess, Connection]:
+def _start(compute: Compute, others: list[Connection]) -> Worker:
     context = multiprocessing.get_context("fork")  # the volumes' list is inherited, not copied
     ours, theirs = context.Pipe()
     process = context.Process(target=_serve, args=(compute, theirs, [*others, ours]), daemon=True)
     process.start()
     theirs.close()  # or its end would not be seen here
-    return process, ours
+    return Worker(process, ours)
 
 
 def _serve(compute: Compute, connection: Connection, inherited: list[Connection]) -> None:
@@ -91,29 +136,6 @@ def _answer(compute: Compute, request: Any) -> tuple[Any, Exception | None]:
         return None, err
 
 
-def _exchange(process: BaseProcess, connection: Connection, todo: Iterator[Any]) -> Any:
-    answer = _receive(process, connection)
-    _send(process, connection, next(todo))
-    return answer
-
-
-def _send(process: BaseProcess, connection: Connection, request: Any) -> None:
-    try:
-        connection.send(request)
-    except ConnectionError as err:
-        raise _died(process) from err
-
-
-def _receive(process: BaseProcess, connection: Connection) -> Any:
-    try:
-        value, error = connection.recv()
-    except (EOFError, OSError) as err:  # in the message, before it, or while its tensors' shared memory was asked for
-        raise _died(process) from err
-    if error is not None:
-        raise error
-    return value
-
-
 def _died(process: BaseProcess) -> BadInput:
     process.join(GRACE_S)
     code = process.exitcode
@@ -126,15 +148,15 @@ def _died(process: BaseProcess) -> BadInput:
     return BadInput(f"loader process {process.pid} {how}: {why}")
 
 
-def _end(workers: list[tuple[BaseProcess, Connection]]) -> None:
-    """Close the pipes; a process ends after the batch it is at, or is ended."""
-    for _, connection in workers:
-        connection.close()
-    for process, _ in workers:
-        process.join(GRACE_S)
-        if process.is_alive():
-            process.kill()
-            process.join()
+def _end(workers: list[Worker]) -> None:
+    """Close the pipes; a process ends after the request it is at, or is ended."""
+    for worker in workers:
+        worker.connection.close()
+    for worker in workers:
+        worker.process.join(GRACE_S)
+        if worker.process.is_alive():
+            worker.process.kill()
+            worker.process.join()
     workers.clear()
 
 
