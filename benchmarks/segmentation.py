@@ -40,6 +40,7 @@ def measure(arch: str, size: int, head: str, threads: int, reference: bool, roun
     from dinov2.eval.segmentation_3d import deformable
     from dinov2.eval.segmentation_3d.build import Task, build_segmentation
     from dinov2.eval.segmentation_3d.losses import build_loss
+    from dinov2.eval.setup import build_model_for_eval
     from dinov2.ops import ms_deform_attn_3d_reference
 
     torch.set_num_threads(threads)
@@ -48,7 +49,9 @@ def measure(arch: str, size: int, head: str, threads: int, reference: bool, roun
     recipe = Recipe(classes={i: str(i) for i in range(14)}, name="timing")
     cfg = load_and_merge_config_3d(None, [f"student.arch={arch}"])
     before = peak_mib()
-    model = build_segmentation(cfg, "random", Task(recipe, head, size, 1.0), False, Runtime(torch.device("cpu")))
+    runtime = Runtime(torch.device("cpu"))
+    backbone = build_model_for_eval(cfg, "random", runtime)
+    model = build_segmentation(cfg, backbone, Task(recipe, head, size, 1.0), False, runtime)
     loss, optimizer = build_loss(recipe), torch.optim.AdamW(p for p in model.parameters() if p.requires_grad)
     images, labels = torch.randn(1, 1, size, size, size), torch.randint(0, 14, (1, 1, size, size, size))
     times = []

@@ -1,179 +1,31 @@
-"""What all evaluations of frozen features share: flags, data, the folder's record, features of whole parts.
+"""What all evaluations of frozen features share: subsets, labels and features of whole parts.
 
 n cases, F features: class tokens of the last layers, then the mean of the last layer's patch tokens (`class_features`).
 """
 
 from __future__ import annotations
 
-import argparse
-import dataclasses
-import hashlib
-import json
-import logging
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 
 import torch
 from omegaconf import DictConfig
 from torch import Tensor
 from tqdm import tqdm
 
-from dinov2.configs import default_yaml, load_and_merge_config_3d
-from dinov2.data.cases import Cases, check_headers
+from dinov2.data.cases import Cases
 from dinov2.data.crops import central_view
-from dinov2.data.datalist import Entry
-from dinov2.data.downstream import Item, datalist_path, read_downstream_datalist, select_percent, with_tertiles
-from dinov2.data.overlap import warn_of_overlap
-from dinov2.data.recipes import Recipe, load_recipe
-from dinov2.data.skull import warn_of_skulls
+from dinov2.data.downstream import Item, select_percent
+from dinov2.data.recipes import Recipe
 from dinov2.data.workers import compute_in_order
-from dinov2.distributed import barrier, gather_objects, is_main_process
-from dinov2.distributed.runtime import Runtime, lost_rank_explained, start_runtime
+from dinov2.distributed import gather_objects
 from dinov2.errors import BadInput
 from dinov2.eval.features import class_features
 from dinov2.eval.linear_heads import LAYER_CHOICES
+from dinov2.eval.run import Setting
 from dinov2.eval.segmentation_3d.inference import autocast
-from dinov2.files import write_json, write_text
-from dinov2.logging import setup_logging
-from dinov2.logging.folder import run_folder
-from dinov2.logging.provenance import RUN_FILE, run_record
 from dinov2.models import DinoVisionTransformer3d
 from dinov2.train.ssl_meta_arch import DTYPES
-
-logger = logging.getLogger(__name__)
-
-NOT_DECISIVE = {
-    "output_dir",
-    "cache_dir",
-    "num_workers",
-    "local_rank",
-    "base_data_dir",
-    "no_resume",
-}  # a resume may change them
-
-
-def frozen_parser(program: str, description: str) -> argparse.ArgumentParser:
-    """The flags that every evaluation of features has."""
-    parser = argparse.ArgumentParser(program, description=description)
-    add = parser.add_argument
-    add("--config-file", help="configuration the backbone was trained with (a YAML file or a name)")
-    add("--pretrained-weights", required=True, help="teacher checkpoint, or the word random for an untrained network")
-    add("--output-dir", required=True, help="folder of the run")
-    add("--opts", nargs="*", default=[], metavar="key=value", help="configuration overrides")
-    add("--dataset-name", required=True, help="a recipe: a name of configs/eval/datasets, or a YAML file")
-    add("--dataset-percent", type=int, default=100, help="share of the training part that is used")
-    add("--base-data-dir", required=True, help="folder of <dataset>_cls_datalist.json")
-    add("--image-size", type=int, default=112, help="edge of the network's input (voxels)")
-    add("--batch-size", type=int, default=32, help="images of a step and process")
-    add("--num-workers", type=int, default=8, help="loader processes")
-    add("--cache-dir", help="folder of prepared cases; default: cache, below --output-dir")
-    add("--dataset-seed", type=int, default=0, help="of the training subset, of crops and of their order")
-    add("--local-rank", type=int, default=0, help="accepted for old launchers, no effect")
-    return parser
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What an evaluation works with.
-
-    Attributes:
-        cfg: The backbone's configuration.
-        recipe: The dataset's, with all sizes and bins in numbers.
-        cases: Of training, validation and test; all of the training part.
-        output_dir: Of the run, held by its lock.
-        runtime: Rank and device.
-    """
-
-    cfg: DictConfig
-    recipe: Recipe
-    cases: dict[str, Cases]
-    output_dir: Path
-    runtime: Runtime
-
-
-@contextmanager
-def open_setting(args: argparse.Namespace, task: str) -> Iterator[Setting]:
-    """Check a command line and its data, and hold the output folder.
-
-    Raises:
-        BadInput: What of it cannot be used.
-    """
-    for flag in ("image_size", "batch_size"):
-        if not getattr(args, flag) > 0:
-            raise BadInput(f"--{flag.replace('_', '-')} {getattr(args, flag)} must be positive")
-    recipe = load_recipe(args.dataset_name)
-    if recipe.task != task:
-        raise BadInput(f"{args.dataset_name}: a recipe for {recipe.task}, not {task}: {_program_of(recipe.task)}")
-    recipe = with_tertiles(recipe, args.base_data_dir)
-    if recipe.resize is None:
-        recipe = dataclasses.replace(recipe, resize=[args.image_size] * 3)
-    cfg = load_and_merge_config_3d(args.config_file, args.opts)
-    if args.image_size % cfg.student.patch_size:
-        raise BadInput(f"--image-size {args.image_size} is not a multiple of student.patch_size={cfg.student.patch_size}")
-    splits = read_downstream_datalist(args.base_data_dir, recipe)
-    runtime = start_runtime(cfg.train.num_threads, cfg.train.backend, cfg.train.timeout_s)
-    setup_logging(rank=runtime.rank)
-    with lost_rank_explained(runtime.rank), run_folder(args.output_dir, runtime) as output_dir:
-        setup_logging(output_dir, runtime.rank)
-        for items in splits.values():
-            check_headers(items, recipe)
-        warn_of_skulls(splits["training"], recipe)
-        cache = args.cache_dir or output_dir / "cache"
-        cases = {part: Cases(items, recipe, cache_dir=cache) for part, items in splits.items()}
-        check_same_run(args, cfg, recipe, output_dir, runtime)
-        if args.pretrained_weights != "random" and is_main_process():
-            warn_of_overlap([Entry(p, ()) for item in splits["test"] for p in item.images], args.pretrained_weights)
-        logger.info("%s: %s cases", recipe.name, ", ".join(f"{len(items)} {part}" for part, items in splits.items()))
-        yield Setting(cfg, recipe, cases, output_dir, runtime)
-
-
-def _program_of(task: str) -> str:
-    programs = {"segmentation": "segmentation3d.py", "classification": "linear3d.py", "regression": "regression.py"}
-    return f"use dinov2/eval/{programs[task]}"
-
-
-def check_same_run(args: argparse.Namespace, cfg: DictConfig, recipe: Recipe, output_dir: Path, runtime: Runtime) -> None:
-    """Record what decides the result; refuse a folder whose run was decided otherwise.
-
-    Raises:
-        BadInput: The folder holds another run; what differs is named.
-    """
-    decisive: dict[str, Any] = {k: v for k, v in vars(args).items() if k not in NOT_DECISIVE}
-    decisive |= {"ranks": runtime.world_size, "config": default_yaml(cfg), "recipe": repr(recipe)}
-    decisive["pretrained_weights"] = weights_id(args.pretrained_weights)
-    decisive["datalist"] = hashlib.sha256(datalist_path(args.base_data_dir, recipe).read_bytes()).hexdigest()
-    path = output_dir / "decisive.json"
-    before = decisive
-    if path.exists() and not getattr(args, "no_resume", False):
-        before = json.loads(path.read_text())
-    differing = sorted(k for k in before.keys() | decisive.keys() if before.get(k) != decisive.get(k))
-    if differing:
-        raise BadInput(f"{output_dir}: holds a run with another {', '.join(differing)}: use another --output-dir")
-    if is_main_process():
-        write_json(path, decisive)
-        write_text(output_dir / "config.yaml", default_yaml(cfg))
-        layout = {"ranks": runtime.world_size, "device": runtime.device.type}
-        record = run_record(decisive["datalist"], 0, args.batch_size * runtime.world_size, layout)
-        write_json(output_dir / RUN_FILE, record)
-    barrier()
-
-
-def weights_id(weights: str) -> str:
-    """SHA-256 of a weights file, or the word random.
-
-    Raises:
-        BadInput: It cannot be read.
-    """
-    if weights == "random":
-        return weights
-    try:
-        with Path(weights).open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as err:
-        raise BadInput(f"weights {weights}: {err.strerror}: give a teacher checkpoint") from err
 
 
 def require_every_class(items: Sequence[Item], recipe: Recipe, part: str) -> None:
@@ -205,21 +57,20 @@ def precision(cfg: DictConfig, device: torch.device) -> AbstractContextManager:
 
 
 @torch.no_grad()
-def part_features(
-    setting: Setting, backbone: DinoVisionTransformer3d, cases: Cases, part: str, args: argparse.Namespace
-) -> Tensor:
+def part_features(setting: Setting, backbone: DinoVisionTransformer3d, cases: Cases, part: str) -> Tensor:
     """Features [n, F] of the middle of every case, on the CPU; the ranks share the work, every one has all.
 
     Raises:
         BadInput: A case cannot be prepared, or its features are not finite.
     """
-    device, layers = setting.runtime.device, feature_layers(backbone)
+    request, device, layers = setting.request, setting.runtime.device, feature_layers(backbone)
     mine = list(range(setting.runtime.rank, len(cases), setting.runtime.world_size))
     endless = (mine[i % len(mine)] for i in range(10**12)) if mine else iter(())
-    views = compute_in_order(lambda i: central_view(cases[i].image, args.image_size), endless, min(args.num_workers, len(mine)))
+    num_workers = min(request.num_workers, len(mine))
+    views = compute_in_order(lambda i: central_view(cases[i].image, request.image_size), endless, num_workers)
     rows = {}
-    for first in tqdm(range(0, len(mine), args.batch_size), desc=f"{part} features", disable=None):
-        chosen = mine[first : first + args.batch_size]
+    for first in tqdm(range(0, len(mine), request.batch_size), desc=f"{part} features", disable=None):
+        chosen = mine[first : first + request.batch_size]
         images = torch.stack([next(views) for _ in chosen]).to(device)
         with precision(setting.cfg, device):
             found = class_features(backbone, images, layers).cpu()

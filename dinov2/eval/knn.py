@@ -11,6 +11,7 @@ import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 if __package__ in (None, ""):  # started as a file: the repository, not this folder, is where imports begin
     sys.path[0] = str(Path(__file__).resolve().parents[2])
@@ -18,8 +19,8 @@ if __package__ in (None, ""):  # started as a file: the repository, not this fol
 import numpy as np
 
 from dinov2.errors import EXIT_OK, BadInput
-from dinov2.eval.frozen import frozen_parser, open_setting
 from dinov2.eval.readout import all_features, choose, mean_auc, write_classification
+from dinov2.eval.run import Request, checked_request, frozen_parser, open_run
 from dinov2.program import run_program
 
 logger = logging.getLogger("dinov2.eval.knn")
@@ -37,6 +38,24 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     return run_program(run, get_args_parser().parse_args(argv))
+
+
+class Votes(NamedTuple):
+    """Numbers of neighbours to choose from, and how sharply the near ones count more."""
+
+    neighbours: tuple[int, ...]
+    temperature: float
+
+
+def check_arguments(args: argparse.Namespace) -> tuple[Request, Votes]:
+    """The request and votes of a command line.
+
+    Raises:
+        BadInput: Something of it cannot be used.
+    """
+    if min(args.nb_knn) < 1 or args.temperature <= 0:
+        raise BadInput("--nb_knn and --temperature must be positive")
+    return checked_request(args), Votes(tuple(args.nb_knn), args.temperature)
 
 
 def knn_probabilities(
@@ -64,17 +83,16 @@ def knn_probabilities(
 
 
 def run(args: argparse.Namespace) -> int:
-    if min(args.nb_knn) < 1 or args.temperature <= 0:
-        raise BadInput("--nb_knn and --temperature must be positive")
-    with open_setting(args, "classification") as setting:
-        parts, views = all_features(setting, args)
+    request, votes = check_arguments(args)
+    with open_run(request, "classification") as setting:
+        parts, views = all_features(setting)
         fit, num_classes = parts["training"], setting.recipe.num_outputs
 
         def vote(part: str, view: str, k: int) -> np.ndarray:
             columns = views[view]
-            return knn_probabilities(fit.view(columns), fit.y, parts[part].view(columns), k, num_classes, args.temperature)
+            return knn_probabilities(fit.view(columns), fit.y, parts[part].view(columns), k, num_classes, votes.temperature)
 
-        numbers = sorted({min(k, len(fit.y)) for k in args.nb_knn})
+        numbers = sorted({min(k, len(fit.y)) for k in votes.neighbours})
         validation = parts["validation"]
         scores = {(v, k): mean_auc(vote("validation", v, k), validation) for v in views for k in numbers}
         view, k = choose(scores)

@@ -6,6 +6,7 @@ Reading order: `main` -> `run` -> `run_seed` -> `probe_training.py` (the loop) -
 from __future__ import annotations
 
 import argparse
+import copy
 import dataclasses
 import logging
 import sys
@@ -23,26 +24,14 @@ from dinov2.distributed import barrier, is_main_process
 from dinov2.errors import EXIT_OK, BadInput
 from dinov2.eval import probe_training as training
 from dinov2.eval.classification_metrics import classification_scores, write_predictions
-from dinov2.eval.frozen import (
-    Setting,
-    frozen_parser,
-    groups_of,
-    labels_of,
-    open_setting,
-    part_features,
-    require_every_class,
-    training_items,
-    weights_id,
-)
+from dinov2.eval.frozen import groups_of, labels_of, part_features, require_every_class, training_items
 from dinov2.eval.linear_heads import LEARNING_RATES
 from dinov2.eval.probe_file import save_probe
-from dinov2.eval.setup import build_model_for_eval
+from dinov2.eval.run import MODELS, Request, Setting, checked_request, frozen_parser, open_run, require_positive
 from dinov2.files import write_json
 from dinov2.program import run_program
 
 logger = logging.getLogger("dinov2.eval.linear3d")
-
-MODELS = ("3DINO", "MONAI-ViT", "SwinTransfer", "SwinRandom", "Random")
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -55,7 +44,6 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--eval-period-iterations", type=int, default=1250, help="iterations between two validations")
     rates = "learning rates of the grid; default: the paper's, 1e-4 to 0.5"
     add("--learning-rates", type=float, nargs="+", default=list(LEARNING_RATES), metavar="RATE", help=rates)
-    add("--no-resume", action="store_true", help="start anew in a folder that holds a run")
     add("--classifier-fpath", help="checkpoint.pth of another run, whose heads this one begins with")
     add("--model-name", choices=MODELS, default="3DINO")
     add("--scale-learning-rates", action="store_true", help="rates times batch / 256, as DINOv2")
@@ -73,48 +61,45 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> int:
     """Every seed in turn; features of a frozen backbone are extracted once for all."""
-    plan = check_arguments(args)
-    with open_setting(args, "classification") as setting:
+    request, plan, seeds = check_arguments(args)
+    with open_run(request, "classification") as setting:
         for part in SPLITS:
             require_every_class(setting.cases[part].items, setting.recipe, part)
-        subsets = {s: training_items(setting.cases["training"], args.dataset_percent, s) for s in seeds(args)}
+        subsets = {s: training_items(setting.cases["training"], request.dataset_percent, s) for s in seeds}
         for seed, cases in subsets.items():
-            require_every_class(cases.items, setting.recipe, f"training, {args.dataset_percent} % by seed {seed}")
+            require_every_class(cases.items, setting.recipe, f"training, {request.dataset_percent} % by seed {seed}")
+        if plan.classifier:  # one that does not fit is refused now
+            training.start_probe(setting, setting.backbone, plan, seeds[0])
+        setting.begin()
         held_out: dict[str, Tensor] = {}
         for seed, cases in subsets.items():
-            folder = setting.output_dir / f"seed_{seed}" if args.num_seeds > 1 else setting.output_dir
+            folder = setting.output_dir / f"seed_{seed}" if len(seeds) > 1 else setting.output_dir
             folder.mkdir(exist_ok=True)
-            if (folder / "results.json").exists() and not args.no_resume:
+            if (folder / "results.json").exists():
                 logger.info("%s: finished already", folder)
                 continue
-            code = run_seed(args, plan, dataclasses.replace(setting, output_dir=folder), cases, seed, held_out)
+            code = run_seed(plan, dataclasses.replace(setting, output_dir=folder), cases, seed, held_out)
             if code != EXIT_OK:
                 return code
-        if args.num_seeds > 1 and is_main_process():
+        if len(seeds) > 1 and is_main_process():
             training.summarise_seeds(setting.output_dir, list(subsets))
         return EXIT_OK
 
 
-def seeds(args: argparse.Namespace) -> range:
-    return range(args.dataset_seed, args.dataset_seed + args.num_seeds)
-
-
-def check_arguments(args: argparse.Namespace) -> training.Plan:
-    """The plan of a command line.
+def check_arguments(args: argparse.Namespace) -> tuple[Request, training.Plan, range]:
+    """The request, plan and seeds of a command line.
 
     Raises:
         BadInput: Something of it cannot be used.
     """
-    if args.model_name != "3DINO":
-        raise BadInput(f"--model-name {args.model_name}: this baseline is not part of this version: use 3DINO")
+    request = checked_request(args)
     for flag in ("epochs", "epoch_length", "save_checkpoint_frequency", "eval_period_iterations", "num_seeds"):
-        if not getattr(args, flag) > 0:
-            raise BadInput(f"--{flag.replace('_', '-')} {getattr(args, flag)} must be positive")
+        require_positive(**{flag: getattr(args, flag)})
     if not min(args.learning_rates) > 0 or len(set(args.learning_rates)) < len(args.learning_rates):
         raise BadInput(f"--learning-rates {' '.join(f'{r:g}' for r in args.learning_rates)}: must be positive, each once")
     if args.fine_tune and args.cached_views:
         raise BadInput("--cached-views keeps features of a frozen backbone: leave it out with --fine-tune")
-    return training.Plan(
+    plan = training.Plan(
         total_iters=args.epochs * args.epoch_length,
         save_iters=args.save_checkpoint_frequency * args.epoch_length,
         eval_iters=args.eval_period_iterations,
@@ -124,47 +109,41 @@ def check_arguments(args: argparse.Namespace) -> training.Plan:
         backbone_rate=args.backbone_learning_rate if args.fine_tune else None,
         classifier=args.classifier_fpath,
     )
+    return request, plan, range(args.dataset_seed, args.dataset_seed + args.num_seeds)
 
 
-def run_seed(
-    args: argparse.Namespace,
-    plan: training.Plan,
-    setting: Setting,
-    cases: Cases,
-    seed: int,
-    held_out: dict[str, Tensor],
-) -> int:
+def run_seed(plan: training.Plan, setting: Setting, cases: Cases, seed: int, held_out: dict[str, Tensor]) -> int:
     """Train, select and test with one seed; returns the exit code.
 
     Args:
         held_out: Features of validation and test by part: filled by the first seed, used by the next ones.
     """
-    backbone = build_model_for_eval(setting.cfg, args.pretrained_weights, setting.runtime)
+    is_trained = plan.backbone_rate is not None
+    backbone = copy.deepcopy(setting.backbone) if is_trained else setting.backbone
 
     def features(part: str) -> Tensor:
-        if args.fine_tune:  # they change with the backbone
-            return part_features(setting, backbone, setting.cases[part], part, args)
+        if is_trained:  # they change with the backbone
+            return part_features(setting, backbone, setting.cases[part], part)
         if part not in held_out:
-            held_out[part] = part_features(setting, backbone, setting.cases[part], part, args)
+            held_out[part] = part_features(setting, backbone, setting.cases[part], part)
         return held_out[part]
 
-    state = training.start_probe(setting, backbone, plan, args, seed)
-    code = training.train(setting, state, plan, args, cases, seed, lambda: features("validation"))
+    state = training.start_probe(setting, backbone, plan, seed)
+    state.resume()
+    code = training.train(setting, state, plan, cases, seed, lambda: features("validation"))
     if code != EXIT_OK:
         return code
     best = state.best_head()
     if is_main_process():
-        save_probe(setting, state, best, args, weights_id(args.pretrained_weights))
+        save_probe(setting, state, best)
     test_features = features("test")  # for the first time, when everything is chosen
     if is_main_process():
-        test(setting, state, best, test_features, args, len(cases), seed)
+        test(setting, state, best, test_features, len(cases), seed)
     barrier()
     return EXIT_OK
 
 
-def test(
-    setting: Setting, state: training.Probe, best: int, features: Tensor, args: argparse.Namespace, n_train: int, seed: int
-) -> None:
+def test(setting: Setting, state: training.Probe, best: int, features: Tensor, n_train: int, seed: int) -> None:
     """Score the selected head on the test part; writes `predictions.csv`, then `results.json`."""
     items, names = setting.cases["test"].items, setting.recipe.output_names
     logits = state.heads.logits(features.to(setting.runtime.device))[:, best]
@@ -178,7 +157,7 @@ def test(
         "best_head": state.heads.heads[best].name,
         "validation": state.history,
         "seed": seed,
-        "percent": args.dataset_percent,
+        "percent": setting.request.dataset_percent,
         "n_train": n_train,
         "n_test": len(items),
     }

@@ -20,8 +20,8 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from dinov2.errors import EXIT_OK
-from dinov2.eval.frozen import frozen_parser, open_setting
 from dinov2.eval.readout import all_features, choose, mean_auc, write_classification
+from dinov2.eval.run import checked_request, frozen_parser, open_run
 from dinov2.program import run_program
 
 C_GRID = tuple(10.0**power for power in range(-6, 6))
@@ -37,8 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
-    with open_setting(args, "classification") as setting:
-        parts, views = all_features(setting, args)
+    with open_run(checked_request(args), "classification") as setting:
+        parts, views = all_features(setting)
         fit, validation, test = (parts[name] for name in ("training", "validation", "test"))
 
         def fitted(x: np.ndarray, y: np.ndarray, c: float) -> LogisticRegression:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,7 +10,7 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from dinov2.checkpointer.teacher import open_weights
+from dinov2.checkpointer.teacher import RANDOM, open_teacher, open_weights
 from dinov2.configs.loader import typed_from
 from dinov2.data.cases import prepare_case
 from dinov2.data.crops import central_view
@@ -21,9 +20,10 @@ from dinov2.distributed.runtime import start_runtime
 from dinov2.errors import EXIT_BAD_INPUT, EXIT_OK, BadInput
 from dinov2.eval.classification_metrics import write_predictions
 from dinov2.eval.features import class_features
-from dinov2.eval.frozen import Setting, feature_layers, precision, weights_id
+from dinov2.eval.frozen import feature_layers, precision
 from dinov2.eval.linear_heads import Head
 from dinov2.eval.probe_training import Probe
+from dinov2.eval.run import Setting
 from dinov2.eval.setup import build_model_for_eval
 from dinov2.fsdp import save_atomically
 
@@ -31,17 +31,17 @@ PROBE = "probe.pth"
 Say = Callable[[str], None]
 
 
-def save_probe(setting: Setting, probe: Probe, best: int, args: argparse.Namespace, weights_sha: str) -> None:
+def save_probe(setting: Setting, probe: Probe, best: int) -> None:
     """Write `probe.pth`: tensors and plain types; the backbone itself only where it was trained."""
     weight, bias = probe.heads.head_weights(best)
     head = probe.heads.heads[best]
     meta = {
         "config": OmegaConf.to_container(setting.cfg),
         "recipe": dataclasses.asdict(setting.recipe),
-        "image_size": args.image_size,
+        "image_size": setting.request.image_size,
         "head": dataclasses.asdict(head),
-        "weights": args.pretrained_weights if weights_sha == "random" else str(Path(args.pretrained_weights).absolute()),
-        "weights_sha256": weights_sha,
+        "weights": setting.weights,
+        "weights_sha256": setting.decisive["pretrained_weights"],
         "validation_auc": probe.history[-1]["auc"],
     }
     backbone = {"backbone": probe.backbone.state_dict()} if probe.optimizer else {}
@@ -53,7 +53,7 @@ class SavedProbe:
 
     Args:
         path: `probe.pth`.
-        weights: Of the backbone; None: where they were when the probe was made.
+        weights: Of the backbone, as of `open_teacher`; None: where they were when the probe was made.
 
     Raises:
         BadInput: The file is no probe, or the backbone's weights are missing or others.
@@ -68,10 +68,10 @@ class SavedProbe:
         self.cfg = OmegaConf.create(meta["config"])
         self.runtime = start_runtime(self.cfg.train.num_threads)
         trained = content.get("backbone")
-        source = "random" if trained else weights or meta["weights"]
-        if not trained and weights_id(source) != meta["weights_sha256"]:
-            raise BadInput(f"{source}: not the weights that {path} was made with: give them as --pretrained-weights")
-        self.backbone = build_model_for_eval(self.cfg, source, self.runtime)
+        teacher = open_teacher(RANDOM if trained else weights or meta["weights"])
+        if not trained and teacher.identity() != meta["weights_sha256"]:
+            raise BadInput(f"{teacher.source}: not the weights that {path} was made with: give them as --pretrained-weights")
+        self.backbone = build_model_for_eval(self.cfg, teacher, self.runtime)
         if trained:
             self.backbone.load_state_dict(trained)
         self.layers = feature_layers(self.backbone)

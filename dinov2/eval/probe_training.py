@@ -5,7 +5,6 @@ Reading order: `train` (the loop) -> `Inputs` (features of a step) -> `validate`
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
 import math
@@ -32,8 +31,9 @@ from dinov2.distributed import all_reduce_sum, any_rank, barrier, gather_objects
 from dinov2.errors import EXIT_OK, EXIT_RESUMABLE, BadInput
 from dinov2.eval.classification_metrics import auc_per_class
 from dinov2.eval.features import class_features
-from dinov2.eval.frozen import Setting, feature_layers, labels_of, precision
+from dinov2.eval.frozen import feature_layers, labels_of, precision
 from dinov2.eval.linear_heads import LinearHeads, cosine_factor, head_grid
+from dinov2.eval.run import Setting
 from dinov2.files import write_json
 from dinov2.fsdp import save_atomically
 from dinov2.logging import MetricWriter
@@ -114,13 +114,13 @@ class Probe:
         return self.history[-1]["head"]
 
 
-def start_probe(setting: Setting, backbone: DinoVisionTransformer3d, plan: Plan, args: argparse.Namespace, seed: int) -> Probe:
-    """A probe at its beginning, or where its folder's checkpoint left it.
+def start_probe(setting: Setting, backbone: DinoVisionTransformer3d, plan: Plan, seed: int) -> Probe:
+    """A probe at its beginning.
 
     Raises:
-        BadInput: A checkpoint does not fit.
+        BadInput: The plan's classifier does not fit.
     """
-    scale = args.batch_size * setting.runtime.world_size / 256 if plan.scale_rates else 1.0
+    scale = setting.request.batch_size * setting.runtime.world_size / 256 if plan.scale_rates else 1.0
     layers = feature_layers(backbone)
     grid = head_grid([rate * scale for rate in plan.learning_rates], layers)
     generator = torch.Generator().manual_seed(torch_seed(seed, Kind.INIT, 0))
@@ -133,8 +133,6 @@ def start_probe(setting: Setting, backbone: DinoVisionTransformer3d, plan: Plan,
     probe = Probe(heads, backbone, optimizer, setting.output_dir)
     if plan.classifier:
         probe.load(Path(plan.classifier))
-    if not args.no_resume:
-        probe.resume()
     return probe
 
 
@@ -151,15 +149,15 @@ class Inputs:
         setting: Setting,
         probe: Probe,
         plan: Plan,
-        args: argparse.Namespace,
         cases: Cases,
         seed: int,
         first: int,
     ) -> None:
-        self.setting, self.probe, self.plan, self.args, self.cases, self.seed = setting, probe, plan, args, cases, seed
+        self.setting, self.probe, self.plan, self.cases, self.seed = setting, probe, plan, cases, seed
+        self.request = setting.request
         self.order = EndlessOrder(len(cases), seed)
         runtime = setting.runtime
-        self.sampler = PositionSampler(args.batch_size, 1, runtime.rank, runtime.world_size, first)
+        self.sampler = PositionSampler(self.request.batch_size, 1, runtime.rank, runtime.world_size, first)
         self.labels = labels_of(cases.items)
         self.layers = feature_layers(probe.backbone)
 
@@ -173,7 +171,7 @@ class Inputs:
                 rows = [(p // n % self.plan.cached_views) * n + self.order(p) for p in positions]
                 yield kept[rows].to(device), self._labels(positions)
             return
-        for positions, images in compute_in_order(self._views, self.sampler, self.args.num_workers):
+        for positions, images in compute_in_order(self._views, self.sampler, self.request.num_workers):
             yield self._features(images, bool(self.probe.optimizer)), self._labels(positions)
 
     def _labels(self, positions: list[int]) -> Tensor:
@@ -187,7 +185,7 @@ class Inputs:
     def _view(self, index: int, number: int) -> Tensor:
         """The view of a case that stands at a place of the sample sequence."""
         image = self.cases[index].image
-        return training_view(image, self.cases.recipe, self.args.image_size, stream(self.seed, Kind.SAMPLE, number))
+        return training_view(image, self.cases.recipe, self.request.image_size, stream(self.seed, Kind.SAMPLE, number))
 
     def _views(self, positions: list[int]) -> tuple[list[int], Tensor]:
         return positions, torch.stack([self._view(self.order(p), p) for p in positions])
@@ -196,14 +194,14 @@ class Inputs:
         """[views * n, F]: every view of every case once; the ranks share the work."""
         runtime, total = self.setting.runtime, self.plan.cached_views * len(self.cases)
         mine = range(runtime.rank, total, runtime.world_size)
-        batches = [list(mine[a : a + self.args.batch_size]) for a in range(0, len(mine), self.args.batch_size)]
+        batches = [list(mine[a : a + self.request.batch_size]) for a in range(0, len(mine), self.request.batch_size)]
         endless = (batches[i % len(batches)] for i in range(10**12)) if batches else iter(())
 
         def compute(numbers: list[int]) -> tuple[list[int], Tensor]:
             return numbers, torch.stack([self._view(number % len(self.cases), number) for number in numbers])
 
         rows: dict[int, Tensor] = {}
-        with closing(compute_in_order(compute, endless, min(self.args.num_workers, len(batches)))) as views:
+        with closing(compute_in_order(compute, endless, min(self.request.num_workers, len(batches)))) as views:
             for _ in tqdm(batches, desc="training features", disable=None):
                 numbers, images = next(views)
                 rows |= dict(zip(numbers, self._features(images, False).cpu(), strict=True))
@@ -215,7 +213,6 @@ def train(
     setting: Setting,
     probe: Probe,
     plan: Plan,
-    args: argparse.Namespace,
     cases: Cases,
     seed: int,
     validation_features: Callable[[], Tensor],
@@ -224,7 +221,7 @@ def train(
     first, total = probe.iteration + 1, plan.total_iters
     if first >= total:
         return EXIT_OK
-    inputs = Inputs(setting, probe, plan, args, cases, seed, first)
+    inputs = Inputs(setting, probe, plan, cases, seed, first)
     with (
         MetricWriter(setting.output_dir, first, is_main_process()) as metrics,
         stop_requests() as stop_asked,

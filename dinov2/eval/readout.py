@@ -7,7 +7,6 @@ n cases, F features.
 
 from __future__ import annotations
 
-import argparse
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,9 +17,9 @@ import numpy as np
 from dinov2.data.downstream import SPLITS, Item
 from dinov2.distributed import is_main_process
 from dinov2.eval.classification_metrics import auc_per_class, classification_scores, write_predictions
-from dinov2.eval.frozen import Setting, groups_of, labels_of, part_features, require_every_class, training_items
+from dinov2.eval.frozen import groups_of, labels_of, part_features, require_every_class, training_items
 from dinov2.eval.linear_heads import LAYER_CHOICES, Head
-from dinov2.eval.setup import build_model_for_eval
+from dinov2.eval.run import Setting
 from dinov2.files import write_json
 
 logger = logging.getLogger(__name__)
@@ -52,22 +51,24 @@ def feature_views(embed_dim: int, num_features: int) -> dict[str, slice]:
     return {f"last {h.layers}{' and pooled patches' if h.pooled else ''}": h.columns(layers, embed_dim) for h in heads}
 
 
-def all_features(setting: Setting, args: argparse.Namespace) -> tuple[dict[str, Part], dict[str, slice]]:
-    """Every part's features by a frozen backbone, of the training part its share, and the views of them.
+def all_features(setting: Setting) -> tuple[dict[str, Part], dict[str, slice]]:
+    """Every part's features by the frozen backbone, of the training part its share, and the views of them; the run begins.
 
     Raises:
         BadInput: A class is absent from a part, or a case cannot be used.
     """
-    cases = {**setting.cases, "training": training_items(setting.cases["training"], args.dataset_percent, args.dataset_seed)}
+    request = setting.request
+    training = training_items(setting.cases["training"], request.dataset_percent, request.dataset_seed)
+    cases = {**setting.cases, "training": training}
     if setting.recipe.task == "classification":
         for part in SPLITS:
             require_every_class(cases[part].items, setting.recipe, part)
-    backbone = build_model_for_eval(setting.cfg, args.pretrained_weights, setting.runtime)
     parts = {}
     for part in SPLITS:
-        features = part_features(setting, backbone, cases[part], part, args)
+        features = part_features(setting, setting.backbone, cases[part], part)
         parts[part] = Part(features.double().numpy(), labels_of(cases[part].items).numpy(), cases[part].items)
-    return parts, feature_views(backbone.embed_dim, features.shape[1])
+    setting.begin()  # every case could be used
+    return parts, feature_views(setting.backbone.embed_dim, features.shape[1])
 
 
 def choose(scores: dict[Any, float]) -> Any:

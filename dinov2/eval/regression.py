@@ -23,8 +23,9 @@ from sklearn.preprocessing import StandardScaler
 from dinov2.distributed import is_main_process
 from dinov2.errors import EXIT_OK
 from dinov2.eval.classification_metrics import regression_scores, write_predictions
-from dinov2.eval.frozen import frozen_parser, groups_of, open_setting
+from dinov2.eval.frozen import groups_of
 from dinov2.eval.readout import all_features, choose, write_results
+from dinov2.eval.run import checked_request, frozen_parser, open_run
 from dinov2.program import run_program
 
 logger = logging.getLogger("dinov2.eval.regression")
@@ -41,8 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
-    with open_setting(args, "regression") as setting:
-        parts, views = all_features(setting, args)
+    with open_run(checked_request(args), "regression") as setting:
+        parts, views = all_features(setting)
         fit, validation, test = (parts[name] for name in ("training", "validation", "test"))
 
         def fitted(x: np.ndarray, y: np.ndarray, penalty: float) -> Pipeline:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -52,9 +52,9 @@ def run_folder(path: str, runtime: Runtime) -> Iterator[Path]:
 PRETRAINING = ("checkpoints", "eval", "tensorboard", "training_metrics.json", "config.yaml", RUN_FILE)  # what it writes
 
 
-def set_aside(output_dir: Path, names: tuple[str, ...] = PRETRAINING) -> None:
-    """Move what an earlier run left (files and folders of these names) into `previous_<n>`, so that nothing is lost."""
-    found = [output_dir / n for n in names if (output_dir / n).exists()]
+def set_aside(output_dir: Path, patterns: Sequence[str] = PRETRAINING) -> None:
+    """Move what an earlier run left (files and folders of these names or patterns) into `previous_<n>`: nothing is lost."""
+    found = [path for pattern in patterns for path in sorted(output_dir.glob(pattern))]
     if not found:
         return
     number = 1 + len(list(output_dir.glob("previous_*")))

@@ -216,7 +216,7 @@ def test_lists_that_cannot_be_used_are_one_line(
 @pytest.mark.parametrize(
     "extra, flags, expected",
     [
-        ([], {"image_size": 18}, "--image-size 18 is not a multiple of student.patch_size=4"),
+        ([], {"image_size": 18}, "--image-size 18 is no multiple of the patch size 4: use [16, 20]"),
         ([], {"dataset_percent": 7}, "none of its 1 cases is"),
         ([], {"learning_rates": "-1"}, "must be positive"),
         (["--fine-tune"], {"cached_views": 2}, "leave it out with --fine-tune"),

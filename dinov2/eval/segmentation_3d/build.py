@@ -21,7 +21,6 @@ from dinov2.distributed.runtime import Runtime
 from dinov2.errors import BadInput
 from dinov2.eval.segmentation_3d.adapter import AdapterOptions
 from dinov2.eval.segmentation_3d.heads import UNETR, Linear, ViTAdapterUNETR
-from dinov2.eval.setup import build_model_for_eval
 from dinov2.fsdp import save_atomically
 from dinov2.layers.attention import resolve_attention
 from dinov2.models import DinoVisionTransformer3d, build_backbone
@@ -52,24 +51,21 @@ def build_head(backbone: DinoVisionTransformer3d, cfg: DictConfig, task: Task) -
     return ViTAdapterUNETR(backbone, channels, outputs, s.decoder_channels, options)
 
 
-def build_segmentation(cfg: DictConfig, weights: str | Path, task: Task, train_backbone: bool, runtime: Runtime) -> nn.Module:
-    """A network to be trained: backbone from its weights, decoder from the configuration's seed.
+def build_segmentation(
+    cfg: DictConfig, backbone: DinoVisionTransformer3d, task: Task, train_backbone: bool, runtime: Runtime
+) -> nn.Module:
+    """A network to be trained: a backbone with its weights, decoder from the configuration's seed.
 
     Args:
         cfg: Of the backbone; `segmentation` of the decoder.
-        weights: Teacher checkpoint, or ``random``.
+        backbone: As of `build_model_for_eval`.
         task: Recipe, head, window.
         train_backbone: Otherwise the backbone's parameters are frozen, and it stays in evaluation mode.
         runtime: Where to put it; several GPUs share their BatchNorm statistics.
 
     Raises:
-        BadInput: Weights of another network, a window that is no multiple of the patch, or a head that does not fit.
+        BadInput: A head that does not fit.
     """
-    patch = cfg.student.patch_size
-    if task.image_size % patch:
-        nearest = sorted({max(patch, task.image_size // patch * patch), -(-task.image_size // patch) * patch})
-        raise BadInput(f"--image-size {task.image_size} is no multiple of the patch size {patch}: use {nearest}")
-    backbone = build_model_for_eval(cfg, weights, runtime)
     torch.manual_seed(torch_seed(cfg.train.seed, Kind.INIT, 1))
     model = build_head(backbone, cfg, task).to(runtime.device)
     choose_trained(model, train_backbone)

@@ -1,0 +1,318 @@
+"""What surrounds every evaluation: shared flags, inputs that are checked before a case is read, the folder and whose it is.
+
+Reading order: `eval_parser` and `checked_request` (the flags) -> `open_run` -> `Setting.begin`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from dinov2.checkpointer.teacher import Teacher, open_teacher
+from dinov2.configs import Config, ConfigError, default_yaml, load_and_merge_config_3d
+from dinov2.configs.loader import typed_from
+from dinov2.data.cases import Cases, check_headers
+from dinov2.data.datalist import Entry
+from dinov2.data.downstream import Item, datalist_path, read_downstream_datalist, select_percent, with_tertiles
+from dinov2.data.overlap import warn_of_overlap
+from dinov2.data.recipes import Recipe, load_recipe
+from dinov2.data.skull import warn_of_skulls
+from dinov2.distributed import barrier, gather_objects, is_main_process
+from dinov2.distributed.runtime import Runtime, lost_rank_explained, start_runtime
+from dinov2.errors import BadInput
+from dinov2.eval.setup import build_model_for_eval, config_for, require_whole_patches
+from dinov2.files import write_json, write_text
+from dinov2.logging import setup_logging
+from dinov2.logging.folder import run_folder, set_aside
+from dinov2.logging.provenance import RUN_FILE, run_record
+from dinov2.models import DinoVisionTransformer3d
+
+logger = logging.getLogger(__name__)
+
+PROGRAMS = {"segmentation": "segmentation3d.py", "classification": "linear3d.py", "regression": "regression.py"}
+MODELS = ("3DINO", "MONAI-ViT", "SwinTransfer", "SwinRandom", "Random")
+IDENTITY = "decisive.json"
+NOT_DECISIVE = {  # flags that a resume may change
+    "output_dir", "cache_dir", "num_workers", "local_rank", "base_data_dir", "no_resume",
+}  # fmt: skip
+KEPT = ("checkpoint.pth", "best_model.pth", "probe.pth", "results.json")  # what a run goes on from, or came to
+LEFT = (
+    *KEPT, IDENTITY, "config.yaml", RUN_FILE, "predictions.csv", "per_case.csv", "worst", "validation_case.png",
+    "training_metrics.json", "tensorboard", "seed_*",
+)  # fmt: skip
+
+
+def eval_parser(program: str, description: str, datalist: str, batch_size: int, batch_help: str) -> argparse.ArgumentParser:
+    """The flags that every evaluation has; their names are the keys of `decisive.json`.
+
+    Args:
+        datalist: Kind of the data set's list, as its file is named.
+        batch_size: Default.
+        batch_help: Its unit.
+    """
+    parser = argparse.ArgumentParser(program, description=description)
+    add = parser.add_argument
+    add("--config-file", help="configuration of the backbone (a YAML file or a name), for weights that do not tell their own")
+    weights = "file, checkpoint's or run's folder, owner/name on the hub, demo; untrained: random, or a network's name"
+    add("--pretrained-weights", required=True, help=weights)
+    add("--output-dir", required=True, help="folder of the run")
+    add("--opts", nargs="*", default=[], metavar="key=value", help="configuration overrides")
+    add("--dataset-name", required=True, help="a recipe: a name of configs/eval/datasets, or a YAML file")
+    add("--dataset-percent", type=int, default=100, help="share of the training part that is used")
+    add("--base-data-dir", required=True, help=f"folder of <dataset>_{datalist}_datalist.json")
+    add("--image-size", type=int, default=112, help="edge of the network's input (voxels)")
+    add("--batch-size", type=int, default=batch_size, help=batch_help)
+    add("--num-workers", type=int, default=8, help="loader processes")
+    add("--cache-dir", help="folder of prepared cases; default: cache, below --output-dir")
+    add("--dataset-seed", type=int, default=0, help="of what is drawn: crops, their order, a training subset")
+    add("--no-resume", action="store_true", help="start anew; an earlier run of the folder is moved aside")
+    add("--local-rank", type=int, default=0, help="accepted for old launchers, no effect")
+    return parser
+
+
+def frozen_parser(program: str, description: str) -> argparse.ArgumentParser:
+    """The flags that every evaluation of frozen features has."""
+    return eval_parser(program, description, "cls", 32, "images of a step and process")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What every evaluation is asked for.
+
+    Attributes:
+        weights: As of `open_teacher`.
+        overrides: Of the configuration.
+        flags: All flags of the program that decide its result, by their names.
+    """
+
+    weights: str
+    config_file: str | None
+    overrides: tuple[str, ...]
+    output_dir: str
+    cache_dir: str | None
+    dataset_name: str
+    base_data_dir: str
+    dataset_percent: int
+    dataset_seed: int
+    image_size: int
+    batch_size: int
+    num_workers: int
+    no_resume: bool
+    flags: Mapping[str, Any]
+
+
+def checked_request(args: argparse.Namespace) -> Request:
+    """The shared part of a command line.
+
+    Raises:
+        BadInput: A number that must be positive, or a model that is none of ours.
+    """
+    require_positive(image_size=args.image_size, batch_size=args.batch_size)
+    if getattr(args, "model_name", "3DINO") != "3DINO":
+        raise BadInput(f"--model-name {args.model_name}: this baseline is not part of this version: use 3DINO")
+    same = {f.name: getattr(args, f.name) for f in dataclasses.fields(Request) if hasattr(args, f.name)}
+    flags = {k: v for k, v in vars(args).items() if k not in NOT_DECISIVE}
+    return Request(**same, weights=args.pretrained_weights, overrides=tuple(args.opts), flags=flags)
+
+
+def require_positive(**flags: float) -> None:
+    """Raise `BadInput` for the first of some flags that is not above zero."""
+    for name, value in flags.items():
+        if not value > 0:
+            raise BadInput(f"--{name.replace('_', '-')} {value} must be positive")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What an evaluation works with.
+
+    Attributes:
+        request: The shared flags.
+        cfg: The backbone's configuration.
+        recipe: The dataset's; of features with all sizes and bins in numbers.
+        backbone: Frozen, in evaluation mode, on the device.
+        cases: Of training, validation and test; of a segmentation's training part its share, else all.
+        output_dir: Of the run, held by its lock.
+        runtime: Rank and device.
+        weights: A source that finds the weights later.
+        decisive: What decides the result, as `decisive.json` keeps it.
+    """
+
+    request: Request
+    cfg: DictConfig
+    recipe: Recipe
+    backbone: DinoVisionTransformer3d
+    cases: dict[str, Cases]
+    output_dir: Path
+    runtime: Runtime
+    weights: str
+    decisive: dict[str, Any]
+
+    def begin(self) -> None:
+        """Take the folder for this run, when all that can be refused is checked; all ranks call it.
+
+        With --no-resume an earlier run is moved aside.
+        """
+        if is_main_process():
+            if self.request.no_resume:
+                set_aside(self.output_dir, LEFT)
+            write_json(self.output_dir / IDENTITY, self.decisive)
+            write_text(self.output_dir / "config.yaml", self.decisive["config"])
+            layout = {"ranks": self.runtime.world_size, "device": self.runtime.device.type}
+            batch = self.request.batch_size * self.runtime.world_size
+            write_json(self.output_dir / RUN_FILE, run_record(self.decisive["datalist"], 0, batch, layout))
+        barrier()
+
+
+@contextmanager
+def open_run(request: Request, task: str, resize_scale: float = 1.0) -> Iterator[Setting]:
+    """Check recipe, list, weights and network, then hold the output folder and check every case's headers.
+
+    Nothing is in the folder before the weights fit, and nothing of this run but its log before `Setting.begin`. A run that is
+    refused after that leaves the folder to others, unless it had saved something.
+
+    Args:
+        request: The shared flags.
+        task: The recipe's must be this one.
+        resize_scale: Divides the recipe's spacing.
+
+    Raises:
+        BadInput: What of it cannot be used.
+    """
+    recipe = _recipe_of(request, task)
+    splits = read_downstream_datalist(request.base_data_dir, recipe)
+    if task == "segmentation":  # its share is the list's first cases; that of features is drawn by each seed
+        splits["training"] = select_percent(splits["training"], request.dataset_percent)
+    teacher = open_teacher(request.weights)
+    cfg = _config_of(request, teacher)
+    require_whole_patches(request.image_size, cfg.student.patch_size)
+    runtime = start_runtime(cfg.train.num_threads, cfg.train.backend, cfg.train.timeout_s)
+    setup_logging(rank=runtime.rank)
+    with lost_rank_explained(runtime.rank):
+        backbone = build_model_for_eval(cfg, teacher, runtime)
+        with run_folder(request.output_dir, runtime) as output_dir:
+            setup_logging(output_dir, runtime.rank)
+            decisive = _decisive(request, cfg, recipe, teacher, runtime)
+            _check_same_run(decisive, request.no_resume, output_dir)
+            cases = _checked_cases(request, splits, recipe, resize_scale, output_dir)
+            if not teacher.is_untrained and is_main_process():
+                warn_of_overlap([Entry(path, ()) for item in splits["test"] for path in item.images], teacher)
+            counts = ", ".join(f"{len(items)} {part}" for part, items in splits.items())
+            logger.info("%s: %s cases; %s", recipe.name, counts, ", ".join(recipe.output_names))
+            try:
+                yield Setting(request, cfg, recipe, backbone, cases, output_dir, runtime, teacher.reference, decisive)
+            except BadInput:
+                if is_main_process() and not _has_saved(output_dir):
+                    (output_dir / IDENTITY).unlink(missing_ok=True)
+                raise
+
+
+def _recipe_of(request: Request, task: str) -> Recipe:
+    recipe = load_recipe(request.dataset_name)
+    if recipe.task != task:
+        raise BadInput(
+            f"{request.dataset_name}: a recipe for {recipe.task}, not {task}: use dinov2/eval/{PROGRAMS[recipe.task]}"
+        )
+    if task == "segmentation":
+        return recipe
+    recipe = with_tertiles(recipe, request.base_data_dir)
+    return recipe if recipe.resize is not None else dataclasses.replace(recipe, resize=[request.image_size] * 3)
+
+
+def _config_of(request: Request, teacher: Teacher) -> DictConfig:
+    """The configuration: a file's, or what the weights tell.
+
+    A run that was begun without a file when weights were not asked, on the published defaults, goes on with these.
+    """
+    if request.config_file is None and not request.no_resume and not teacher.is_untrained:
+        before = _identity_of(Path(request.output_dir))
+        if before and before.get("config_file") is None:
+            defaults = load_and_merge_config_3d(None, request.overrides)
+            if before["config"] == default_yaml(defaults):
+                return defaults
+    return config_for(teacher, request.config_file, request.overrides)
+
+
+def _checked_cases(
+    request: Request, splits: dict[str, list[Item]], recipe: Recipe, resize_scale: float, output_dir: Path
+) -> dict[str, Cases]:
+    for items in splits.values():
+        check_headers(items, recipe)
+    if recipe.task != "segmentation":
+        warn_of_skulls(splits["training"], recipe)
+    cache = request.cache_dir or output_dir / "cache"
+    return {part: Cases(items, recipe, resize_scale, cache) for part, items in splits.items()}
+
+
+def _decisive(request: Request, cfg: DictConfig, recipe: Recipe, teacher: Teacher, runtime: Runtime) -> dict[str, Any]:
+    """What decides the result; a key per flag, with content in the place of the names of files."""
+    listed = datalist_path(request.base_data_dir, recipe).read_bytes()
+    return {
+        **request.flags,
+        "ranks": runtime.world_size,
+        "config": default_yaml(cfg),
+        "recipe": repr(recipe),
+        "pretrained_weights": teacher.identity(),
+        "datalist": hashlib.sha256(listed).hexdigest(),
+    }
+
+
+def _check_same_run(decisive: dict[str, Any], is_new: bool, output_dir: Path) -> None:
+    """Refuse a folder whose run was decided otherwise; all ranks call it.
+
+    Raises:
+        BadInput: It is another run, what differs is named; or the ranks were given different things.
+    """
+    before = None if is_new else _identity_of(output_dir)
+    of_ranks = gather_objects(decisive)  # after this line the folder may change
+    if any(other != decisive for other in of_ranks):
+        raise BadInput("the ranks of this job see different weights or data: start all with the same command and files")
+    if before is None:
+        return
+    differing = sorted(k for k in before.keys() | decisive.keys() if before.get(k) != decisive.get(k))
+    if differing:
+        raise BadInput(
+            f"{output_dir}: holds a run with another {', '.join(differing)}: use another --output-dir, or --no-resume, which "
+            "moves that run aside"
+        )
+
+
+def _identity_of(output_dir: Path) -> dict[str, Any] | None:
+    """What decided the folder's run; None where there is none, or none that has saved anything.
+
+    Raises:
+        BadInput: It cannot be read.
+    """
+    path = output_dir / IDENTITY
+    if not path.exists() or not _has_saved(output_dir):
+        return None
+    try:
+        before = json.loads(path.read_text())
+        return {**before, "config": _as_written_today(before["config"])}
+    except (ValueError, KeyError, TypeError) as err:
+        raise BadInput(f"{path}: not readable ({err}): use another --output-dir, or --no-resume") from err
+
+
+def _as_written_today(config: str) -> str:
+    """A saved configuration as this version writes it: a key that came later has its default, comments are today's."""
+    try:
+        content = OmegaConf.to_container(OmegaConf.create(config))
+        return default_yaml(OmegaConf.structured(typed_from(Config, content, IDENTITY)))
+    except (ConfigError, yaml.YAMLError, OmegaConfBaseException):  # of a key that is gone: it differs, and is named as config
+        return config
+
+
+def _has_saved(output_dir: Path) -> bool:
+    return any(folder.joinpath(name).exists() for folder in (output_dir, *output_dir.glob("seed_*")) for name in KEPT)
