@@ -100,4 +100,4 @@ def gather_rows_with_grad(x: Tensor) -> Tensor:
 
 def global_count(n: int, like: Tensor) -> Tensor:
     """The sum of a rank's count over all ranks, as a tensor of `like`'s dtype and device."""
-    return all_reduce_sum(torch.tensor(float(n), dtype=like.dtype, device=like.device))
+    return all_reduce_sum(like.new_full((), n))  # filled on the device: a copy from the host would wait for it

@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 import torch
 from omegaconf import DictConfig
 from torch import Tensor, nn
-from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from dinov2.distributed import all_reduce_sum
+from dinov2.fsdp.tensors import own_part
 from dinov2.layers import DINOHead
 from dinov2.loss import TeacherCenter, dino_loss, ibot_loss, koleo_loss, sinkhorn_knopp
 from dinov2.loss.row_math import PLAIN
@@ -133,10 +133,10 @@ class SSLMetaArch(nn.Module):
 
     def mean_masked_patches(self, batches: list[Batch]) -> Tensor:
         """Masked patches of the whole update over its passes (micro-batches of all ranks)."""
-        count = torch.tensor(
-            [float(sum(len(b["mask_indices_list"]) for b in batches)), float(len(batches))], dtype=torch.float64
-        )
-        total, passes = all_reduce_sum(count.to(batches[0]["masks_weight"].device)).unbind()
+        count = batches[0]["masks_weight"].new_zeros(2, dtype=torch.float64)
+        count[0] += sum(len(b["mask_indices_list"]) for b in batches)  # a copy from the host would wait for the device
+        count[1] += len(batches)
+        total, passes = all_reduce_sum(count).unbind()
         return total.clamp_min(1.0) / passes
 
     @torch.no_grad()
@@ -205,10 +205,14 @@ class SSLMetaArch(nn.Module):
         logged["ibot_cross_entropy"] = ibot_cross_entropy
         return logged, total
 
-    def update_teacher(self, momentum: float) -> None:
-        """teacher <- momentum * teacher + (1 - momentum) * student."""
-        with torch.no_grad():
-            get_ema_multi_avg_fn(momentum)(list(self.teacher.parameters()), list(self.student.parameters()), None)
+    @torch.no_grad()
+    def update_teacher(self, momentum: float, skip: Tensor | None = None) -> None:
+        """teacher <- momentum * teacher + (1 - momentum) * student; where `skip`, a scalar on the device, is 1, not at all."""
+        teacher, student = ([own_part(p) for p in side.parameters()] for side in (self.teacher, self.student))
+        weight = teacher[0].new_full((), 1 - momentum)
+        if skip is not None:
+            weight = weight * (1 - skip)
+        torch._foreach_lerp_(teacher, student, [weight] * len(teacher))
 
     def get_params_groups(self) -> list[dict[str, Any]]:
         """Optimiser groups of the student: parameters of equal learning-rate and weight-decay factors together."""

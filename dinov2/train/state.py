@@ -20,6 +20,8 @@ from dinov2.errors import BadInput
 from dinov2.fsdp import Checkpointer, save_atomically
 from dinov2.fsdp.tensors import whole
 from dinov2.logging.provenance import RUN_FILE, versions
+from dinov2.train.flags import FlagExchange
+from dinov2.train.provenance import versions
 from dinov2.train.ssl_meta_arch import SSLMetaArch
 
 logger = logging.getLogger(__name__)
@@ -46,6 +48,8 @@ class TrainState:
         self.iteration = -1  # the last finished one
         self.skipped_steps = 0
         self.skipped_in_row = 0
+        self.stop_seen = False  # a rank was asked to stop
+        self.flags = FlagExchange(lag=1 if next(model.parameters()).is_cuda else 0)  # of steps not in the counters yet
         _materialise_moments(optimizer)
 
     def state_dict(self) -> dict[str, Any]:

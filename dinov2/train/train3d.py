@@ -21,12 +21,13 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_, get_total_norm
+from torch.optim import AdamW
 
 from dinov2.configs import default_yaml, load_and_merge_config_3d
 from dinov2.data import Datalist, TrainLoader, read_datalist
 from dinov2.data.collate import Batch
 from dinov2.data.streams import Kind, torch_seed
-from dinov2.distributed import any_rank, gather_objects, is_main_process, mean_over_ranks
+from dinov2.distributed import gather_objects, is_enabled, is_main_process, mean_over_ranks
 from dinov2.distributed.runtime import Runtime, lost_rank_explained, start_runtime
 from dinov2.errors import EXIT_OK, EXIT_RESUMABLE, BadInput
 from dinov2.files import write_json, write_text
@@ -43,6 +44,7 @@ from dinov2.train.compiling import first_compiled
 from dinov2.train.flops import step_flops
 from dinov2.train.progress import Progress, progress_line
 from dinov2.train.schedules import Schedules, StepParams, apply_schedules, build_schedules
+from dinov2.train.ssl_meta_arch import SSLMetaArch
 from dinov2.train.stages import read_stages
 from dinov2.train.state import TrainState, check_same_on_all_ranks, check_same_run, save_teacher
 
@@ -154,18 +156,20 @@ def do_train(
             hp = schedules(iteration)
             is_logged = iteration % cfg.train.log_period == 0 or iteration == total - 1
             progress.flops_per_step = progress.flops_per_step or step_flops(model, batch)
-            values = train_step(state, hp, batch, cfg.optim.clip_grad, is_logged)
+            values = train_step(state, hp, batch, cfg.optim.clip_grad, is_logged, bool(stop_asked))
             state.iteration = iteration
             progress.step_done()
             checkpointer.finish(wait=False)
             if is_logged:
+                note_arrived(state, drain=True)  # reading the values waits for the device anyway
                 row = metric_row(iteration, hp, volumes_per_step, values, state, progress)
                 metrics.write(row)
                 logger.info("%s", progress_line(iteration, total, row))
             if checkpointer.is_milestone(iteration) or iteration == total - 1:
                 save_teacher(model, cfg, output_dir / "eval" / f"training_{iteration}", iteration, data)
-            stop = any_rank(bool(stop_asked), runtime.device)  # all ranks stop after the same step
+            stop = state.stop_seen or (bool(stop_asked) and not is_enabled())  # all ranks stop after the same step
             if is_checkpoint_due(cfg, checkpointer, iteration, total) or stop:
+                note_arrived(state, drain=True)  # so that its counters are those of this step
                 checkpointer.save(state.state_dict(), iteration)
             if stop and iteration < total - 1:
                 checkpointer.finish()
@@ -180,20 +184,42 @@ def do_train(
 
 
 def train_step(
-    state: TrainState, hp: StepParams, micro_batches: list[Batch], clip_grad: float, monitor: bool
+    state: TrainState, hp: StepParams, micro_batches: list[Batch], clip_grad: float, monitor: bool, stop: bool = False
 ) -> dict[str, Tensor]:
-    """One update, one line per act; scalars stay on the device until they are logged."""
+    """One update, one line per act; scalars stay on the device until they are logged, and the host waits for nothing.
+
+    `stop` says that this rank was asked to stop; every rank hears of it with the step's flags (`state.stop_seen`).
+    """
     model, optimizer = state.model, state.optimizer
     apply_schedules(optimizer, hp)  # lr, weight decay, frozen last layer
     optimizer.zero_grad(set_to_none=True)
     values = first_compiled(model, lambda: model.forward_backward(micro_batches, hp.teacher_temp, monitor))
     model.grad_scaler.unscale_(optimizer)
     grad_norms = clip_grad_norms(model.student, clip_grad)  # per submodule, as DINOv2
-    if accept_finite(state, values["total_loss"], grad_norms, micro_batches):  # before any weight moves
-        model.grad_scaler.step(optimizer)
-        model.update_teacher(hp.mom)
+    names = [sample for batch in micro_batches for sample in batch["sample_ids"]]
+    is_bad = not_finite(model, values["total_loss"], grad_norms)
+    skip = state.flags.post(state.iteration + 1, names, is_bad, stop)  # on the device, the same on every rank
+    step_unless(skip, optimizer, model.grad_scaler)
+    model.update_teacher(hp.mom, skip)
     model.grad_scaler.update()
+    note_arrived(state)
     return values | grad_norms
+
+
+def not_finite(model: SSLMetaArch, loss: Tensor, grad_norms: dict[str, Tensor]) -> Tensor:
+    """Whether the step must not change weights, as a scalar on the device.
+
+    Under a gradient scaler an overflow of the gradients alone is its business: it skips the update and lowers the scale.
+    """
+    checked = [loss] if model.grad_scaler.is_enabled() else [loss, *grad_norms.values()]
+    return ~torch.stack(checked).isfinite().all()
+
+
+def step_unless(skip: Tensor, optimizer: AdamW, scaler: torch.amp.GradScaler) -> None:
+    """Update the weights; where `skip` is 1 the fused AdamW leaves weights, moments and step count as they are."""
+    if not scaler.is_enabled():  # an enabled one hands over a flag of its own
+        optimizer.found_inf = skip
+    scaler.step(optimizer)
 
 
 def clip_grad_norms(student: nn.ModuleDict, max_norm: float) -> dict[str, Tensor]:
@@ -206,31 +232,26 @@ def clip_grad_norms(student: nn.ModuleDict, max_norm: float) -> dict[str, Tensor
     return norms
 
 
-def accept_finite(state: TrainState, loss: Tensor, grad_norms: dict[str, Tensor], micro_batches: list[Batch]) -> bool:
-    """Whether the step may change weights. A non-finite one is counted, and its volumes named.
-
-    Under a gradient scaler an overflow of the gradients alone is its business: it skips the update and lowers the scale.
+def note_arrived(state: TrainState, drain: bool = False) -> None:
+    """Count the steps whose flags have reached the host, or all; of one that was not finite name the volumes.
 
     Raises:
         BadInput: Several in a row.
     """
-    checked = [loss] if state.model.grad_scaler.is_enabled() else [loss, *grad_norms.values()]
-    is_bad = not bool(torch.stack(checked).isfinite().all())
-    if not any_rank(is_bad, loss.device):
-        state.skipped_in_row = 0
-        return True
-    state.skipped_steps += 1
-    state.skipped_in_row += 1
-    own = [sample for batch in micro_batches for sample in batch["sample_ids"]] if is_bad else []
-    names = sorted({name for of_rank in gather_objects(own) for name in of_rank})
-    what = "iteration %d: loss or gradient is not finite, step skipped; its volumes: %s"
-    logger.warning(what, state.iteration + 1, ", ".join(names))
-    if state.skipped_in_row >= MAX_SKIPPED_IN_ROW:
-        raise BadInput(
-            f"{MAX_SKIPPED_IN_ROW} non-finite steps in a row up to iteration {state.iteration + 1}: lower optim.base_lr, "
-            "use bf16 or fp32 as param_dtype, or check the volumes named above; the last checkpoint is before them"
-        )
-    return False
+    for step in state.flags.arrived(drain):
+        state.stop_seen |= step.stop
+        state.skipped_in_row = state.skipped_in_row + 1 if step.is_bad else 0
+        if not step.is_bad:
+            continue
+        state.skipped_steps += 1
+        names = sorted({name for of_rank in gather_objects(step.names if step.is_bad_here else []) for name in of_rank})
+        what = "iteration %d: loss or gradient is not finite, step skipped; its volumes: %s"
+        logger.warning(what, step.iteration, ", ".join(names))
+        if state.skipped_in_row >= MAX_SKIPPED_IN_ROW:
+            raise BadInput(
+                f"{MAX_SKIPPED_IN_ROW} non-finite steps in a row up to iteration {step.iteration}: lower optim.base_lr, "
+                "use bf16 or fp32 as param_dtype, or check the volumes named above; the last checkpoint is before them"
+            )
 
 
 def metric_row(

@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.train_step import MatrixProducts
 from dinov2.checkpointer.teacher import read_weights
+from benchmarks.train_step import MatrixProducts, Setup
 from dinov2.data import TrainLoader, read_datalist
 from dinov2.distributed.runtime import Runtime
 from dinov2.errors import BadInput
@@ -27,7 +28,8 @@ from dinov2.train.flops import step_flops
 from dinov2.train.schedules import CosineSchedule, StepParams, build_schedules
 from dinov2.train.ssl_meta_arch import SSLMetaArch
 from dinov2.train.state import TrainState, save_teacher
-from dinov2.train.train3d import MAX_SKIPPED_IN_ROW, train_step
+from dinov2.train.train3d import MAX_SKIPPED_IN_ROW, note_arrived, train_step
+from tests.conftest import SMALL
 
 SmallConfig = Callable[..., DictConfig]
 CPU = Runtime(torch.device("cpu"))
@@ -237,6 +239,63 @@ def test_a_non_finite_step_changes_nothing_is_named_and_five_in_a_row_stop(
     train_step(state, HP, good, 3.0, monitor=False)
     assert state.skipped_in_row == 0
     assert all(v.isfinite().all() for v in model.state_dict().values() if v.is_floating_point())
+
+
+@pytest.mark.parametrize("centering", ["sinkhorn_knopp", "centering"])
+def test_a_host_that_runs_a_step_ahead_counts_the_same_and_changes_nothing_more(
+    real_list: Path, small_config: SmallConfig, caplog: pytest.LogCaptureFixture, centering: str
+) -> None:
+    """As on a GPU: a non-finite step is left out before the host knows of it, and is named one step later."""
+    cfg = small_config(f"train.centering={centering}")
+    good = first_step(cfg, real_list)
+    poisoned = [{**good[0], "collated_global_crops": good[0]["collated_global_crops"] * torch.nan, "sample_ids": ["bad one"]}]
+    states = []
+    for lag in (0, 1):
+        state = TrainState(*build(cfg, CPU))
+        state.flags.lag = lag
+        for batch in (good, poisoned, good, poisoned, poisoned, good):
+            torch.manual_seed(3)
+            train_step(state, HP, batch, 3.0, monitor=False)
+            state.iteration += 1
+        states.append(state)
+    assert (states[1].skipped_steps, states[1].skipped_in_row) == (3, 2)  # the last good one is on its way
+    note_arrived(states[1], drain=True)
+    assert (states[1].skipped_steps, states[1].skipped_in_row) == (states[0].skipped_steps, states[0].skipped_in_row) == (3, 0)
+    before, after = (s.state_dict() for s in states)
+    for part in ("model", "optimizer", "counters"):
+        torch.testing.assert_close(after[part], before[part], rtol=0, atol=0)
+    assert all(float(s["step"]) == 3 for s in states[1].optimizer.state.values())
+    assert [r.args for r in caplog.records if "is not finite" in r.msg] == 2 * [(i, "bad one") for i in (1, 3, 4)]
+    with pytest.raises(BadInput, match="5 non-finite steps in a row up to iteration 10"):
+        for _ in range(6):
+            train_step(states[1], HP, poisoned, 3.0, monitor=False)
+            states[1].iteration += 1
+
+
+def test_a_stop_request_travels_with_the_flags(real_list: Path, small_config: SmallConfig) -> None:
+    cfg = small_config()
+    state, batch = TrainState(*build(cfg, CPU)), first_step(cfg, real_list)
+    state.flags.lag = 1
+    seen = []
+    for stop in (False, True, False):
+        train_step(state, HP, batch, 3.0, monitor=False, stop=stop)
+        seen.append(state.stop_seen)
+    assert seen == [False, False, True]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_a_step_never_waits_for_the_device(small_config: SmallConfig, precision: str) -> None:
+    half = [f"{o.split('=')[0]}={precision}" for o in FP64]
+    setup = Setup([*SMALL, *half, "student.drop_path_rate=0.3", "train.compile=false"], batch=4, device="cuda")
+    setup.step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(2):
+            setup.state.flags._in_flight.clear()  # what waits for a step that is long done
+            setup.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_monitors_tell_a_collapse() -> None:
