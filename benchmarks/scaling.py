@@ -137,7 +137,7 @@ def main() -> None:
     def alone(name: str, **words: object) -> None:
         row(name, 1, {**arch, **{k.replace("__", "."): v for k, v in words.items()}}, args.rounds)
 
-    for mode in ("none", "selective", "full"):
+    for mode in ("none", "full"):
         alone(
             f"8 volumes of 96 and 48, recomputed: {mode}",
             train__batch_size_per_gpu=8,

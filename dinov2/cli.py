@@ -37,6 +37,7 @@ def config_show(args: argparse.Namespace) -> int:
 def config_check(args: argparse.Namespace) -> int:
     """Say whether a configuration can be used, and what a run of it amounts to."""
     from dinov2.configs import load_and_merge_config_3d
+    from dinov2.train.forecast import forecast_gib
     from dinov2.train.schedules import build_schedules
 
     cfg = load_and_merge_config_3d(args.config, args.overrides)
@@ -46,6 +47,9 @@ def config_check(args: argparse.Namespace) -> int:
         f"{args.config}: valid; {schedules.total_iters} iterations of {batch} volumes per rank, "
         f"peak learning rate {schedules.lr.base:.3g} on one rank"
     )
+    sizes = sorted({16, 32, 64, 128, cfg.train.batch_size_per_gpu})
+    forecasts = ", ".join(f"{forecast_gib(cfg, b, cfg.train.compile is not False):.0f} GiB for {b}" for b in sizes)
+    say(f"memory of a GPU by volumes a pass (forecast, one process): {forecasts}")
     return EXIT_OK
 
 

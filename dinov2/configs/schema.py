@@ -7,6 +7,7 @@ The published 3DINO keys keep their names and defaults; keys of ours sit beside 
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -50,6 +51,21 @@ def require_range(name: str, value: list[float], low: float, high: float, low_in
     ok = len(value) == 2 and (low < value[0] or (low_included and low == value[0])) and value[0] <= value[1] <= high
     sign = "<=" if low_included else "<"
     require(ok, f"{name}={list(value)} must be [low, high] with {low:g} {sign} low <= high <= {high:g}")
+
+
+def memory_budget(mode: str) -> float | None:
+    """The share of `train.activation_checkpointing=budget:SHARE`; None for none and full.
+
+    Raises:
+        ConfigError: It is neither of the three.
+    """
+    name = f"train.activation_checkpointing={mode}"
+    require(mode != "selective", f"{name} is gone (slow, and saved little): use budget:0.8 (with train.compile), or full")
+    if mode in ("none", "full"):
+        return None
+    share = re.fullmatch(r"budget:(0?\.\d+|[01](\.0*)?)", mode)
+    require(share is not None, f"{name} is not one of none, full, budget:SHARE with a share from 0 to 1, such as budget:0.8")
+    return float(share[1])
 
 
 @dataclass
@@ -168,7 +184,7 @@ class TrainConfig:
     )
     activation_checkpointing: str = key(
         "none",
-        "what blocks compute again in the backward pass: none, selective (all but products and attention), full",
+        "what blocks compute again in the backward pass: none, budget:SHARE (of what compiled blocks keep, e.g. 0.8), full",
     )
     strategy: str = key("auto", "single, ddp, fsdp, or auto: single in one process, else fsdp on GPUs and ddp on CPUs")
     backend: str = key("auto", "between ranks: nccl, gloo, or auto: nccl where every rank has a GPU, else gloo")
@@ -178,7 +194,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         require_choice("train.centering", self.centering, ("sinkhorn_knopp", "centering"))
         require_choice("train.strategy", self.strategy, ("auto", "single", "ddp", "fsdp"))
-        require_choice("train.activation_checkpointing", self.activation_checkpointing, ("none", "selective", "full"))
+        memory_budget(self.activation_checkpointing)
         require(self.compile in (True, False, "auto"), f"train.compile={self.compile!r} is not one of true, false, auto")
         require_choice("train.backend", self.backend, ("auto", "nccl", "gloo"))
         require(self.timeout_s > 0, f"train.timeout_s={self.timeout_s} must be positive")

@@ -20,6 +20,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
+from dinov2.configs.schema import memory_budget
 from dinov2.distributed.runtime import Runtime
 from dinov2.train.compiling import compile_model, resolve_compile
 from dinov2.train.ssl_meta_arch import DTYPES, SSLMetaArch
@@ -36,11 +37,19 @@ def resolve_strategy(strategy: str, runtime: Runtime) -> str:
     return strategy
 
 
+def num_shards(cfg: DictConfig, runtime: Runtime) -> int:
+    """Ranks that weights and moments are shared out over."""
+    return runtime.world_size if resolve_strategy(cfg.train.strategy, runtime) == "fsdp" else 1
+
+
 def parallelise(model: SSLMetaArch, cfg: DictConfig, runtime: Runtime) -> None:
     """Spread a model over the ranks by `train.strategy`, in place; every rank holds the same weights before."""
     strategy = resolve_strategy(cfg.train.strategy, runtime)
+    budget = memory_budget(cfg.train.activation_checkpointing)
     if resolve_compile(cfg.train.compile, runtime):
-        compile_model(model)
+        compile_model(model, 1.0 if budget is None else budget)
+    elif budget is not None:
+        logger.warning("train.activation_checkpointing=budget has no effect without train.compile: use full")
     if strategy == "ddp":
         device_ids = [runtime.device.index] if runtime.device.type == "cuda" else None
         for name, net in model.student.items():

@@ -73,7 +73,7 @@ class DinoVisionTransformer3d(nn.Module):
         self.patch_size = patch_size
         self.num_register_tokens = num_register_tokens
         self.interpolate_offset = interpolate_offset
-        self.activation_checkpointing = "none"  # see run_block
+        self.recompute_blocks = False  # see run_block
         self.patch_embed = PatchEmbed3d(patch_size, in_chans, embed_dim)
         self.grid_hwd = self.patch_embed.grid((img_size,) * 3)  # of the learned positions
         num_patches = self.grid_hwd[0] * self.grid_hwd[1] * self.grid_hwd[2]
@@ -154,7 +154,7 @@ class DinoVisionTransformer3d(nn.Module):
         """Blocks `first` to `last` (exclusive) on one batch, [B, 1 + R + N, E] -> the same."""
         packed = tokens.flatten(0, 1)
         for block in self.block_list[first:last]:
-            packed = run_block(block, packed, [segment], self.activation_checkpointing)
+            packed = run_block(block, packed, [segment], self.recompute_blocks)
         return packed.view(tokens.shape)
 
     def forward_features(
@@ -177,7 +177,7 @@ class DinoVisionTransformer3d(nn.Module):
         mask_list = masks if isinstance(masks, list) else [masks] * len(xs)
         packed, segments = self._pack(xs, mask_list)
         for block in self.block_list:
-            packed = run_block(block, packed, segments, self.activation_checkpointing)
+            packed = run_block(block, packed, segments, self.recompute_blocks)
         normed = self.norm(packed)  # [T, E]
 
         rows = [seg.num_rows for seg in segments]
@@ -222,7 +222,7 @@ class DinoVisionTransformer3d(nn.Module):
         packed, segments = self._pack([x], [None])
         outputs = {}
         for i, block in enumerate(self.block_list):
-            packed = run_block(block, packed, segments, "none")
+            packed = run_block(block, packed, segments)
             if i in take:
                 outputs[i] = packed.view(x.shape[0], segments[0].length, -1)
         tokens = [self.norm(outputs[i]) if norm else outputs[i] for i in take]

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 import torch
+import torch._functorch.config
 from torch import nn
 from torch._dynamo.utils import counters
 
@@ -79,8 +80,14 @@ def compile_block(block: nn.Module, dynamic: bool | None = False) -> None:
     block.forward = torch.compile(block.forward, dynamic=dynamic, backend=BACKEND)
 
 
-def compile_model(model: SSLMetaArch) -> None:
-    """Compile each block of both networks; equal blocks share what is compiled. It happens in the first step."""
+def compile_model(model: SSLMetaArch, memory_budget: float = 1.0) -> None:
+    """Compile each block of both networks, and the row-wise part of the heads; it happens in the first step.
+
+    Equal blocks share what is compiled. `memory_budget` is the share of what a block would keep for the backward pass that it
+    may keep; the compiler chooses what is cheapest to compute again.
+    """
+    torch._dynamo.reset()  # what an earlier model compiled may have had another budget
+    torch._functorch.config.activation_memory_budget = memory_budget
     torch._dynamo.config.optimize_ddp = False  # it would cut a block at gradient buckets, and knows no autograd functions
     for side in (model.student, model.teacher):
         blocks = side["backbone"].block_list

@@ -80,7 +80,7 @@ class SSLMetaArch(nn.Module):
 
     def _build_side(self, attention: str, teacher: bool) -> dict[str, nn.Module]:
         backbone = build_backbone(self.cfg, teacher, attention)
-        backbone.activation_checkpointing = "none" if teacher else self.cfg.train.activation_checkpointing
+        backbone.recompute_blocks = not teacher and self.cfg.train.activation_checkpointing == "full"
         heads = {"dino_head": self.cfg.dino} | ({"ibot_head": self.cfg.ibot} if self.separate_ibot_head else {})
         make = {
             name: DINOHead(backbone.embed_dim, h.head_n_prototypes, h.head_nlayers, h.head_hidden_dim, h.head_bottleneck_dim)

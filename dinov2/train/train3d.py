@@ -32,7 +32,7 @@ from dinov2.distributed.runtime import Runtime, lost_rank_explained, start_runti
 from dinov2.errors import EXIT_OK, EXIT_RESUMABLE, BadInput
 from dinov2.files import write_json, write_text
 from dinov2.fsdp import Checkpointer
-from dinov2.fsdp.parallel import resolve_strategy
+from dinov2.fsdp.parallel import num_shards, resolve_strategy
 from dinov2.fsdp.tensors import whole
 from dinov2.logging import MetricWriter, setup_logging
 from dinov2.logging.folder import run_folder, set_aside
@@ -42,6 +42,7 @@ from dinov2.signals import stop_requests
 from dinov2.train.build import build, build_checkpointer, compute_dtype, data_record
 from dinov2.train.compiling import first_compiled
 from dinov2.train.flops import step_flops
+from dinov2.train.forecast import out_of_memory_explained
 from dinov2.train.progress import Progress, progress_line
 from dinov2.train.schedules import Schedules, StepParams, apply_schedules, build_schedules
 from dinov2.train.ssl_meta_arch import SSLMetaArch
@@ -156,7 +157,8 @@ def do_train(
             hp = schedules(iteration)
             is_logged = iteration % cfg.train.log_period == 0 or iteration == total - 1
             progress.flops_per_step = progress.flops_per_step or step_flops(model, batch)
-            values = train_step(state, hp, batch, cfg.optim.clip_grad, is_logged, bool(stop_asked))
+            with out_of_memory_explained(cfg, model.compile_state != "off", num_shards(cfg, runtime)):
+                values = train_step(state, hp, batch, cfg.optim.clip_grad, is_logged, bool(stop_asked))
             state.iteration = iteration
             progress.step_done()
             checkpointer.finish(wait=False)

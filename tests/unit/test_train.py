@@ -13,7 +13,6 @@ import pytest
 import torch
 from omegaconf import DictConfig
 from torch.profiler import ProfilerActivity, profile
-from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.train_step import MatrixProducts
 from dinov2.checkpointer.teacher import read_weights
@@ -121,22 +120,25 @@ def test_half_precision_trains_and_stays_near_fp32(real_list: Path, small_config
 
 
 def test_activation_checkpointing_changes_no_gradient_and_keeps_less(real_list: Path, small_config: SmallConfig) -> None:
-    """Stochastic depth too is drawn again the same way."""
-    grads, products, kept = {}, {}, {}
-    for mode in ("none", "selective", "full"):
+    """Stochastic depth is that of the first pass."""
+    grads, kept = {}, {}
+    for mode in ("none", "full"):
         cfg = small_config("student.drop_path_rate=0.3", f"train.activation_checkpointing={mode}")
         model, _ = build(cfg, CPU)
         batch = first_step(cfg, real_list)
         torch.manual_seed(5)
-        with FlopCounterMode(display=False) as counter:
-            model.forward_backward(batch, 0.05)
-        products[mode] = counter.get_total_flops()
+        model.forward_backward(batch, 0.05)
         grads[mode] = gradients(model)
         kept[mode] = _bytes_kept(model, batch[0])
-    for mode in ("selective", "full"):
-        assert all(torch.equal(g, grads[mode][name]) for name, g in grads["none"].items())
-    assert products["none"] == products["selective"] < products["full"]
-    assert kept["none"] > 1.3 * kept["selective"] and kept["selective"] > 2 * kept["full"]
+    assert all(torch.equal(g, grads["full"][name]) for name, g in grads["none"].items())
+    assert kept["none"] > 2.5 * kept["full"]
+
+
+def test_a_budget_without_compiling_is_said_to_have_no_effect(
+    small_config: SmallConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    build(small_config("train.activation_checkpointing=budget:0.8", "train.compile=false"), CPU)
+    assert "train.activation_checkpointing=budget has no effect without train.compile: use full" in caplog.text
 
 
 def _bytes_kept(model: SSLMetaArch, batch: dict) -> int:
