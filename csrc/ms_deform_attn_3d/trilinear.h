@@ -30,16 +30,16 @@ struct Layout {
   Level levels[MAX_LEVELS];
 };
 
-// The two voxels around a coordinate, within the volume; one that is outside has weight and slope 0.
-template <typename T>
+// The two voxels around a coordinate, within the volume; one that is outside has weight and slope 0. I: of indices.
+template <typename T, typename I = int64_t>
 struct Axis {
-  int64_t index[2];
+  I index[2];
   T weight[2], slope[2];  // slope: of the weight, per voxel
 };
 
-template <typename T>
+template <typename T, typename I = int64_t>
 struct Cell {
-  Axis<T> axes[3];
+  Axis<T, I> axes[3];
 };
 
 // Rounded once, with or without such an instruction: which voxels a location lies between is the same on every processor.
@@ -49,12 +49,12 @@ HOST_DEVICE float round_down(float x) { return floorf(x); }
 HOST_DEVICE double round_down(double x) { return floor(x); }
 
 // False where the axis is left by a voxel or more, or the location is NaN.
-template <typename T>
-HOST_DEVICE bool locate_axis(T location, int64_t size, Axis<T>* axis) {
+template <typename T, typename I>
+HOST_DEVICE bool locate_axis(T location, I size, Axis<T, I>* axis) {
   const T x = multiply_add(location, static_cast<T>(size), static_cast<T>(-0.5));
   if (!(x >= -1 && x < static_cast<T>(size))) return false;  // before the conversion below, which is undefined for large x
   const T below = round_down(x);
-  const int64_t low = static_cast<int64_t>(below);
+  const I low = static_cast<I>(below);
   const T fraction = x - below, has_low = low >= 0, has_high = low + 1 < size;
   axis->index[0] = low >= 0 ? low : 0;
   axis->index[1] = low + 1 < size ? low + 1 : low;
@@ -65,10 +65,11 @@ HOST_DEVICE bool locate_axis(T location, int64_t size, Axis<T>* axis) {
   return true;
 }
 
-template <typename T>
-HOST_DEVICE bool locate(const Level& level, const T* location, Cell<T>* cell) {
-  return locate_axis(location[0], level.size[0], &cell->axes[0]) && locate_axis(location[1], level.size[1], &cell->axes[1]) &&
-         locate_axis(location[2], level.size[2], &cell->axes[2]);
+template <typename T, typename I>
+HOST_DEVICE bool locate(const Level& level, const T* location, Cell<T, I>* cell) {
+  return locate_axis(location[0], static_cast<I>(level.size[0]), &cell->axes[0]) &&
+         locate_axis(location[1], static_cast<I>(level.size[1]), &cell->axes[1]) &&
+         locate_axis(location[2], static_cast<I>(level.size[2]), &cell->axes[2]);
 }
 
 // Where the cell's corners lie in memory, `stride` elements from one row of `value` to the next; D runs fastest, then W, then
@@ -82,17 +83,17 @@ HOST_DEVICE void corner_offsets(const Level& level, const Cell<T>& cell, int64_t
   }
 }
 
-template <typename T>
-HOST_DEVICE void corner_weights(const Cell<T>& cell, T factor, T weights[8]) {
+template <typename T, typename I>
+HOST_DEVICE void corner_weights(const Cell<T, I>& cell, T factor, T weights[8]) {
   for (int k = 0; k < 8; ++k) {
     weights[k] = factor * cell.axes[0].weight[k >> 2] * cell.axes[1].weight[k >> 1 & 1] * cell.axes[2].weight[k & 1];
   }
 }
 
 // The interpolated value of numbers at the corners, and its derivatives by the location (h, w, d).
-template <typename T>
-HOST_DEVICE T interpolate(const Level& level, const Cell<T>& cell, const T corners[8], T gradient[3]) {
-  const Axis<T>&h = cell.axes[0], &w = cell.axes[1], &d = cell.axes[2];
+template <typename T, typename I>
+HOST_DEVICE T interpolate(const Level& level, const Cell<T, I>& cell, const T corners[8], T gradient[3]) {
+  const Axis<T, I>&h = cell.axes[0], &w = cell.axes[1], &d = cell.axes[2];
   T line[4], line_d[4], plane[2], plane_w[2], plane_d[2];
   for (int i = 0; i < 4; ++i) {
     line[i] = d.weight[0] * corners[2 * i] + d.weight[1] * corners[2 * i + 1];

@@ -49,35 +49,75 @@ def test_the_cuda_binding_is_well_typed(tmp_path: Path) -> None:
     run(NVCC, *checks, *includes, "-c", SOURCES / "cuda" / "binding.cpp", "-o", tmp_path / "binding.o")
 
 
-@needs_gcc
-@pytest.mark.parametrize("channels", [1, 5, 40])
-def test_lanes_on_the_host_touch_only_their_memory_and_agree_with_the_operator(tmp_path: Path, channels: int) -> None:
+@pytest.fixture(scope="module")
+def host_programs(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    """`lanes_test.cpp` under sanitizers, by the channels that a lane takes at once."""
+    folder = tmp_path_factory.mktemp("lanes")
     sanitize = ["-g", "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-    run(
-        "g++",
-        "-std=c++17",
-        *sanitize,
-        "-Wall",
-        "-Werror",
-        f"-I{SOURCES}",
-        ROOT / "tests/ops/lanes_test.cpp",
-        "-o",
-        tmp_path / "t",
-    )
-    args = make_arguments(channels=channels)
+    programs = {width: folder / f"width_{width}" for width in (1, 4)}
+    for width, program in programs.items():
+        options = ["-std=c++17", *sanitize, "-Wall", "-Werror", f"-DWIDTH={width}", f"-I{SOURCES}"]
+        run("g++", *options, ROOT / "tests/ops/lanes_test.cpp", "-o", program)
+    return programs
+
+
+def along_lines(arguments: Arguments) -> Arguments:
+    """The second half of each head's queries follow each other along D, a third of a voxel of the first level apart."""
+    locations = arguments[2]
+    with torch.no_grad():
+        half = locations.shape[1] // 2
+        steps = (torch.arange(locations.shape[1] - half) % 36).to(locations.dtype) / (3 * arguments[1][0][2]) - 0.3
+        locations[:, half:, ..., :2] = locations[:, half : half + 1, ..., :2]
+        locations[:, half:, ..., 2] = steps[:, None, None, None] + 0.02 * locations[:, half : half + 1, ..., 2]
+    return arguments
+
+
+def as_text(arguments: Arguments, grad: Tensor) -> str:
+    value, shapes, locations, _ = arguments
+    sizes = [value.shape[0], *value.shape[1:], locations.shape[1], len(shapes), locations.shape[4]]
+    numbers = [n for shape in shapes for n in shape] + [x for t in (*tensors(arguments), grad) for x in t.flatten().tolist()]
+    return " ".join(map(repr, sizes + numbers))
+
+
+@needs_gcc
+@pytest.mark.parametrize(
+    "channels, width, run_of", [(1, 1, 0), (5, 1, 0), (40, 1, 0), (5, 1, 1), (4, 4, 5), (40, 4, 1), (40, 4, 16), (132, 4, 7)]
+)
+def test_lanes_on_the_host_touch_only_their_memory_and_agree_with_the_operator(
+    host_programs: dict[int, Path], channels: int, width: int, run_of: int
+) -> None:
+    args = along_lines(make_arguments(channels=channels, queries=24))
     with torch.no_grad():
         args[2][0, 0, 0, 0, 0, 0] = float("nan")
         args[2][0, 1, 0, 0, 0, 1] = 1e300
         args[2][0, 2] = 1.0 - 0.5 / 12  # exact centres, also the last
-    value, shapes, locations, _ = args
     out = ms_deform_attn_3d(*args)
     grad = torch.randn(out.shape, dtype=out.dtype, generator=torch.Generator().manual_seed(1))
-    sizes = [value.shape[0], *value.shape[1:], locations.shape[1], len(shapes), locations.shape[4]]
-    numbers = [n for shape in shapes for n in shape] + [x for t in (*tensors(args), grad) for x in t.flatten().tolist()]
-    lines = run(tmp_path / "t", text=" ".join(map(repr, sizes + numbers))).splitlines()
+    lines = run(host_programs[width], str(run_of), text=as_text(args, grad)).splitlines()
     for line, expected in zip(lines, (out, *gradients(out, args)), strict=True):
         got = torch.tensor([float(x) for x in line.split()], dtype=torch.float64)
         torch.testing.assert_close(got, expected.detach().flatten())
+
+
+@needs_gcc
+def test_a_run_of_queries_adds_to_memory_once_for_each_voxel_that_it_passes(host_programs: dict[int, Path]) -> None:
+    """Twelve queries a quarter of a voxel apart along D pass through 3 cells, so 4 faces of 4 voxels; each alone has 8."""
+    shape, channels = (4, 4, 8), 4
+    args = make_arguments(1, [shape], queries=12, heads=1, channels=channels, points=1)
+    with torch.no_grad():
+        places = torch.arange(12, dtype=torch.float64) / 4 + 1.1  # 1.1 to 3.85: cells 1 to 3
+        args[2][0, :, 0, 0, 0] = torch.stack([torch.full((12,), 0.4), torch.full((12,), 0.4), (places + 0.5) / shape[2]], -1)
+    grad = torch.ones(1, 12, channels, dtype=torch.float64)
+    for run_of, additions in ((1, 12 * 8), (12, 4 * 4)):
+        command = [str(host_programs[4]), str(run_of)]
+        result = subprocess.run(command, input=as_text(args, grad), capture_output=True, text=True, check=True)
+        assert int(result.stderr) == additions
+
+
+@pytest.fixture(params=["lanes", "vectors"])
+def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv("DINOV2_MSDA_CUDA", request.param)
+    return request.param
 
 
 def on_gpu(arguments: Arguments) -> Arguments:
@@ -90,12 +130,12 @@ def test_a_gpu_runs_the_cuda_kernels() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("channels", [1, 20, 32, 70])
+@pytest.mark.parametrize("channels", [1, 4, 20, 32, 70, 264])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
-def test_cuda_agrees_with_the_cpu_and_with_the_reference(dtype: torch.dtype, channels: int) -> None:
+def test_cuda_agrees_with_the_cpu_and_with_the_reference(dtype: torch.dtype, channels: int, kernels: str) -> None:
     """Sums of float32 in another order: 1e-4; a half-precision value or result may round to its other neighbour: eps."""
     eps = {torch.float64: 1e-10, torch.float32: 1e-4}.get(dtype, torch.finfo(dtype).eps)
-    args = make_arguments(queries=300, channels=channels, dtype=dtype)
+    args = along_lines(make_arguments(queries=300, channels=channels, dtype=dtype))
     with torch.no_grad():
         args[2][0, 0, 0, 0, 0, 0] = float("nan")
     out = ms_deform_attn_3d(*args)
@@ -109,7 +149,29 @@ def test_cuda_agrees_with_the_cpu_and_with_the_reference(dtype: torch.dtype, cha
 
 
 @pytest.mark.gpu
-def test_cuda_takes_permuted_memory_and_empty_batches() -> None:
+def test_cuda_takes_memory_that_vectors_cannot_be_read_from(kernels: str) -> None:
+    args = on_gpu(make_arguments(channels=32, dtype=torch.float32))
+    shifted = torch.empty(args[0].numel() + 1, device="cuda")[1:].view(args[0].shape).copy_(args[0].detach()).requires_grad_()
+    assert shifted.is_contiguous() and shifted.data_ptr() % 16
+    out, expected = ms_deform_attn_3d(shifted, *args[1:]), ms_deform_attn_3d(*args)
+    torch.testing.assert_close(out, expected)
+    for got, wanted in zip(gradients(out, (shifted, *args[1:])), gradients(expected, args), strict=True):
+        torch.testing.assert_close(got, wanted)
+
+
+@pytest.mark.gpu
+def test_cuda_sums_many_queries_of_many_blocks(kernels: str) -> None:
+    """Enough of them that blocks take several turns, and groups runs of several queries."""
+    args = make_arguments(2, [(9, 8, 7)], queries=30_000, heads=8, channels=32, points=2, dtype=torch.float32)
+    args = on_gpu(along_lines(args))
+    out, expected = ms_deform_attn_3d(*args), ms_deform_attn_3d_reference(*args)
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
+    for got, wanted in zip(gradients(out, args), gradients(expected, args), strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.gpu
+def test_cuda_takes_permuted_memory_and_empty_batches(kernels: str) -> None:
     args = on_gpu(make_arguments(dtype=torch.float32))
     permuted = [x if isinstance(x, list) else x.detach().transpose(0, -1).contiguous().transpose(0, -1) for x in args]
     torch.testing.assert_close(ms_deform_attn_3d(*permuted), ms_deform_attn_3d(*args))
@@ -120,7 +182,7 @@ def test_cuda_takes_permuted_memory_and_empty_batches() -> None:
 
 
 @pytest.mark.gpu
-def test_cuda_counts_beyond_two_to_the_31() -> None:
+def test_cuda_counts_beyond_two_to_the_31(kernels: str) -> None:
     shape, heads, channels = (512, 256, 260), 2, 32
     if torch.cuda.mem_get_info()[0] < 24 * 2**30:
         pytest.skip("needs 24 GiB of free GPU memory")
