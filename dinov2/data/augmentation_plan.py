@@ -13,9 +13,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dinov2.geometry import Range, Size3, pair, triple
+from dinov2.geometry import Range, Size3, triple
 
 ASPECT_RATIO = (0.9, 1 / 0.9)
+LOG_ASPECT_RATIO = tuple(math.log(r) for r in ASPECT_RATIO)
 TURN_P = 0.3
 SHARPEN_ALPHA = (10.0, 30.0)
 ROTATION_PLANES = ((0, 1), (1, 2), (0, 2))
@@ -106,6 +107,11 @@ class SamplePlan:
     local_crops: tuple[CropPlan, ...]
 
 
+def _uniform(rng: np.random.Generator, low: float, high: float) -> float:
+    """The same number as `rng.uniform(low, high)`, without what numpy spends on arrays."""
+    return low + (high - low) * rng.random()
+
+
 def plan_crop(shape_hwd: Size3, in_slice_scale: Range, cross_slice_scale: Range, rng: np.random.Generator) -> Box:
     """Choose the box of one random crop: 2D RandomResizedCrop in-plane, an independent extent across slices.
 
@@ -124,17 +130,16 @@ def plan_crop(shape_hwd: Size3, in_slice_scale: Range, cross_slice_scale: Range,
     """
     height, width, depth = shape_hwd
     top, left, h, w = _in_slice_box(height, width, in_slice_scale, rng)
-    d = max(1, round(depth * rng.uniform(*cross_slice_scale)))
+    d = max(1, round(depth * _uniform(rng, *cross_slice_scale)))
     front = int(rng.integers(depth - d + 1))
     return Box((top, left, front), (top + h, left + w, front + d))
 
 
 def _in_slice_box(height: int, width: int, scale: Range, rng: np.random.Generator) -> tuple[int, int, int, int]:
     """(top, left, h, w) as torchvision's RandomResizedCrop chooses them: ten tries, then a central box."""
-    log_ratio = pair(math.log(r) for r in ASPECT_RATIO)
     for _ in range(10):
-        area = height * width * rng.uniform(*scale)
-        aspect = math.exp(rng.uniform(*log_ratio))
+        area = height * width * _uniform(rng, *scale)
+        aspect = math.exp(_uniform(rng, *LOG_ASPECT_RATIO))
         w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if 0 < w <= width and 0 < h <= height:
             return int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1)), h, w
@@ -172,13 +177,13 @@ def _contrast(rng: np.random.Generator) -> list[Intensity]:
     if not applied:
         return []
     if kind == 0:
-        return [Gamma(rng.uniform(0.5, 2.0))]
+        return [Gamma(_uniform(rng, 0.5, 2.0))]
     if kind == 1:
-        return [Noise(rng.uniform(0.0, 0.002), int(rng.integers(2**31)))]
-    points = np.linspace(0.0, 1.0, HISTOGRAM_POINTS)
+        return [Noise(_uniform(rng, 0.0, 0.002), int(rng.integers(2**31)))]
+    points = np.linspace(0.0, 1.0, HISTOGRAM_POINTS).tolist()
     for i in range(1, HISTOGRAM_POINTS - 1):
-        points[i] = rng.uniform(points[i - 1], points[i + 1])
-    return [HistogramShift(tuple(points.tolist()))]
+        points[i] = _uniform(rng, points[i - 1], points[i + 1])
+    return [HistogramShift(tuple(points))]
 
 
 def plan_smooth(rng: np.random.Generator) -> Smooth:
@@ -192,7 +197,7 @@ def _smooth_or_sharpen(rng: np.random.Generator, sharpen_alpha: Range) -> Intens
 def plan_sharpen(rng: np.random.Generator, alpha: Range = SHARPEN_ALPHA) -> Sharpen:
     sigma1 = rng.uniform(0.5, 1.0, 3)
     sigma2 = rng.uniform(0.5, sigma1)
-    return Sharpen(tuple(sigma1.tolist()), tuple(sigma2.tolist()), rng.uniform(*alpha))
+    return Sharpen(tuple(sigma1.tolist()), tuple(sigma2.tolist()), _uniform(rng, *alpha))
 
 
 def plan_intensity(
@@ -206,7 +211,7 @@ def plan_intensity(
         if rng.random() < 0.1:
             steps.append(_smooth_or_sharpen(rng, sharpen_alpha))
         if rng.random() < 0.2:
-            steps.append(Gibbs(rng.uniform(0.0, 1.0)))
+            steps.append(Gibbs(rng.random()))
     elif rng.random() < 0.5:
         steps.append(plan_smooth(rng))
     return tuple(steps)

@@ -205,9 +205,20 @@ def gibbs_(x: Tensor, alpha: float) -> Tensor:
     MONAI's mask is centred between two frequencies for an even size, so it is not symmetric, and the real part of what comes
     back is taken; that equals a real transform with the mean of the mask and its mirror image.
     """
-    spectrum = torch.fft.rfftn(x[0])  # [s, s, s // 2 + 1]
-    spectrum *= _gibbs_mask(x.shape[-1], alpha).to(x.device)
-    return x.copy_(torch.fft.irfftn(spectrum, s=x.shape[1:])[None])
+    n, mask = x.shape[-1], _gibbs_mask(x.shape[-1], alpha).to(x.device)
+    low = mask.shape[-1]
+    if len(mask) == n:
+        return x.copy_(torch.fft.irfftn(torch.fft.rfftn(x[0]).mul_(mask), s=x.shape[1:])[None])
+    spectrum = torch.fft.rfft(x[0])[..., :low]  # [n, n, low]; axis by axis, so that what is cut is not transformed
+    for axis in (1, 0):
+        spectrum = torch.fft.fft(spectrum, dim=axis)
+        spectrum = torch.cat([spectrum.narrow(axis, 0, low), spectrum.narrow(axis, n + 1 - low, low - 1)], axis)
+    spectrum *= mask
+    for axis in (0, 1):
+        first, last = spectrum.split([low, low - 1], axis)
+        cut = spectrum.new_zeros([n - len(mask) if i == axis else length for i, length in enumerate(spectrum.shape)])
+        spectrum = torch.fft.ifft(torch.cat([first, cut, last], axis), dim=axis)
+    return x.copy_(torch.fft.irfft(spectrum, n=n)[None])
 
 
 def _smoothing_matrix(n: int, sigma: float) -> Tensor:
@@ -228,13 +239,21 @@ def _squared_distances(n: int) -> tuple[Tensor, Tensor]:
 
 
 def _gibbs_mask(n: int, alpha: float) -> Tensor:
-    """Mean of MONAI's mask and its mirror image on the half spectrum, [n, n, n // 2 + 1]."""
+    """Mean of MONAI's mask and its mirror image on the half spectrum, [k, k, low], in FFT order.
+
+    Only the frequencies below `low` along each axis, of which some are kept, k = 2 low - 1 of n; all where they are many.
+    """
     radius = (1 - alpha) * n * 2**0.5 / 2
-    half = n // 2 + 1
-    mask = torch.zeros(n, n, half)
+    nearest = torch.minimum(*_squared_distances(n))
+    low = max(1, int((nearest[: n // 2 + 1] + 2 * nearest[0] <= radius**2).sum()))
+    is_whole = 3 * low > n  # cutting them out would take longer
+    low = n // 2 + 1 if is_whole else low
+    places = torch.arange(n) if is_whole else torch.arange(1 - low, low).roll(1 - low)
+    mask = torch.zeros(len(places), len(places), low)
     for squared in _squared_distances(n):
-        left = radius**2 - (squared[:, None] + squared)  # what remains for the last axis
-        mask += squared[:half] <= left[..., None]
+        along = squared[places]
+        left = radius**2 - (along[:, None] + along)  # what remains for the last axis
+        mask += squared[:low] <= left[..., None]
     return mask.mul_(0.5)
 
 

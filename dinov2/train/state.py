@@ -21,7 +21,6 @@ from dinov2.fsdp import Checkpointer, save_atomically
 from dinov2.fsdp.tensors import whole
 from dinov2.logging.provenance import RUN_FILE, versions
 from dinov2.train.flags import FlagExchange
-from dinov2.train.provenance import versions
 from dinov2.train.ssl_meta_arch import SSLMetaArch
 
 logger = logging.getLogger(__name__)

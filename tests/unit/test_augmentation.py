@@ -129,6 +129,16 @@ def test_hundreds_of_plans_give_the_references_crops(fast: Apply) -> None:
     assert min(kinds.values()) >= 20 and len(kinds) == 6, kinds
 
 
+@pytest.mark.parametrize("n", [1, 2, 7, 8, 24, 33])
+def test_gibbs_noise_is_the_references_whatever_is_cut(n: int) -> None:
+    """Most frequencies or few, odd and even sizes: only those that stay are transformed."""
+    x = torch.randn(1, n, n, n, generator=torch.Generator().manual_seed(n))
+    for alpha in (0.0, *np.linspace(0.01, 0.99, 15).tolist(), 1.0):
+        expected = apply_monai.apply_intensity(x, ap.Gibbs(alpha))
+        torch.testing.assert_close(ops.gibbs_(x.clone(), alpha), expected, atol=5e-6, rtol=0)
+    assert ops._gibbs_mask(96, 0.7).shape == (41, 41, 21) and ops._gibbs_mask(96, 0.1).shape == (96, 96, 49)
+
+
 def test_small_rotations_are_the_references_and_turn_about_the_box(fast: Apply) -> None:
     shapes = [(70, 61, 40), (33, 90, 25), (7, 5, 3)]
     augmentation = DataAugmentationDINO3d(local_crops_number=2, global_crops_size=24, local_crops_size=11, rotate_range=0.4)

@@ -14,9 +14,8 @@ import torch
 from omegaconf import DictConfig
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.train_step import MatrixProducts
-from dinov2.checkpointer.teacher import read_weights
 from benchmarks.train_step import MatrixProducts, Setup
+from dinov2.checkpointer.teacher import read_weights
 from dinov2.data import TrainLoader, read_datalist
 from dinov2.distributed.runtime import Runtime
 from dinov2.errors import BadInput
