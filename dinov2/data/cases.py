@@ -21,15 +21,14 @@ from dinov2.data.cache import VolumeCache, key_of
 from dinov2.data.datalist import Entry
 from dinov2.data.downstream import Item
 from dinov2.data.formats import NIFTI, PAIR, format_by_name
-from dinov2.data.grids import GridMap, farthest_corner_mm
+from dinov2.data.grids import GridMap
 from dinov2.data.preprocess import INT16_SCALE, Volume, foreground_box
 from dinov2.data.recipes import Recipe
-from dinov2.data.volumes import RawVolume, open_volume
+from dinov2.data.volumes import RawVolume, check_same_grid, open_volume
 from dinov2.errors import BadInput
 from dinov2.geometry import Spacing, triple
 
 PREPARATION = 2  # raised with every change of what is made from the same files and recipe; part of the cache's keys
-SAME_PLACE = 0.1  # of a voxel, by which the corners of a case's files may lie apart
 
 
 @dataclass(frozen=True)
@@ -122,7 +121,7 @@ def _open(item: Item, recipe: Recipe) -> list[RawVolume]:
             )
     labels = [_open_one(item.label, 0)] if isinstance(item.label, str) else []
     for raw in (*channels[1:], *labels):
-        _check_same_grid(item.case, channels[0], raw)
+        check_same_grid(channels[0], raw, f"{item.case}: {raw.path} and {channels[0].path}")
     return [*channels, *labels]
 
 
@@ -146,24 +145,6 @@ def _affine(raw: RawVolume) -> np.ndarray:
 
 def _num_channels(raw: RawVolume) -> int:
     return int(np.prod(raw.image.shape[3:], dtype=int))
-
-
-def _check_same_grid(case: str, first: RawVolume, other: RawVolume) -> None:
-    """Same shape and the same place, voxel by voxel.
-
-    Raises:
-        BadInput: Named with what differs.
-    """
-    shape, other_shape = (triple(raw.image.shape[:3]) for raw in (first, other))
-    pair = f"{case}: {other.path} and {first.path}"
-    if shape != other_shape:
-        raise BadInput(f"{pair} have shapes {other_shape} and {shape}: resample one to the other's grid")
-    axes, other_axes = ("".join(nib.aff2axcodes(_affine(raw))) for raw in (first, other))
-    if axes != other_axes:
-        raise BadInput(f"{pair} have orientations {other_axes} and {axes}: save both in one orientation")
-    apart = farthest_corner_mm(shape, _affine(first), _affine(other))
-    if apart > SAME_PLACE * min(first.spacing_mm):
-        raise BadInput(f"{pair} lie up to {apart:.3g} mm apart by their headers: resample one to the other's grid")
 
 
 def _grid(raw: RawVolume, recipe: Recipe, resize_scale: float) -> GridMap:

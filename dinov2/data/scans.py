@@ -16,14 +16,12 @@ import torch
 from torch import Tensor
 
 from dinov2.data.datalist import Entry
-from dinov2.data.grids import farthest_corner_mm
 from dinov2.data.preprocess import INT16_SCALE, PERCENTILES, foreground_box, normalise, slice_axis, to_16_bits
-from dinov2.data.volumes import RawVolume, open_volume
-from dinov2.errors import BadInput, BadVolume
+from dinov2.data.volumes import RawVolume, check_same_grid, open_volume
+from dinov2.errors import BadInput
+from dinov2.ops.augmentation import INT16_SCALE
 
 logger = logging.getLogger(__name__)
-
-SAME_PLACE = 0.5  # of a voxel, by which the corners of a scan's channels may lie apart
 
 
 @dataclass(frozen=True)
@@ -62,12 +60,12 @@ def load_scan(files: Sequence[str | Path | Entry], percentiles: tuple[float, flo
     raws = [raw for file in files for raw in _channels(file)]
     first = raws[0]
     for other in raws[1:]:
-        _check_same_grid(first, other)
+        check_same_grid(first, other, f"{other.path}: with {first.path} as another channel")
     axis = slice_axis(first.spacing_mm)
     image = np.stack([np.moveaxis(normalise(raw.read(), raw.path, percentiles), axis, -1) for raw in raws])  # [C, H, W, D]
     box = foreground_box(image.max(axis=0))
     order = [a for a in range(3) if a != axis] + [axis]
-    affine = _affine(first)[:, [*order, 3]]
+    affine = first.affine[:, [*order, 3]]
     affine[:3, 3] += affine[:3, :3] @ [b.start for b in box]
     return Scan(first.path, to_16_bits(image[:, *box]), affine)
 
@@ -80,26 +78,6 @@ def _channels(file: str | Path | Entry) -> list[RawVolume]:
     if raw.channel is None or entry.channel is not None:
         return [raw]
     return [dataclasses.replace(raw, channel=c) for c in range(raw.image.shape[3])]
-
-
-def _affine(raw: RawVolume) -> np.ndarray:
-    """[4, 4] stored voxel -> mm, a copy."""
-    own = raw.image.affine
-    if own is None or not np.isfinite(own).all():
-        return np.diag([*raw.spacing_mm, 1.0])
-    return np.array(own, dtype=np.float64)
-
-
-def _check_same_grid(first: RawVolume, other: RawVolume) -> None:
-    shape, other_shape = (tuple(raw.image.shape[:3]) for raw in (first, other))
-    pair = f"{other.path}: with {first.path}"
-    if shape != other_shape:
-        raise BadVolume(
-            f"{pair} as another channel, shapes are {other_shape} and {shape}: resample one to the other's grid", "axes"
-        )
-    apart = farthest_corner_mm(shape, _affine(first), _affine(other))
-    if apart > SAME_PLACE * min(first.spacing_mm):
-        raise BadVolume(f"{pair} as another channel, voxels lie up to {apart:.3g} mm apart: resample one to the other", "axes")
 
 
 def bare_volumes(item: Tensor | np.ndarray) -> tuple[Tensor, Tensor | None]:

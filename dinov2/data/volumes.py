@@ -8,12 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import nibabel as nib
 import numpy as np
 
 from dinov2.data.datalist import Entry
 from dinov2.data.formats import format_of
+from dinov2.data.grids import farthest_corner_mm
 from dinov2.data.readers import READ_ERRORS, ImageFile, first_line
 from dinov2.errors import BadVolume
+
+SAME_PLACE = 0.5  # of the smallest voxel edge, by which the corners of files of one grid may lie apart
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,14 @@ class RawVolume:
     spacing_mm: tuple[float, float, float]
     num_times: int
     channel: int | None
+
+    @property
+    def affine(self) -> np.ndarray:
+        """[4, 4] stored voxel -> mm (RAS+), a copy; of a format without one, the spacing."""
+        own = self.image.affine
+        if own is None or not np.isfinite(own).all():
+            return np.diag([*self.spacing_mm, 1.0])
+        return np.array(own, dtype=np.float64)
 
     def read(self, time: int = 0) -> np.ndarray:
         """The voxels of one time point, [H, W, D] float32, axes as stored.
@@ -120,6 +132,32 @@ def _fourth_axis(entry: Entry, image: ImageFile, length: int) -> tuple[int, int 
         return length, None
     what = 'add "axes": "xyzt", or "axes": "xyzc" and "channel", to its datalist entry'
     raise BadVolume(f"{entry.image}: fourth axis of {length} is neither time nor channels: {what}", "axes")
+
+
+def check_same_grid(first: RawVolume, other: RawVolume, pair: str) -> None:
+    """Same shape and the same place, voxel by voxel, to less than half of the smallest voxel edge.
+
+    So far each voxel of one file is the nearest one to the same voxel of the other, and putting one on the other's grid would
+    change nothing; headers that were rounded on their way lie hundredths of a millimetre apart.
+
+    Args:
+        first, other: Opened files.
+        pair: Both by name, as a message begins with them.
+
+    Raises:
+        BadVolume: Named with what differs.
+    """
+    shape, other_shape = (tuple(raw.image.shape[:3]) for raw in (first, other))
+    if shape != other_shape:
+        raise BadVolume(f"{pair}: shapes are {other_shape} and {shape}: resample one to the other's grid", "axes")
+    apart_mm = farthest_corner_mm(shape, first.affine, other.affine)
+    if apart_mm <= SAME_PLACE * min(first.spacing_mm):
+        return
+    axes, other_axes = ("".join(a or "?" for a in nib.aff2axcodes(raw.affine)) for raw in (first, other))
+    if axes != other_axes:
+        raise BadVolume(f"{pair}: orientations are {other_axes} and {axes}: save both in one orientation", "axes")
+    what = f"voxels lie up to {apart_mm:.3g} mm apart by their headers"
+    raise BadVolume(f"{pair}: {what}: resample one to the other's grid", "axes")
 
 
 def describe(path: str | Path) -> dict[str, Any]:

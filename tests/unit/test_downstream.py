@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from dinov2.data.cases import Case, Cases, check_headers, prepare_case, restore_
 from dinov2.data.downstream import SPLITS, Item, read_downstream_datalist, select_percent, write_downstream_datalist
 from dinov2.data.grids import GridMap
 from dinov2.data.recipes import Intensity, Recipe, Space, load_recipe
+from dinov2.data.scans import load_scan
 from dinov2.errors import BadInput
 
 SHAPE = (14, 12, 10)  # of the scene, R A S
@@ -196,7 +198,7 @@ def test_a_case_stored_as_nrrd_is_prepared_and_overlays_its_file(tmp_path: Path)
     "change, words",
     [
         (lambda f: save(f / "label.nii.gz", scene()[1][:-1]), ["label.nii.gz", "shapes", "(13, 12, 10)", "(14, 12, 10)"]),
-        (lambda f: save(f / "label.nii.gz", scene()[1], "LAS"), ["label.nii.gz", "orientations LAS and RAS"]),
+        (lambda f: save(f / "label.nii.gz", scene()[1], "LAS"), ["label.nii.gz", "orientations are LAS and RAS"]),
         (lambda f: save(f / "label.nii.gz", scene()[1], spacing_mm=(1, 1, 1.5)), ["label.nii.gz", "mm apart"]),
         (lambda f: save(f / "label.nii.gz", scene()[1] * 3), ["label.nii.gz", "label values 3, 6", "0, 1, 2, 255", "recipe"]),
         (lambda f: save(f / "label.nii.gz", scene()[1] * np.float32(0.5)), ["label values 0.5 are not"]),
@@ -219,6 +221,29 @@ def test_a_case_that_cannot_be_used_is_named_with_what_is_wrong(
         prepare_case(item, LIVER)
     message = str(caught.value)
     assert "\n" not in message and not [w for w in words if w not in message], message
+
+
+@pytest.mark.parametrize("shift_mm, fits", [(0.37, True), (0.43, False)])
+def test_files_of_a_case_or_a_scan_may_lie_less_than_half_a_voxel_apart(tmp_path: Path, shift_mm: float, fits: bool) -> None:
+    item = saved_case(tmp_path, spacing_mm=(1.0, 0.8, 2.5))
+    stored = nib.load(item.label)
+    affine = stored.affine.copy()
+    affine[0, 3] += shift_mm
+    nib.save(nib.Nifti1Image(np.asanyarray(stored.dataobj), affine), item.label)
+    for check in (lambda: check_headers([item], LIVER), lambda: load_scan([item.images[0], item.label])):
+        with nullcontext() if fits else pytest.raises(BadInput, match=r"voxels lie up to 0.43 mm apart"):
+            check()
+
+
+def test_an_oblique_case_is_not_refused_for_the_name_of_its_axes(tmp_path: Path) -> None:
+    """At 45 degrees a rounding decides which axis is called which."""
+    item = saved_case(tmp_path)
+    for path, degrees in ((item.images[0], 44.99), (item.label, 45.01)):
+        a = np.deg2rad(degrees)
+        turn = np.array([[np.cos(a), -np.sin(a), 0], [np.sin(a), np.cos(a), 0], [0, 0, 1]])
+        nib.save(nib.Nifti1Image(np.asanyarray(nib.load(path).dataobj), nib.affines.from_matvec(turn)), path)
+    assert len({nib.aff2axcodes(nib.load(path).affine) for path in (item.images[0], item.label)}) == 2
+    check_headers([item], LIVER)
 
 
 def test_zero_spacing_is_refused_by_headers_alone(tmp_path: Path) -> None:

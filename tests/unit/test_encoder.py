@@ -115,7 +115,7 @@ def test_channels_are_averaged_and_share_one_crop(encoder: Encoder, tmp_path: Pa
     one_channel = encoder(Entry(str(tmp_path / "4d.nii"), (), axes="xyzc", channel=1))
     torch.testing.assert_close(one_channel.cls, encoder(tmp_path / "2.nii").cls)
     nib.save(nib.Nifti1Image(two, np.diag([1.0, 1.0, 1.2, 1.0])), tmp_path / "apart.nii")
-    with pytest.raises(BadVolume, match=r"apart.nii: with .*1.nii as another channel, voxels lie up to 1.8 mm apart"):
+    with pytest.raises(BadVolume, match=r"apart.nii: with .*1.nii as another channel: voxels lie up to 1.8 mm apart"):
         encoder([[tmp_path / "1.nii", tmp_path / "apart.nii"]])
 
 
