@@ -19,7 +19,6 @@ from dinov2.data.datalist import Entry
 from dinov2.data.preprocess import INT16_SCALE, PERCENTILES, foreground_box, normalise, slice_axis, to_16_bits
 from dinov2.data.volumes import RawVolume, check_same_grid, open_volume
 from dinov2.errors import BadInput
-from dinov2.ops.augmentation import INT16_SCALE
 
 logger = logging.getLogger(__name__)
 
