@@ -41,13 +41,15 @@ from dinov2.data.cache_commands import build as build_cache
 from dinov2.data.index.command import IndexRequest, index
 from dinov2.data.pool import default_workers
 from dinov2.data.recipes import Recipe
+from dinov2.distributed.precision import autocast, evaluation_dtype
 from dinov2.distributed.runtime import Runtime
 from dinov2.errors import BadInput
 from dinov2.eval.linear_heads import LEARNING_RATES, LinearHeads, head_grid
 from dinov2.eval.segmentation_3d import engine
 from dinov2.eval.segmentation_3d.build import Task, build_segmentation
-from dinov2.eval.segmentation_3d.inference import autocast, predict_masks
+from dinov2.eval.segmentation_3d.inference import predict_masks
 from dinov2.eval.segmentation_3d.losses import build_loss
+from dinov2.eval.setup import build_model_for_eval
 from dinov2.models.vision_transformer import vit_tiny_3d
 from dinov2.ops import cuda_kernels
 
@@ -365,12 +367,13 @@ def segmentation(report: Any, args: Args) -> None:
     precision = [f"compute_precision.{s}.{m}.mixed_precision.param_dtype=bf16" for s, m in MODULES]
     cfg = load_and_merge_config_3d(None, [f"student.arch={arch}", *precision])
     runtime = Runtime(torch.device(args.device))
-    model = build_segmentation(cfg, "random", Task(recipe, "ViTAdapterUNETR", size, 1.0), False, runtime)
+    backbone = build_model_for_eval(cfg, "random", runtime)
+    model = build_segmentation(cfg, backbone, Task(recipe, "ViTAdapterUNETR", size, 1.0), False, runtime)
     loss = build_loss(recipe)
     plan = engine.Plan(10, 0, 10, crops, 1e-4, False, 0)
     with tempfile.TemporaryDirectory() as folder:
         run = engine.start_run(model, cfg, plan, Path(folder), runtime)
-        dtype = engine.compute_dtype(cfg)
+        dtype = evaluation_dtype(cfg, args.device)
         images = torch.randn(crops, 1, *(size,) * 3, device=args.device)
         labels = torch.randint(0, 14, (crops, 1, *(size,) * 3), device=args.device)
 
@@ -399,7 +402,7 @@ def segmentation(report: Any, args: Args) -> None:
 
 
 def forward(model: nn.Module, images: Tensor, dtype: torch.dtype) -> Tensor:
-    with autocast(images.device, dtype):
+    with autocast(images.device.type, dtype):
         return model(images)
 
 

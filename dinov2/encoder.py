@@ -20,6 +20,7 @@ from dinov2.checkpointer.teacher import RANDOM, open_teacher
 from dinov2.data.datalist import Entry
 from dinov2.data.preprocess import PREPROCESSING, normalise, percentiles_of
 from dinov2.data.scans import Scan, bare_volumes, load_scan
+from dinov2.distributed.precision import DTYPES, fastest_dtype
 from dinov2.distributed.runtime import Runtime
 from dinov2.errors import BadInput, BadVolume
 from dinov2.eval.setup import build_model_for_eval, config_for
@@ -30,7 +31,7 @@ from dinov2.models.weights import plain_names
 
 logger = logging.getLogger(__name__)
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPE_NAMES = ("fp32", "bf16", "fp16")  # of an encoder; a float64 one would be read with float32 files
 RANGE_TOLERANCE = 1e-3  # beyond [-1, 1], before bare values are taken for unprepared ones
 _NO_LICENCE = "not said (the published 3DINO-ViT weights are CC BY-NC-ND 4.0); ask their owner before you use them"
 
@@ -220,9 +221,9 @@ def load_encoder(
         BadInput: No such weights, damaged ones, of another network (tensors named), or a device that is not there.
     """
     place = _device(device)
-    if dtype != "auto" and dtype not in DTYPES:
-        raise BadInput(f"dtype {dtype!r}: choose auto, {', '.join(DTYPES)}")
-    chosen = DTYPES[_best_dtype(place) if dtype == "auto" else dtype]
+    if dtype != "auto" and dtype not in DTYPE_NAMES:
+        raise BadInput(f"dtype {dtype!r}: choose auto, {', '.join(DTYPE_NAMES)}")
+    chosen = fastest_dtype(place) if dtype == "auto" else DTYPES[dtype]
     teacher = open_teacher(source, cache_dir)
     if config is None and teacher.source == RANDOM:
         raise BadInput(f"weights random: of which network? give a configuration, or one of {', '.join(FACTORIES)} as weights")
@@ -245,9 +246,3 @@ def _device(device: str | torch.device) -> torch.device:
     except (RuntimeError, AssertionError) as err:  # torch asserts that it was built with CUDA
         raise BadInput(f"device {device}: cannot be used here ({str(err).splitlines()[0][:80]}): use auto or cpu") from err
     return chosen
-
-
-def _best_dtype(device: torch.device) -> str:
-    if device.type != "cuda":
-        return "fp32"
-    return "bf16" if torch.cuda.is_bf16_supported() else "fp16"

@@ -20,6 +20,7 @@ from dinov2.data.datalist import Datalist
 from dinov2.data.dataset import PretrainDataset, Sample
 from dinov2.data.samplers import PositionSampler
 from dinov2.data.slots import HELD, slot_queue
+from dinov2.distributed.precision import crop_dtype
 from dinov2.errors import BadInput
 
 logger = logging.getLogger(__name__)
@@ -31,17 +32,6 @@ Take = Callable[[bool], Batch | None]  # the next batch; with False, None where 
 def build_augmentation(cfg: DictConfig) -> DataAugmentationDINO3d:
     """The augmentation of a configuration's `crops`, with the back end of `train.augmentation`."""
     return DataAugmentationDINO3d(**cfg.crops, backend=cfg.train.augmentation)
-
-
-def crop_dtype(cfg: DictConfig, device: torch.device) -> torch.dtype:
-    """What crops are handed over in: the precision that both backbones multiply in where it is another than float32.
-
-    For a half precision the patch embedding would round them to it anyway; half the bytes are written, and go to the device.
-    """
-    names = {cfg.compute_precision[side].backbone.mixed_precision.param_dtype for side in ("student", "teacher")}
-    fp16 = torch.float32 if device.type == "cpu" else torch.float16
-    others = {"bf16": torch.bfloat16, "fp16": fp16, "fp64": torch.float64}
-    return others.get(names.pop(), torch.float32) if len(names) == 1 else torch.float32
 
 
 class TrainLoader:
@@ -76,7 +66,7 @@ class TrainLoader:
         self.accumulation_steps = t.accumulation_steps
         self.bad_volumes: dict[str, str] = {}
         self._sampler = sampler = PositionSampler(t.batch_size_per_gpu, t.accumulation_steps, rank, world_size, start_step)
-        self._layout = _layout(cfg, crop_dtype(cfg, self.device))
+        self._layout = _layout(cfg, crop_dtype(cfg, self.device.type))
         masked = cfg.ibot.mask_sample_probability, tuple(cfg.ibot.mask_ratio_min_max)
         self._masking = Masking(t.seed, sampler.effective_batch, *masked)
         cache = VolumeCache(t.cache_dir, t.cache_max_gb) if t.cache_dir else None

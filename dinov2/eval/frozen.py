@@ -6,10 +6,8 @@ n cases, F features: class tokens of the last layers, then the mean of the last 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 
 import torch
-from omegaconf import DictConfig
 from torch import Tensor
 from tqdm import tqdm
 
@@ -19,13 +17,12 @@ from dinov2.data.downstream import Item, select_percent
 from dinov2.data.recipes import Recipe
 from dinov2.data.workers import compute_in_order
 from dinov2.distributed import gather_objects
+from dinov2.distributed.precision import evaluation_autocast
 from dinov2.errors import BadInput
 from dinov2.eval.features import class_features
 from dinov2.eval.linear_heads import LAYER_CHOICES
 from dinov2.eval.run import Setting
-from dinov2.eval.segmentation_3d.inference import autocast
 from dinov2.models import DinoVisionTransformer3d
-from dinov2.train.ssl_meta_arch import DTYPES
 
 
 def require_every_class(items: Sequence[Item], recipe: Recipe, part: str) -> None:
@@ -51,11 +48,6 @@ def feature_layers(backbone: DinoVisionTransformer3d) -> int:
     return min(max(LAYER_CHOICES), len(backbone.block_list))
 
 
-def precision(cfg: DictConfig, device: torch.device) -> AbstractContextManager:
-    """Mixed precision where the teacher's backbone has a half one and the device is a GPU."""
-    return autocast(device, DTYPES[cfg.compute_precision.teacher.backbone.mixed_precision.param_dtype])
-
-
 @torch.no_grad()
 def part_features(setting: Setting, backbone: DinoVisionTransformer3d, cases: Cases, part: str) -> Tensor:
     """Features [n, F] of the middle of every case, on the CPU; the ranks share the work, every one has all.
@@ -72,7 +64,7 @@ def part_features(setting: Setting, backbone: DinoVisionTransformer3d, cases: Ca
     for first in tqdm(range(0, len(mine), request.batch_size), desc=f"{part} features", disable=None):
         chosen = mine[first : first + request.batch_size]
         images = torch.stack([next(views) for _ in chosen]).to(device)
-        with precision(setting.cfg, device):
+        with evaluation_autocast(setting.cfg, device.type):
             found = class_features(backbone, images, layers).cpu()
         rows |= dict(zip(chosen, found, strict=True))
     views.close()

@@ -16,11 +16,12 @@ from dinov2.data.cases import prepare_case
 from dinov2.data.crops import central_view
 from dinov2.data.downstream import Item, stem
 from dinov2.data.recipes import Recipe
+from dinov2.distributed.precision import evaluation_autocast
 from dinov2.distributed.runtime import start_runtime
 from dinov2.errors import EXIT_BAD_INPUT, EXIT_OK, BadInput
 from dinov2.eval.classification_metrics import write_predictions
 from dinov2.eval.features import class_features
-from dinov2.eval.frozen import feature_layers, precision
+from dinov2.eval.frozen import feature_layers
 from dinov2.eval.linear_heads import Head
 from dinov2.eval.probe_training import Probe
 from dinov2.eval.run import Setting
@@ -87,7 +88,7 @@ class SavedProbe:
         """
         case = prepare_case(Item(tuple(map(str, images)), None, stem(images[0])), self.recipe)
         view = central_view(case.image, self.image_size)[None].to(self.runtime.device)
-        with precision(self.cfg, self.runtime.device):
+        with evaluation_autocast(self.cfg, self.runtime.device.type):
             features = class_features(self.backbone, view, self.layers)[:, self.columns]
         return (features @ self.weight.T + self.bias)[0].double().softmax(-1).cpu()
 

@@ -28,10 +28,11 @@ from dinov2.data.samplers import EndlessOrder, PositionSampler
 from dinov2.data.streams import Kind, stream, torch_seed
 from dinov2.data.workers import compute_in_order
 from dinov2.distributed import all_reduce_sum, any_rank, barrier, gather_objects, gather_rows, is_main_process
+from dinov2.distributed.precision import evaluation_autocast
 from dinov2.errors import EXIT_OK, EXIT_RESUMABLE, BadInput
 from dinov2.eval.classification_metrics import auc_per_class
 from dinov2.eval.features import class_features
-from dinov2.eval.frozen import feature_layers, labels_of, precision
+from dinov2.eval.frozen import feature_layers, labels_of
 from dinov2.eval.linear_heads import LinearHeads, cosine_factor, head_grid
 from dinov2.eval.run import Setting
 from dinov2.files import write_json
@@ -179,7 +180,7 @@ class Inputs:
 
     def _features(self, images: Tensor, with_graph: bool) -> Tensor:
         device = self.setting.runtime.device
-        with torch.set_grad_enabled(with_graph), precision(self.setting.cfg, device):
+        with torch.set_grad_enabled(with_graph), evaluation_autocast(self.setting.cfg, device.type):
             return class_features(self.probe.backbone, images.to(device, non_blocking=True), self.layers)
 
     def _view(self, index: int, number: int) -> Tensor:

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dinov2.distributed.precision import autocast
 from dinov2.errors import BadInput
 from dinov2.models import DinoVisionTransformer3d
 
@@ -108,7 +109,7 @@ def look(backbone: DinoVisionTransformer3d, volumes: Tensor, view: View, dtype: 
 def _pass(backbone: DinoVisionTransformer3d, volumes: Tensor, layers: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """[B, E] and [B, h, w, d, n * E] of one forward pass."""
     device = next(backbone.parameters()).device
-    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+    with autocast(device.type, dtype):
         outputs = backbone.get_intermediate_layers(volumes.to(device), layers, reshape=True, return_class_token=True)
     patch = torch.cat([maps for maps, _ in outputs], 1).movedim(1, -1)
     return outputs[-1][1].float(), patch.float()

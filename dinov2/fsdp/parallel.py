@@ -13,7 +13,6 @@ import logging
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
-import torch
 from omegaconf import DictConfig
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -21,9 +20,10 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from dinov2.configs.schema import memory_budget
+from dinov2.distributed.precision import DTYPES, HALF, training_dtype
 from dinov2.distributed.runtime import Runtime
 from dinov2.train.compiling import compile_model, resolve_compile
-from dinov2.train.ssl_meta_arch import DTYPES, SSLMetaArch
+from dinov2.train.ssl_meta_arch import SSLMetaArch
 
 logger = logging.getLogger(__name__)
 
@@ -79,8 +79,8 @@ def _shard(net: nn.Module, mesh: DeviceMesh, precision: DictConfig, side: str, r
 
 def _mixed_precision(precision: DictConfig, runtime: Runtime) -> MixedPrecisionPolicy:
     p = precision.mixed_precision
-    param_dtype = DTYPES[p.param_dtype]
-    if param_dtype in (torch.float32, torch.float64) or (param_dtype == torch.float16 and runtime.device.type == "cpu"):
+    param_dtype = training_dtype(precision, runtime.device.type)
+    if param_dtype not in HALF:
         return MixedPrecisionPolicy()
     return MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=DTYPES[p.reduce_dtype])
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dinov2.distributed import gather_rows_with_grad, get_global_rank
-from dinov2.loss.row_math import at_least_fp32
+from dinov2.distributed.precision import at_least_fp32
 
 
 def koleo_loss(x: Tensor, eps: float = 1e-8, all_ranks: bool = False) -> Tensor:

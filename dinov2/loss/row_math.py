@@ -13,10 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-
-def at_least_fp32(x: Tensor) -> Tensor:
-    """Half precisions become float32; float32 and float64 stay."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+from dinov2.distributed.precision import at_least_fp32
 
 
 def exponentials(scores: Tensor, temp: float | Tensor) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from dinov2.distributed import all_reduce_max, all_reduce_sum, global_count
-from dinov2.loss.row_math import PLAIN, RowMath, at_least_fp32
+from dinov2.distributed.precision import at_least_fp32
+from dinov2.loss.row_math import PLAIN, RowMath
 
 _TINY = 1e-30  # keeps an unused prototype from dividing by zero, and its quotient from overflowing
 

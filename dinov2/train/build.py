@@ -15,13 +15,14 @@ from dinov2.data.datalist import Datalist
 from dinov2.data.overlap import TRAINED_ON, Seen, seen_by_weights, seen_in
 from dinov2.data.streams import Kind, torch_seed
 from dinov2.distributed import is_main_process
+from dinov2.distributed.precision import grad_scaler, training_dtype
 from dinov2.distributed.runtime import Runtime
 from dinov2.errors import BadInput
 from dinov2.fsdp import Checkpointer
 from dinov2.fsdp.parallel import parallelise
 from dinov2.layers.attention import resolve_attention
 from dinov2.models.weights import load_backbone, load_heads
-from dinov2.train.ssl_meta_arch import DTYPES, SSLMetaArch
+from dinov2.train.ssl_meta_arch import SSLMetaArch
 
 logger = logging.getLogger(__name__)
 
@@ -36,15 +37,9 @@ def build(cfg: DictConfig, runtime: Runtime, load_start: bool = False) -> tuple[
     parallelise(model, cfg, runtime)
     o = cfg.optim
     optimizer = AdamW(model.get_params_groups(), betas=(o.adamw_beta1, o.adamw_beta2), fused=True)
-    needs_scaler = runtime.device.type == "cuda" and compute_dtype(cfg, runtime) == torch.float16
-    model.grad_scaler = torch.amp.GradScaler(runtime.device.type, enabled=cfg.compute_precision.grad_scaler and needs_scaler)
+    dtype = training_dtype(cfg.compute_precision.student.backbone, runtime.device.type)
+    model.grad_scaler = grad_scaler(runtime.device.type, dtype, cfg.compute_precision.grad_scaler)
     return model, optimizer
-
-
-def compute_dtype(cfg: DictConfig, runtime: Runtime) -> torch.dtype:
-    """The dtype in which the student's backbone multiplies; fp16 on a CPU is fp32."""
-    dtype = DTYPES[cfg.compute_precision.student.backbone.mixed_precision.param_dtype]
-    return torch.float32 if dtype == torch.float16 and runtime.device.type == "cpu" else dtype
 
 
 def start_weights(cfg: DictConfig) -> str:

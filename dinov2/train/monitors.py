@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dinov2.distributed import gather_rows
+from dinov2.distributed.precision import at_least_fp32
 from dinov2.loss.dino_clstoken_loss import STUDENT_TEMP
-from dinov2.loss.row_math import at_least_fp32
 
 
 def mean_entropy(scores: Tensor) -> Tensor:

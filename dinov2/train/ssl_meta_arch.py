@@ -16,6 +16,7 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from dinov2.distributed import all_reduce_sum
+from dinov2.distributed.precision import autocast, training_dtype
 from dinov2.fsdp.tensors import own_part
 from dinov2.layers import DINOHead
 from dinov2.loss import TeacherCenter, dino_loss, ibot_loss, koleo_loss, sinkhorn_knopp
@@ -27,7 +28,6 @@ from dinov2.train.param_groups import fuse_groups, param_groups_with_decay
 logger = logging.getLogger(__name__)
 
 NUM_GLOBAL_CROPS = 2
-DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
 Batch = dict[str, Any]
 
 
@@ -231,7 +231,8 @@ class SSLMetaArch(nn.Module):
         """A module of one side under its configured precision."""
         net = getattr(self, side)[module]
         call = self.student_calls.get(module, net) if side == "student" else net
-        with autocast_for(self.cfg.compute_precision[side][module], next(net.parameters()).device.type):
+        device_type = next(net.parameters()).device.type
+        with autocast(device_type, training_dtype(self.cfg.compute_precision[side][module], device_type)):
             return call(*args, **kwargs)
 
     def _project(self, side: str, cls: Tensor, patch: Tensor) -> tuple[Tensor, Tensor]:
@@ -239,10 +240,3 @@ class SSLMetaArch(nn.Module):
         if self.separate_ibot_head:
             return self._run(side, "dino_head", cls), self._run(side, "ibot_head", patch)
         return self._run(side, "dino_head", torch.cat([cls, patch])).split([len(cls), len(patch)])
-
-
-def autocast_for(precision: DictConfig, device_type: str) -> AbstractContextManager:
-    """Autocast to the configured `param_dtype`; none for fp32, fp64, or fp16 on a CPU (which computes in fp32)."""
-    dtype = DTYPES[precision.mixed_precision.param_dtype]
-    half = dtype == torch.bfloat16 or (dtype == torch.float16 and device_type != "cpu")
-    return torch.autocast(device_type, dtype=dtype if half else None, enabled=half)

@@ -28,6 +28,7 @@ from dinov2.data import Datalist, TrainLoader, read_datalist
 from dinov2.data.collate import Batch
 from dinov2.data.streams import Kind, torch_seed
 from dinov2.distributed import gather_objects, is_enabled, is_main_process, mean_over_ranks
+from dinov2.distributed.precision import training_dtype
 from dinov2.distributed.runtime import Runtime, lost_rank_explained, start_runtime
 from dinov2.errors import EXIT_OK, EXIT_RESUMABLE, BadInput
 from dinov2.files import write_json, write_text
@@ -39,7 +40,7 @@ from dinov2.logging.folder import run_folder, set_aside
 from dinov2.logging.provenance import RUN_FILE, run_record
 from dinov2.program import run_program
 from dinov2.signals import stop_requests
-from dinov2.train.build import build, build_checkpointer, compute_dtype, data_record
+from dinov2.train.build import build, build_checkpointer, data_record
 from dinov2.train.compiling import first_compiled
 from dinov2.train.flops import step_flops
 from dinov2.train.forecast import out_of_memory_explained
@@ -141,7 +142,7 @@ def do_train(
     model, total, first = state.model, schedules.total_iters, state.iteration + 1
     loader = TrainLoader(cfg, datalist, first, runtime.rank, runtime.world_size, runtime.device)
     volumes_per_step = cfg.train.batch_size_per_gpu * cfg.train.accumulation_steps * runtime.world_size
-    progress = Progress(runtime, volumes_per_step, compute_dtype(cfg, runtime))
+    progress = Progress(runtime, volumes_per_step, training_dtype(cfg.compute_precision.student.backbone, runtime.device.type))
     data = data_record(datalist, cfg)
     what = "iterations %d to %d, %d volumes a step from %d, on %s"
     logger.info(what, first, total - 1, volumes_per_step, len(datalist), runtime.device)

@@ -24,19 +24,19 @@ from dinov2.data.cases import Case, Cases
 from dinov2.data.recipe_check import draw_case
 from dinov2.data.streams import Kind, torch_seed
 from dinov2.distributed import any_rank, barrier, is_main_process, mean_over_ranks
+from dinov2.distributed.precision import autocast, evaluation_dtype, grad_scaler
 from dinov2.distributed.runtime import Runtime
 from dinov2.errors import EXIT_OK, EXIT_RESUMABLE, BadInput
 from dinov2.eval.metrics import Score, summarise, write_per_case_csv
 from dinov2.eval.segmentation_3d.batches import CropBatches
 from dinov2.eval.segmentation_3d.build import Task, save_segmentation, set_training
-from dinov2.eval.segmentation_3d.inference import TEST_OVERLAP, VALIDATION_OVERLAP, autocast, predict_masks, score_cases
+from dinov2.eval.segmentation_3d.inference import TEST_OVERLAP, VALIDATION_OVERLAP, predict_masks, score_cases
 from dinov2.eval.segmentation_3d.losses import build_loss
 from dinov2.files import write_json
 from dinov2.fsdp import save_atomically
 from dinov2.logging import MetricWriter
 from dinov2.signals import stop_requests
 from dinov2.train.schedules import CosineSchedule
-from dinov2.train.ssl_meta_arch import DTYPES
 
 logger = logging.getLogger(__name__)
 
@@ -124,15 +124,10 @@ def build_optimizer(model: nn.Module, plan: Plan, decay: float) -> AdamW:
 
 def start_run(model: nn.Module, cfg: DictConfig, plan: Plan, output_dir: Path, runtime: Runtime) -> Run:
     """A run at its beginning, or where its folder's checkpoint left it."""
-    half = runtime.device.type == "cuda" and compute_dtype(cfg) == torch.float16
-    scaler = torch.amp.GradScaler(runtime.device.type, enabled=half)
+    scaler = grad_scaler(runtime.device.type, evaluation_dtype(cfg, runtime.device.type))
     run = Run(model, build_optimizer(model, plan, cfg.segmentation.layerwise_decay), scaler, output_dir)
     run.resume()
     return run
-
-
-def compute_dtype(cfg: DictConfig) -> torch.dtype:
-    return DTYPES[cfg.compute_precision.teacher.backbone.mixed_precision.param_dtype]
 
 
 def train(run: Run, cfg: DictConfig, task: Task, plan: Plan, cases: dict[str, Cases], seed: int, runtime: Runtime) -> int:
@@ -159,7 +154,7 @@ def train(run: Run, cfg: DictConfig, task: Task, plan: Plan, cases: dict[str, Ca
             waited = time.perf_counter() - began
             torch.manual_seed(torch_seed(seed, Kind.STEP, iteration))
             rate = schedule(iteration)
-            losses.append(step(run, call, loss, images, labels, rate, compute_dtype(cfg)))
+            losses.append(step(run, call, loss, images, labels, rate, evaluation_dtype(cfg, runtime.device.type)))
             run.iteration = iteration
             bar.update()
             last = iteration + 1 == total
@@ -191,7 +186,7 @@ def step(run: Run, call: nn.Module, loss: Any, images: Tensor, labels: Tensor, r
     for group in run.optimizer.param_groups:
         group["lr"] = rate * group["lr_scale"]
     run.optimizer.zero_grad(set_to_none=True)
-    with autocast(images.device, dtype):
+    with autocast(images.device.type, dtype):
         logits = call(images)
     value = loss(logits, labels)
     run.scaler.scale(value).backward()
@@ -209,7 +204,7 @@ def step(run: Run, call: nn.Module, loss: Any, images: Tensor, labels: Tensor, r
 
 def validate(run: Run, cfg: DictConfig, task: Task, cases: Cases, loss: float, metrics: MetricWriter, runtime: Runtime) -> None:
     """Score the validation part, note it, keep the network where it is the best so far, and draw one case."""
-    window = (task.image_size, VALIDATION_OVERLAP, cfg.segmentation.window_batch, compute_dtype(cfg))
+    window = (task.image_size, VALIDATION_OVERLAP, cfg.segmentation.window_batch, evaluation_dtype(cfg, runtime.device.type))
     scores, _ = score_cases(run.model, cases, *window, runtime, surfaces=False)
     summary = summarise(scores, task.recipe.output_names, not task.recipe.overlapping)
     mean = summary["mean"]["dice"]
@@ -241,7 +236,7 @@ def as_predicted(case: Case, masks: Tensor, task: Task) -> Case:
 
 def test(model: nn.Module, cfg: DictConfig, task: Task, cases: Cases, run: Run, runtime: Runtime) -> dict[str, Any]:
     """Score the test part; writes `per_case.csv`, `results.json` and pictures of the worst cases."""
-    window = (task.image_size, TEST_OVERLAP, cfg.segmentation.window_batch, compute_dtype(cfg))
+    window = (task.image_size, TEST_OVERLAP, cfg.segmentation.window_batch, evaluation_dtype(cfg, runtime.device.type))
     scores, seconds = score_cases(model, cases, *window, runtime, surfaces=True)
     summary = summarise(scores, task.recipe.output_names, not task.recipe.overlapping)
     results = {

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from operator import itemgetter
 
 import torch
@@ -16,19 +15,13 @@ from dinov2.data.cases import Case, Cases
 from dinov2.data.crops import BACKGROUND
 from dinov2.data.recipes import Recipe
 from dinov2.distributed import gather_objects
+from dinov2.distributed.precision import autocast
 from dinov2.distributed.runtime import Runtime
 from dinov2.eval.metrics import Score, score_case
 
 logger = logging.getLogger(__name__)
 
 TEST_OVERLAP, VALIDATION_OVERLAP = 0.75, 0.0
-
-
-def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager:
-    """Mixed precision where the backbone's is a half one and the device is a GPU."""
-    if device.type == "cuda" and dtype in (torch.float16, torch.bfloat16):
-        return torch.autocast("cuda", dtype)
-    return nullcontext()
 
 
 @torch.inference_mode()
@@ -57,7 +50,7 @@ def predict_masks(
     device = next(model.parameters()).device
 
     def logits_of(windows: Tensor) -> Tensor:
-        with autocast(device, dtype):
+        with autocast(device.type, dtype):
             return model(windows).float()
 
     logits = sliding_window_inference(

@@ -15,10 +15,10 @@ from dinov2.data.dicom import first_slices
 from dinov2.data.downstream import Item
 from dinov2.data.formats import FORMAT_NAMES, stem, volume_files
 from dinov2.data.recipes import Recipe
+from dinov2.distributed.precision import evaluation_dtype
 from dinov2.distributed.runtime import start_runtime
 from dinov2.errors import EXIT_BAD_INPUT, EXIT_OK, BadInput
 from dinov2.eval.segmentation_3d.build import load_segmentation
-from dinov2.eval.segmentation_3d.engine import compute_dtype
 from dinov2.eval.segmentation_3d.inference import predict_masks
 from dinov2.files import replacing
 
@@ -41,7 +41,9 @@ def predict(weights: str | Path, inputs: Sequence[Path], output: Path, overlap: 
     Raises:
         BadInput: Weights or files that cannot be used.
     """
-    model, cfg, task = load_segmentation(weights, start_runtime())
+    runtime = start_runtime()
+    model, cfg, task = load_segmentation(weights, runtime)
+    dtype = evaluation_dtype(cfg, runtime.device.type)
     jobs = plan_jobs(inputs, output, task.recipe)
     failed = 0
     for item, target in jobs:
@@ -53,9 +55,7 @@ def predict(weights: str | Path, inputs: Sequence[Path], output: Path, overlap: 
             failed += 1
             logger.error("%s", err)
             continue
-        masks = predict_masks(
-            model, case, task.recipe, task.image_size, overlap, cfg.segmentation.window_batch, compute_dtype(cfg)
-        )
+        masks = predict_masks(model, case, task.recipe, task.image_size, overlap, cfg.segmentation.window_batch, dtype)
         _write(restore_prediction(task.recipe.compose(masks), case), target)
         say(f"{target}: " + _volumes(masks, case, task.recipe))
     if failed:
