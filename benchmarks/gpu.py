@@ -32,7 +32,7 @@ SECTIONS = {  # the most valuable first, with the seconds that each may take and
     "train": (sections.train_compiled, 200, 60),
     "attention": (sections.attention, 60, 20),
     "end_to_end": (sections.end_to_end, 200, 60),
-    "segmentation": (sections.segmentation, 120, 40),
+    "segmentation": (sections.segmentation, 150, 40),
     "eager": (sections.train_eager, 80, 30),
     "budget": (sections.train_budget, 100, 60),
     "fp16": (sections.train_fp16, 100, 60),

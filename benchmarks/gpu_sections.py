@@ -380,13 +380,8 @@ def segmentation(report: Any, args: Args) -> None:
         def step() -> None:
             engine.step(run, model, loss, images, labels, 1e-4, dtype)
 
-        first = seconds_of(step)
-        if on_gpu:
-            torch.cuda.reset_peak_memory_stats()
-        step()
-        best = min(seconds_of(step, 2) for _ in range(2))
         what = f"segmentation step, {arch}, adapter, {crops} crops of {size} cubed, bf16"
-        report.row(what, f"{best:.3f} s, {peak_gib(args.device):.1f} GiB; first step {first:.1f} s")
+        time_segmentation(report, args, step, what)
         if on_gpu:
             kept = kept_by_part(model, lambda: forward(model, images, dtype))
             parts = ", ".join(f"{name} {gib:.2f}" for name, gib in kept.items())
@@ -399,6 +394,37 @@ def segmentation(report: Any, args: Args) -> None:
         taken = seconds_of(lambda: predict_masks(model, case, recipe, *window))
         what = f"sliding window over {'x'.join(map(str, shape))}, overlap {engine.TEST_OVERLAP}"
         report.row(what, f"{taken:.1f} s, {cfg.segmentation.window_batch} windows a pass")
+        model.train()
+        model.backbone.eval()
+        model.adapter.checkpointing = True
+        time_segmentation(report, args, step, "  stages computed again")
+        model.adapter.checkpointing = False
+        model.to(memory_format=torch.channels_last_3d)
+        images = images.to(memory_format=torch.channels_last_3d)
+        time_segmentation(report, args, step, "  channels last")
+        torch.backends.cudnn.benchmark = True
+        time_segmentation(report, args, step, "  channels last, convolutions chosen by time")
+        model.to(memory_format=torch.contiguous_format)
+        images = images.contiguous()
+        time_segmentation(report, args, step, "  convolutions chosen by time")
+        if on_gpu:
+            for block in model.backbone.block_list:
+                block.compile(dynamic=False)
+            time_segmentation(report, args, step, "  and compiled blocks")
+
+
+def time_segmentation(report: Any, args: Args, step: Callable[[], None], what: str) -> None:
+    """A row; more than the card's memory is one too."""
+    try:
+        first = best = seconds_of(step)
+        if args.device == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+            step()
+            best = min(seconds_of(step, 2) for _ in range(2))
+        report.row(what, f"{best:.3f} s, {peak_gib(args.device):.1f} GiB; first step {first:.1f} s")
+    except torch.OutOfMemoryError as err:
+        report.row(what, f"out of memory: {str(err).split('.')[0]}")
 
 
 def forward(model: nn.Module, images: Tensor, dtype: torch.dtype) -> Tensor:

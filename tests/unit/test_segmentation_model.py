@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
 
 from dinov2.distributed.runtime import Runtime
 from dinov2.errors import BadInput
-from dinov2.eval.segmentation_3d.adapter import AdapterOptions, ViTAdapter3d
+from dinov2.eval.segmentation_3d.adapter import AdapterOptions, ViTAdapter3d, resize_trilinear
 from dinov2.eval.segmentation_3d.build import choose_trained
 from dinov2.eval.segmentation_3d.deformable import MSDeformAttn3d, cell_centres, octant_offsets
 from dinov2.eval.segmentation_3d.engine import Plan, build_optimizer
 from dinov2.eval.segmentation_3d.heads import UNETR, Linear, ViTAdapterUNETR
+from dinov2.eval.segmentation_3d.interaction import Extractor, make_layout
 from dinov2.models import DinoVisionTransformer3d
 
 CPU = Runtime(torch.device("cpu"))
@@ -205,3 +207,34 @@ def test_a_trained_backbone_learns_slower_towards_its_input() -> None:
 def test_a_head_that_does_not_fit_says_why(make: object, message: str) -> None:
     with pytest.raises(BadInput, match=message):
         make()
+
+
+@pytest.mark.parametrize("size", [(3, 4, 2), (6, 8, 4), (11, 4, 7), (2, 5, 1)])
+def test_maps_are_resized_as_interpolate_does_it(size: tuple[int, int, int]) -> None:
+    x = torch.randn(2, 5, 3, 4, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    ours, expected = resize_trilinear(x, size), torch.nn.functional.interpolate(x, size, mode="trilinear")
+    torch.testing.assert_close(ours, expected)
+    grad = torch.randn(ours.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    for got, wanted in zip(torch.autograd.grad(ours, x, grad), torch.autograd.grad(expected, x, grad), strict=True):
+        torch.testing.assert_close(got, wanted)
+
+
+def test_under_autocast_the_pyramid_stays_in_half_precision_and_is_kept_once_for_all_that_read_it() -> None:
+    """Bytes that an extractor keeps for its backward pass: 9.4 for each voxel and channel; 15.4 with a pyramid in float32 and
+    copies cast for each layer."""
+    levels, grid, dim = [(6, 6, 6), (3, 3, 3), (2, 2, 2)], (2, 2, 2), 256
+    extractor = Extractor(dim, 1, 0.125, 0.125, 0.0)
+    layout = make_layout(grid, levels, torch.device("cpu"))
+    pyramid = torch.randn(1, len(layout.pyramid_places), dim, dtype=torch.bfloat16, requires_grad=True)
+    weights = {p.untyped_storage().data_ptr() for p in extractor.parameters()}
+    kept: dict[int, Tensor] = {}
+
+    def keep(x: Tensor) -> Tensor:
+        if x.untyped_storage().data_ptr() not in weights and x.numel() % pyramid.shape[1] == 0:
+            kept[x.untyped_storage().data_ptr()] = x
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x), torch.autocast("cpu", torch.bfloat16):
+        out = extractor(pyramid, torch.randn(1, 8, dim, requires_grad=True), layout)
+    assert out.dtype == torch.bfloat16
+    assert sum(x.untyped_storage().nbytes() for x in kept.values()) / pyramid.numel() < 10

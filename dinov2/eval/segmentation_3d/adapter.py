@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dinov2.errors import BadInput
+from dinov2.eval.segmentation_3d.deformable import Size3
 from dinov2.eval.segmentation_3d.interaction import Extractor, Injector, Layout, make_layout
 from dinov2.eval.segmentation_3d.spatial_prior import SpatialPriorModule
 from dinov2.layers import Segment
@@ -50,6 +51,21 @@ class ChannelMerge(nn.Module):
         """[B*K, N, E] -> [B, N, E]."""
         x = x.unflatten(0, (-1, self.num_channels)).transpose(1, 2).flatten(2)  # [B, N, K*E]
         return F.gelu(self.linear(x))
+
+
+def resize_trilinear(x: Tensor, size: Size3) -> Tensor:
+    """[B, E, h, w, d] -> [B, E, H, W, D] as `F.interpolate` does it, by a product along each axis.
+
+    Its backward pass on a GPU adds every voxel to eight others by atomics, in the precision of `x`: from 7 to 56 cubed some
+    four thousand half-precision numbers to each.
+    """
+    for axis, n in zip((4, 3, 2), reversed(size), strict=True):
+        if x.shape[axis] != n:
+            identity = torch.eye(x.shape[axis], dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
+            weights = F.interpolate(identity[None], n, mode="linear")[0].T.to(x.dtype)  # [n, n of x]
+            before, after = x.shape[:axis], x.shape[axis + 1 :]
+            x = (weights @ x.flatten(axis + 1)).view(*before, n, *after) if after else x @ weights.T
+    return x
 
 
 class ViTAdapter3d(nn.Module):
@@ -99,7 +115,7 @@ class ViTAdapter3d(nn.Module):
         maps = self.spm(x)
         levels = [tuple(m.shape[2:]) for m in maps[1:]]
         embedded = zip(maps[1:], self.level_embed, strict=True)
-        pyramid = torch.cat([m.flatten(2).transpose(1, 2) + e for m, e in embedded], 1)  # [B, S, E]
+        pyramid = torch.cat([m.flatten(2).transpose(1, 2) + e.to(m.dtype) for m, e in embedded], 1)  # [B, S, E]
         each = x.flatten(0, 1)[:, None]  # [B*K, 1, H, W, D]
         grid = self.backbone.patch_embed.grid(tuple(x.shape[2:]))
         layout = make_layout(grid, levels, x.device)
@@ -137,5 +153,5 @@ class ViTAdapter3d(nn.Module):
         maps = [part.unflatten(2, size) for part, size in zip(parts, levels, strict=True)]
         crop = tuple(slice(n) for n in finest.shape[2:])  # an odd size was rounded up on the way down
         maps = [finest + self.up(maps[0])[:, :, *crop], *maps]
-        resized = [F.interpolate(o, m.shape[2:], mode="trilinear") for o, m in zip(outputs, maps, strict=True)]
+        resized = [resize_trilinear(o, tuple(m.shape[2:])) for o, m in zip(outputs, maps, strict=True)]
         return tuple(norm(m + o) for norm, m, o in zip(self.norms, maps, resized, strict=True))

@@ -39,6 +39,14 @@ def octant_offsets(num_points: int) -> Tensor:
     return signs[:, None] * steps[None, :, None]
 
 
+def in_compute_dtype(x: Tensor) -> Tensor:
+    """What a normalisation gives, in autocast's dtype: the layers that read it share (and keep) one copy, not one each."""
+    device = x.device.type
+    if x.dtype == torch.float32 and torch.is_autocast_enabled(device):
+        return x.to(torch.get_autocast_dtype(device))
+    return x
+
+
 class MSDeformAttn3d(nn.Module):
     """Each query reads a few points of each level around its own place, at offsets and with weights that it predicts.
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dinov2.eval.segmentation_3d.deformable import MSDeformAttn3d, Size3, cell_centres
+from dinov2.eval.segmentation_3d.deformable import MSDeformAttn3d, Size3, cell_centres, in_compute_dtype
 
 
 class Layout(NamedTuple):
@@ -82,7 +82,7 @@ class Injector(nn.Module):
 
     def forward(self, patches: Tensor, pyramid: Tensor, layout: Layout) -> Tensor:
         """[B, N, E], [B, S, E] -> what to add to the patches, [B, N, E]."""
-        query, values = self.query_norm(patches), self.feat_norm(pyramid)
+        query, values = in_compute_dtype(self.query_norm(patches)), in_compute_dtype(self.feat_norm(pyramid))
         return self.gamma * self.attn(query, layout.patch_places, values, layout.levels)
 
 
@@ -100,6 +100,6 @@ class Extractor(nn.Module):
 
     def forward(self, pyramid: Tensor, patches: Tensor, layout: Layout) -> Tensor:
         """[B, S, E], [B, N, E] -> the new pyramid [B, S, E]."""
-        query, values = self.query_norm(pyramid), self.feat_norm(patches)
+        query, values = in_compute_dtype(self.query_norm(pyramid)), in_compute_dtype(self.feat_norm(patches))
         pyramid = pyramid + self.attn(query, layout.pyramid_places, values, [layout.grid])
         return pyramid + self.drop_path(self.ffn(self.ffn_norm(pyramid), layout.levels))
