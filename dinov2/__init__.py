@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
 from dinov2.version import __version__
@@ -11,6 +12,11 @@ if TYPE_CHECKING:
 
 __distribution__ = "dinov2-3d"  # tells this package from Meta's `dinov2`, which has the same import name
 __all__ = ["Encoder", "Features", "__distribution__", "__version__", "load_encoder"]
+
+# OpenMP's threads sleep while they wait for each other instead of holding a core that another program could use. It is read
+# once, when torch is loaded, so programs import this package before it (docs/decisions/006-busy-machine.md). A user's own wins.
+if "GOMP_SPINCOUNT" not in os.environ:
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 _OF_ENCODER = ("Encoder", "Features", "load_encoder")
 

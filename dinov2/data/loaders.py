@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -74,6 +75,8 @@ class TrainLoader:
         self._num_workers = t.num_workers
 
     def __iter__(self) -> Iterator[list[Batch]]:
+        if self._sampler.rank == 0:
+            logger.info("%s", load_line(os.getloadavg()[0], len(os.sched_getaffinity(0)), self._num_workers))
         with self._batches() as take:
             on_cuda = self.device.type == "cuda"
             batches = one_ahead(take, CudaCopies(self.device)) if on_cuda else iter(lambda: take(True), None)
@@ -116,6 +119,14 @@ class TrainLoader:
         if "positions" not in batch:
             reason = next(iter(batch["bad"].values()))
             raise BadInput(f"{self.datalist.path}: none of its {len(self.datalist)} volumes can be used; the first: {reason}")
+
+
+def load_line(load: float, num_cores: int, num_workers: int) -> str:
+    """What the machine is busy with before the loader starts, and what that means."""
+    line = f"load of this machine {load:.1f} on {num_cores} cores, {num_workers} loader processes to start"
+    if load < num_cores / 2:
+        return line
+    return f"{line}: other programs use them, steps will take longer; least so with few train.num_threads"
 
 
 def _layout(cfg: DictConfig, dtype: torch.dtype) -> BatchLayout:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 if __package__ in (None, ""):  # started as a file: the repository, not this folder, is where imports begin
     sys.path[0] = str(Path(__file__).resolve().parents[2])
+    import dinov2  # noqa: F401 - before torch: how its threads wait is decided there
 
 import numpy as np
 from sklearn.linear_model import LogisticRegression
