@@ -169,7 +169,7 @@ class TrainConfig:
     checkpoint_keep: int = key(3, "training checkpoints kept; those at evaluation periods are kept besides")
     log_period: int = key(10, "iterations between two lines of training_metrics.json and of the log")
     seed: int = key(0, "seed of initialisation, order, crops and masks")
-    num_workers: int = key(32, "loader processes; any number gives the same batches")
+    num_workers: int = key(32, "loader processes; any number gives the same batches; -1: as many as cores are left")
     num_threads: int | None = key(
         None, "CPU threads of the training process; null: torch's choice; 1 beside loaders on few cores"
     )
@@ -205,7 +205,11 @@ class TrainConfig:
         for name in (*at_least_one, "log_period", "OFFICIAL_EPOCH_LENGTH"):
             require(getattr(self, name) >= 1, f"train.{name}={getattr(self, name)} must be at least 1")
         require(self.num_threads is None or self.num_threads >= 1, f"train.num_threads={self.num_threads} must be at least 1")
-        for name in ("num_workers", "memory_store_mb", "data_min_axis_size", "seed"):
+        require(
+            self.num_workers >= -1,
+            f"train.num_workers={self.num_workers} must be at least 0, or -1 for as many as cores are left",
+        )
+        for name in ("memory_store_mb", "data_min_axis_size", "seed"):
             require(getattr(self, name) >= 0, f"train.{name}={getattr(self, name)} must not be negative")
 
 

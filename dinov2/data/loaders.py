@@ -72,7 +72,7 @@ class TrainLoader:
         self._masking = Masking(t.seed, sampler.effective_batch, *masked)
         cache = VolumeCache(t.cache_dir, t.cache_max_gb) if t.cache_dir else None
         self._dataset = PretrainDataset(datalist, build_augmentation(cfg), t.seed, t.memory_store_mb * 2**20, cache)
-        self._num_workers = t.num_workers
+        self._num_workers = count_workers(t.num_workers, len(os.sched_getaffinity(0)))
 
     def __iter__(self) -> Iterator[list[Batch]]:
         if self._sampler.rank == 0:
@@ -119,6 +119,12 @@ class TrainLoader:
         if "positions" not in batch:
             reason = next(iter(batch["bad"].values()))
             raise BadInput(f"{self.datalist.path}: none of its {len(self.datalist)} volumes can be used; the first: {reason}")
+
+
+def count_workers(asked: int, num_cores: int) -> int:
+    """Loader processes of this rank; for -1 its share of the machine's cores, less the one that training runs on."""
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return asked if asked >= 0 else max(1, num_cores // ranks - 1)
 
 
 def load_line(load: float, num_cores: int, num_workers: int) -> str:

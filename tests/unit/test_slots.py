@@ -20,8 +20,9 @@ import pytest
 import torch
 from omegaconf import DictConfig
 
+from dinov2.configs.errors import ConfigError
 from dinov2.data import TrainLoader, read_datalist, slots
-from dinov2.data.loaders import one_ahead
+from dinov2.data.loaders import count_workers, one_ahead
 from dinov2.data.slots import HELD, SlotQueue, Slots, available_memory, check_memory, num_slots, slot_queue
 from dinov2.errors import BadInput
 from tests.conftest import ROOT
@@ -108,6 +109,16 @@ def test_a_batch_that_is_not_there_is_not_waited_for() -> None:
         start = time.perf_counter()
         assert queue.take(wait=False) is None and time.perf_counter() - start < 0.25
         assert queue.take()[1] == [0]
+
+
+def test_loader_processes_are_counted_from_cores_and_ranks(
+    small_config: Callable[..., DictConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert small_config("train.num_workers=-1").train.num_workers == -1
+    assert [count_workers(-1, cores) for cores in (64, 8, 2)] == [15, 1, 1] and count_workers(32, 2) == 32
+    with pytest.raises(ConfigError, match="train.num_workers=-2"):
+        small_config("train.num_workers=-2")
 
 
 # ---------------------------------------------------------------------- to a device
