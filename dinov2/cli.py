@@ -9,9 +9,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dinov2 import __version__
 from dinov2.errors import EXIT_BAD_INPUT, EXIT_OK, BadInput
 from dinov2.logging import setup_logging
+from dinov2.version import __version__
 
 if TYPE_CHECKING:
     from dinov2.data import Datalist

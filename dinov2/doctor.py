@@ -11,10 +11,10 @@ from pathlib import Path
 
 import torch
 
-import dinov2
 from dinov2.data.formats import FORMATS
 from dinov2.logging.provenance import git_state, versions
 from dinov2.ops import compiled_operators, cuda_kernels
+from dinov2.version import __version__
 
 _OPTIONAL = {
     "xformers": "attention over crops of several sizes in one call on CUDA; without it one SDPA call per size",
@@ -32,7 +32,7 @@ _OPTIONAL = {
 
 def report() -> str:
     """Several lines for a person or a bug report; no user names or paths but the package's own."""
-    lines = [f"dinov2-3d {dinov2.__version__} in {Path(dinov2.__file__).parent}"]
+    lines = [f"dinov2-3d {__version__} in {Path(__file__).parent}"]
     lines += [f"  {name:14} {version}" for name, version in versions().items() if name != "dinov2-3d"]
     git = git_state()
     lines.append(

@@ -10,8 +10,9 @@ fsdp     parameters, gradients and optimiser state are shared out (`fully_shard`
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Protocol
 
 from omegaconf import DictConfig
 from torch import nn
@@ -19,13 +20,24 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from dinov2.configs.schema import memory_budget
 from dinov2.distributed.precision import DTYPES, HALF, training_dtype
 from dinov2.distributed.runtime import Runtime
-from dinov2.train.compiling import compile_model, resolve_compile
-from dinov2.train.ssl_meta_arch import SSLMetaArch
 
 logger = logging.getLogger(__name__)
+
+
+class TwoSides(Protocol):
+    """What is spread: networks by name on both sides, and what the ranks need around them.
+
+    Attributes:
+        student_calls: By name, what is called for a student's network instead of it.
+        gradient_sync: Context around a micro-batch; its argument: whether it is the update's last.
+    """
+
+    student: nn.ModuleDict
+    teacher: nn.ModuleDict
+    student_calls: dict[str, nn.Module]
+    gradient_sync: Callable[[bool], AbstractContextManager[None]]
 
 
 def resolve_strategy(strategy: str, runtime: Runtime) -> str:
@@ -42,14 +54,9 @@ def num_shards(cfg: DictConfig, runtime: Runtime) -> int:
     return runtime.world_size if resolve_strategy(cfg.train.strategy, runtime) == "fsdp" else 1
 
 
-def parallelise(model: SSLMetaArch, cfg: DictConfig, runtime: Runtime) -> None:
+def parallelise(model: TwoSides, cfg: DictConfig, runtime: Runtime) -> None:
     """Spread a model over the ranks by `train.strategy`, in place; every rank holds the same weights before."""
     strategy = resolve_strategy(cfg.train.strategy, runtime)
-    budget = memory_budget(cfg.train.activation_checkpointing)
-    if resolve_compile(cfg.train.compile, runtime):
-        compile_model(model, 1.0 if budget is None else budget)
-    elif budget is not None:
-        logger.warning("train.activation_checkpointing=budget has no effect without train.compile: use full")
     if strategy == "ddp":
         device_ids = [runtime.device.index] if runtime.device.type == "cuda" else None
         for name, net in model.student.items():
@@ -86,7 +93,7 @@ def _mixed_precision(precision: DictConfig, runtime: Runtime) -> MixedPrecisionP
 
 
 @contextmanager
-def _gradient_sync(model: SSLMetaArch, strategy: str, is_last: bool) -> Iterator[None]:
+def _gradient_sync(model: TwoSides, strategy: str, is_last: bool) -> Iterator[None]:
     """Around the forward and backward pass of a micro-batch: gradients cross ranks only in the last one."""
     with ExitStack() as stack:
         if strategy == "ddp" and not is_last:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-import dinov2
+from dinov2.version import __version__
 
 RUN_FILE = "run.json"
 _PACKAGES = ("torch", "monai", "numpy", "nibabel", "omegaconf")
@@ -19,7 +19,7 @@ _PACKAGES = ("torch", "monai", "numpy", "nibabel", "omegaconf")
 
 def versions() -> dict[str, str]:
     """Versions of this package, Python and the libraries that numbers depend on."""
-    found = {"dinov2-3d": dinov2.__version__, "python": platform.python_version()}
+    found = {"dinov2-3d": __version__, "python": platform.python_version()}
     for name in _PACKAGES:
         try:
             found[name] = importlib.metadata.version(name)

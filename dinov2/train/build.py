@@ -22,6 +22,7 @@ from dinov2.fsdp import Checkpointer
 from dinov2.fsdp.parallel import parallelise
 from dinov2.layers.attention import resolve_attention
 from dinov2.models.weights import load_backbone, load_heads
+from dinov2.train.compiling import compile_as_configured
 from dinov2.train.ssl_meta_arch import SSLMetaArch
 
 logger = logging.getLogger(__name__)
@@ -34,6 +35,7 @@ def build(cfg: DictConfig, runtime: Runtime, load_start: bool = False) -> tuple[
     if load_start:
         load_start_weights(model, cfg)
     logger.info("student of %.1f M parameters", sum(p.numel() for p in model.student.parameters()) / 1e6)
+    compile_as_configured(model, cfg, runtime)
     parallelise(model, cfg, runtime)
     o = cfg.optim
     optimizer = AdamW(model.get_params_groups(), betas=(o.adamw_beta1, o.adamw_beta2), fused=True)

@@ -13,9 +13,11 @@ from typing import TypeVar
 
 import torch
 import torch._functorch.config
+from omegaconf import DictConfig
 from torch import nn
 from torch._dynamo.utils import counters
 
+from dinov2.configs.schema import memory_budget
 from dinov2.distributed import any_rank, is_enabled
 from dinov2.distributed.runtime import Runtime
 from dinov2.layers import Block, Segment
@@ -73,6 +75,15 @@ def _trial(device: torch.device) -> str:
 def _one_line(err: BaseException) -> str:
     lines = [line.strip() for line in str(err).splitlines() if line.strip()]
     return f"{type(err).__name__}: {' '.join(lines)[:200]}"
+
+
+def compile_as_configured(model: SSLMetaArch, cfg: DictConfig, runtime: Runtime) -> None:
+    """Compile a model by `train.compile`, before it is spread over ranks."""
+    budget = memory_budget(cfg.train.activation_checkpointing)
+    if resolve_compile(cfg.train.compile, runtime):
+        compile_model(model, 1.0 if budget is None else budget)
+    elif budget is not None:
+        logger.warning("train.activation_checkpointing=budget has no effect without train.compile: use full")
 
 
 def compile_block(block: nn.Module, dynamic: bool | None = False) -> None:
