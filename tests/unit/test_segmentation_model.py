@@ -10,7 +10,7 @@ from dinov2.distributed.runtime import Runtime
 from dinov2.errors import BadInput
 from dinov2.eval.segmentation_3d.adapter import AdapterOptions, ViTAdapter3d, resize_trilinear
 from dinov2.eval.segmentation_3d.build import choose_trained
-from dinov2.eval.segmentation_3d.deformable import MSDeformAttn3d, cell_centres, octant_offsets
+from dinov2.eval.segmentation_3d.deformable import MSDeformAttn3d, cell_centres, in_compute_dtype, octant_offsets
 from dinov2.eval.segmentation_3d.engine import Plan, build_optimizer
 from dinov2.eval.segmentation_3d.heads import UNETR, Linear, ViTAdapterUNETR
 from dinov2.eval.segmentation_3d.interaction import Extractor, make_layout
@@ -238,3 +238,21 @@ def test_under_autocast_the_pyramid_stays_in_half_precision_and_is_kept_once_for
         out = extractor(pyramid, torch.randn(1, 8, dim, requires_grad=True), layout)
     assert out.dtype == torch.bfloat16
     assert sum(x.untyped_storage().nbytes() for x in kept.values()) / pyramid.numel() < 10
+
+
+def test_under_autocast_the_adapters_pyramid_is_in_half_precision() -> None:
+    adapter = ViTAdapter3d(backbone(), 1, OPTIONS).eval()
+    seen = []
+    for extractor in adapter.extractors:
+        extractor.register_forward_pre_hook(lambda module, args: seen.append(args[0].dtype))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        adapter(torch.randn(1, 1, 16, 16, 16))
+    assert seen == [torch.bfloat16] * 6
+
+
+def test_a_norms_float32_is_cast_once_under_autocast_and_never_without() -> None:
+    """CUDA's autocast gives float32 from a layer norm, the CPU's half precision."""
+    x = torch.randn(3)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert in_compute_dtype(x).dtype == torch.bfloat16 and in_compute_dtype(x.double()).dtype == torch.float64
+    assert in_compute_dtype(x) is x
