@@ -343,13 +343,22 @@ def device_seconds(function: Callable[[], Any], calls: int = 10) -> float:
             function()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+
+    def calls_in_turn() -> None:
         for _ in range(calls):
             function()
+
+    run: Callable[[], None] = graph.replay
+    try:
+        with torch.cuda.graph(graph):
+            calls_in_turn()
+    except RuntimeError as err:
+        print(f"no graph, launches count too: {err}", file=sys.stderr)
+        run = calls_in_turn
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    graph.replay()
+    run()
     begin.record()
-    graph.replay()
+    run()
     end.record()
     torch.cuda.synchronize()
     return begin.elapsed_time(end) / 1e3 / calls
