@@ -47,7 +47,7 @@ class RowMath(NamedTuple):
 PLAIN = RowMath()
 
 
-def compiled_row_math(backend: str = "inductor") -> RowMath:
+def compiled_row_math(backend: str | Callable = "inductor") -> RowMath:
     """Each function as one or two kernels, for any number of rows (masked patches differ at every step)."""
     fast = RowMath(*(torch.compile(function, backend=backend) for function in PLAIN))
 
