@@ -73,7 +73,7 @@ def test_inductors_numbers_stay_near(trainer: Trainer, tmp_path: Path, monkeypat
     monkeypatch.setattr(compiling, "BACKEND", "inductor")
     plain = train(trainer, tmp_path / "plain", "train.compile=false")
     compiled = train(trainer, tmp_path / "compiled", "train.compile=true")
-    assert counters["stats"]["unique_graphs"] == 2
+    assert counters["stats"]["unique_graphs"] >= 2 and not counters["graph_break"]
     assert_near(plain, compiled, rel=5e-3)
 
 
