@@ -222,6 +222,7 @@ def largest_kernels(report: Any, step: Callable[[], Any], what: str, count: int 
     with torch.profiler.profile(activities=[activity]) as profile:
         seconds_of(step)
     times = [(e.self_device_time_total if on_gpu else e.self_cpu_time_total, e.count, e.key) for e in profile.key_averages()]
+    times = [row for row in times if row[0] > 0]  # the host's calls have no time on the device
     total = sum(t for t, _, _ in times) or 1.0
     for i, (micros, calls, name) in enumerate(sorted(times, reverse=True)[:count], 1):
         short = name.replace("|", "/").replace("`", "")[:90]

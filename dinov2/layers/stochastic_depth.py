@@ -39,7 +39,8 @@ def num_kept(seg: Segment, rate: float) -> int:
 def draw_subset(segments: list[Segment], rate: float, device: torch.device) -> Subset:
     """A random subset of the sequences; every segment keeps `max(1, int(n * (1 - rate)))` of its n."""
     order = [torch.randperm(seg.num_sequences, device=device) for seg in segments]
-    return Subset(order, [o.argsort() for o in order], [num_kept(seg, rate) for seg in segments])
+    place = [torch.empty_like(o).scatter_(0, o, torch.arange(len(o), device=device)) for o in order]  # the inverse, unsorted
+    return Subset(order, place, [num_kept(seg, rate) for seg in segments])
 
 
 def drop_mask(x: Tensor, segments: list[Segment], rate: float) -> Tensor:

@@ -16,7 +16,7 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from dinov2.distributed import all_reduce_sum
-from dinov2.distributed.precision import autocast, training_dtype
+from dinov2.distributed.precision import HALF, autocast, training_dtype
 from dinov2.fsdp.tensors import own_part
 from dinov2.layers import DINOHead
 from dinov2.loss import TeacherCenter, dino_loss, ibot_loss, koleo_loss, sinkhorn_knopp
@@ -232,7 +232,10 @@ class SSLMetaArch(nn.Module):
         net = getattr(self, side)[module]
         call = self.student_calls.get(module, net) if side == "student" else net
         device_type = next(net.parameters()).device.type
-        with autocast(device_type, training_dtype(self.cfg.compute_precision[side][module], device_type)):
+        dtype = training_dtype(self.cfg.compute_precision[side][module], device_type)
+        if dtype == torch.float32:  # what a module in half precision hands over: no autocast takes it to this one's dtype
+            args = tuple(x.float() if isinstance(x, Tensor) and x.dtype in HALF else x for x in args)
+        with autocast(device_type, dtype):
             return call(*args, **kwargs)
 
     def _project(self, side: str, cls: Tensor, patch: Tensor) -> tuple[Tensor, Tensor]:

@@ -70,6 +70,16 @@ def test_accumulated_micro_batches_equal_one_batch(
         torch.testing.assert_close(grad, grads[1][name], rtol=1e-9, atol=1e-13, msg=name)
 
 
+def test_modules_of_different_precisions_work_together(real_list: Path, small_config: SmallConfig) -> None:
+    """A backbone in bf16 before heads in fp16, which a CPU computes in float32."""
+    cfg = small_config(
+        *(f"compute_precision.{side}.backbone.mixed_precision.param_dtype=bf16" for side in ("student", "teacher"))
+    )
+    model, _ = build(cfg, CPU)
+    assert model.forward_backward(first_step(cfg, real_list), 0.05)["total_loss"].isfinite()
+    assert all(grad is not None and grad.isfinite().all() for grad in gradients(model).values())
+
+
 def test_cross_entropies_are_comparable_with_log_k(real_list: Path, small_config: SmallConfig) -> None:
     cfg = small_config("student.drop_path_rate=0")
     model, _ = build(cfg, CPU)
