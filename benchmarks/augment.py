@@ -22,8 +22,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dinov2.data import DataAugmentationDINO3d, apply_fast, apply_monai
-from dinov2.data import augmentation_plan as ap
+from dinov2.data import DataAugmentationDINO3d
+from dinov2.data.augmentation import fast as apply_fast
+from dinov2.data.augmentation import monai as apply_monai
+from dinov2.data.augmentation import plan as ap
 from dinov2.data.workers import keep_freed_memory
 from dinov2.ops import augmentation as ops
 from dinov2.ops import compiled_operators

@@ -25,9 +25,9 @@ import numpy as np
 import torch
 
 from dinov2.data import DataAugmentationDINO3d, read_datalist
-from dinov2.data.cache import VolumeCache
+from dinov2.data.cache.folder import VolumeCache
+from dinov2.data.cache.store import load_volume
 from dinov2.data.datalist import Datalist, Entry
-from dinov2.data.store import load_volume
 from dinov2.data.workers import keep_freed_memory
 from dinov2.errors import BadVolume
 

@@ -24,16 +24,16 @@ sys.path.insert(0, ROOT)
 from benchmarks.index import generate
 from dinov2.data.datalist import Entry, write_datalist
 from dinov2.data.pool import default_workers, unordered
-from dinov2.data.scans import load_scan
+from dinov2.features.scans import load_scan
 
 _CHILD = """
 import json, sys, time
 from pathlib import Path
-import dinov2.encoder
-from dinov2.eval.embed import EmbedRequest, embed
-from dinov2.eval.views import View
+import dinov2.features.encoder
+from dinov2.features.embed import EmbedRequest, embed
+from dinov2.features.views import View
 list_path, output, weights, mode, size, workers = sys.argv[1:]
-encoder = dinov2.encoder.load_encoder(weights)
+encoder = dinov2.features.encoder.load_encoder(weights)
 in_network, encode = 0.0, encoder.encode_scan
 def timed(scan, view):
     global in_network

@@ -30,26 +30,26 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.utils.flop_counter import FlopCounterMode
 
-import dinov2.encoder
+import dinov2.features.encoder
 from benchmarks import embed as embed_benchmark
 from benchmarks import index as index_benchmark
 from benchmarks import ms_deform_attn_3d as operator
 from benchmarks import train_step
 from dinov2.configs import load_and_merge_config_3d
 from dinov2.data import read_datalist
-from dinov2.data.cache_commands import build as build_cache
-from dinov2.data.index.command import IndexRequest, index
+from dinov2.data.cache.commands import build as build_cache
+from dinov2.data.corpus.index.command import IndexRequest, index
+from dinov2.data.downstream.recipes import Recipe
 from dinov2.data.pool import default_workers
-from dinov2.data.recipes import Recipe
 from dinov2.distributed.precision import autocast, evaluation_dtype
 from dinov2.distributed.runtime import Runtime
 from dinov2.errors import BadInput
-from dinov2.eval.linear_heads import LEARNING_RATES, LinearHeads, head_grid
+from dinov2.eval.probing.linear_heads import LEARNING_RATES, LinearHeads, head_grid
 from dinov2.eval.segmentation_3d import engine
 from dinov2.eval.segmentation_3d.build import Task, build_segmentation
 from dinov2.eval.segmentation_3d.inference import predict_masks
 from dinov2.eval.segmentation_3d.losses import build_loss
-from dinov2.eval.setup import build_model_for_eval
+from dinov2.features.setup import build_model_for_eval
 from dinov2.models.vision_transformer import vit_tiny_3d
 from dinov2.ops import cuda_kernels
 
@@ -482,7 +482,7 @@ def embed(report: Any, args: Args) -> None:
     """Scans a second: the network alone, and `dinov2 embed` from files."""
     on_gpu = args.device == "cuda"
     weights, size, batch = ("vit_large_3d", 96, 16) if on_gpu else ("vit_tiny_3d", 32, 1)
-    encoder = dinov2.encoder.load_encoder(weights, args.device)
+    encoder = dinov2.features.encoder.load_encoder(weights, args.device)
     x = torch.rand(batch, 1, *(size,) * 3, device=args.device) * 2 - 1
     encoder(x)
     best = min(seconds_of(lambda: encoder(x), 3) for _ in range(2))

@@ -31,7 +31,7 @@ BATCH = 10
 _CHILD = """
 import json, resource, sys, time
 from pathlib import Path
-from dinov2.data.index.command import IndexRequest, index
+from dinov2.data.corpus.index.command import IndexRequest, index
 start = time.perf_counter()
 index([Path(sys.argv[1])], IndexRequest(Path(sys.argv[2]), num_workers=int(sys.argv[3])), lambda line: None)
 status = Path("/proc/self/status").read_text()  # getrusage counts the process that started this one too

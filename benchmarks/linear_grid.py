@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dinov2.eval.linear_heads import LEARNING_RATES, MOMENTUM, Head, LinearHeads, cosine_factor, head_grid
+from dinov2.eval.probing.linear_heads import LEARNING_RATES, MOMENTUM, Head, LinearHeads, cosine_factor, head_grid
 
 LAYERS = 4
 MIN_SPEEDUP = 8.0

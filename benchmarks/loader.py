@@ -33,7 +33,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from dinov2.configs import load_and_merge_config_3d
 from dinov2.data import Datalist, TrainLoader, read_datalist
-from dinov2.data.cache_commands import build as build_cache
+from dinov2.data.cache.commands import build as build_cache
 from dinov2.data.workers import keep_freed_memory
 from dinov2.distributed.runtime import Runtime
 from dinov2.train.build import build

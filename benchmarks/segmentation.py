@@ -35,12 +35,12 @@ def measure(arch: str, size: int, head: str, threads: int, reference: bool, roun
     from monai.inferers import sliding_window_inference
 
     from dinov2.configs import load_and_merge_config_3d
-    from dinov2.data.recipes import Recipe
+    from dinov2.data.downstream.recipes import Recipe
     from dinov2.distributed.runtime import Runtime
     from dinov2.eval.segmentation_3d import deformable
     from dinov2.eval.segmentation_3d.build import Task, build_segmentation
     from dinov2.eval.segmentation_3d.losses import build_loss
-    from dinov2.eval.setup import build_model_for_eval
+    from dinov2.features.setup import build_model_for_eval
     from dinov2.ops import ms_deform_attn_3d_reference
 
     torch.set_num_threads(threads)

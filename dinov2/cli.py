@@ -76,7 +76,7 @@ def doctor(args: argparse.Namespace) -> int:
 
 def cache_build(args: argparse.Namespace) -> int:
     """Preprocess every volume of a datalist into a cache folder; a second call continues."""
-    from dinov2.data.cache_commands import build
+    from dinov2.data.cache.commands import build
     from dinov2.data.pool import default_workers
 
     workers = default_workers() if args.workers is None else args.workers
@@ -85,21 +85,21 @@ def cache_build(args: argparse.Namespace) -> int:
 
 def cache_verify(args: argparse.Namespace) -> int:
     """Read every cached volume against its checksum and look for every volume of a datalist."""
-    from dinov2.data.cache_commands import verify
+    from dinov2.data.cache.commands import verify
 
     return verify(_datalist(args), args.cache_dir, args.remove, say)
 
 
 def cache_stats(args: argparse.Namespace) -> int:
     """Count what a cache folder holds, and how large it is."""
-    from dinov2.data.cache_commands import stats
+    from dinov2.data.cache.commands import stats
 
     return stats(_datalist(args), args.cache_dir, say)
 
 
 def recipe_check(args: argparse.Namespace) -> int:
     """Load and draw three cases of a downstream dataset, and say what looks wrong with its recipe or data."""
-    from dinov2.data.recipe_check import check_recipe
+    from dinov2.data.downstream.check import check_recipe
 
     return check_recipe(args.recipe, args.base_data_dir, args.output_dir, say)
 
@@ -113,15 +113,22 @@ def predict(args: argparse.Namespace) -> int:
 
 def classify(args: argparse.Namespace) -> int:
     """Say the class of scans by a saved probe."""
-    from dinov2.eval.probe_file import classify as run_classify
+    from dinov2.eval.probing.saved_probe import classify as run_classify
 
     return run_classify(args.probe, args.input, args.pretrained_weights, args.output, say)
 
 
 def split(args: argparse.Namespace) -> int:
     """Write a downstream datalist: a seeded split by patients of images and label maps, or of a table of images and labels."""
-    from dinov2.data.downstream import write_downstream_datalist
-    from dinov2.data.split import counts_of_fractions, find_pairs, read_parts, read_table, split_as_listed, split_patients
+    from dinov2.data.downstream.lists import write_downstream_datalist
+    from dinov2.data.downstream.split import (
+        counts_of_fractions,
+        find_pairs,
+        read_parts,
+        read_table,
+        split_as_listed,
+        split_patients,
+    )
 
     if args.table:
         rows = read_table(args.table, args.image_column, args.label_column, args.patient_column)
@@ -141,11 +148,11 @@ def split(args: argparse.Namespace) -> int:
 
 def index(args: argparse.Namespace) -> int:
     """List the volumes below folders, checked and described; what cannot be used is set aside with its reason."""
-    from dinov2.data.index.command import IndexRequest, merge, parse_shard
-    from dinov2.data.index.command import index as run_index
-    from dinov2.data.index.examine import ExamineOptions
-    from dinov2.data.index.metadata import compile_pattern
-    from dinov2.data.index.quality import Limits
+    from dinov2.data.corpus.index.command import IndexRequest, merge, parse_shard
+    from dinov2.data.corpus.index.command import index as run_index
+    from dinov2.data.corpus.index.examine import ExamineOptions
+    from dinov2.data.corpus.index.metadata import compile_pattern
+    from dinov2.data.corpus.index.quality import Limits
     from dinov2.data.pool import default_workers
 
     request = IndexRequest(
@@ -164,7 +171,7 @@ def index(args: argparse.Namespace) -> int:
     )
     code = merge(args.folders, request, say) if args.merge else run_index(args.folders, request, say)
     if code == EXIT_OK and args.report:
-        from dinov2.data.report import write_report
+        from dinov2.data.corpus.report import write_report
 
         write_report(args.output, request.quarantine_path, args.report)
         say(f"{args.report}: open it in a browser")
@@ -173,26 +180,26 @@ def index(args: argparse.Namespace) -> int:
 
 def curate(args: argparse.Namespace) -> int:
     """Choose the volumes of a list to train on, by a file of rules."""
-    from dinov2.data.curation import curate as run_curate
+    from dinov2.data.corpus.curation import curate as run_curate
 
     return run_curate(args.list, args.rules, args.output, args.explain, say)
 
 
 def overlap(args: argparse.Namespace) -> int:
     """Look for scans and patients that two lists share; exit code 2 where there are any."""
-    from dinov2.data.overlap import overlap as run_overlap
+    from dinov2.data.corpus.overlap import overlap as run_overlap
 
     return run_overlap(args.first, args.second, say)
 
 
 def embed(args: argparse.Namespace) -> int:
     """Write a Parquet table of features, a row a scan; continued after a stop."""
-    from dinov2.data.index.command import parse_shard
+    from dinov2.data.corpus.index.command import parse_shard
     from dinov2.data.pool import default_workers
-    from dinov2.encoder import load_encoder
-    from dinov2.eval.embed import EmbedRequest, device_of_rank, shard_of_rank
-    from dinov2.eval.embed import embed as run_embed
-    from dinov2.eval.views import View
+    from dinov2.features.embed import EmbedRequest, device_of_rank, shard_of_rank
+    from dinov2.features.embed import embed as run_embed
+    from dinov2.features.encoder import load_encoder
+    from dinov2.features.views import View
 
     request = EmbedRequest(
         output=args.output,
@@ -209,7 +216,7 @@ def embed(args: argparse.Namespace) -> int:
 
 def checkpoint_inspect(args: argparse.Namespace) -> int:
     """Say what weights or a training checkpoint hold."""
-    from dinov2.fsdp.export import describe
+    from dinov2.checkpointer.export import describe
 
     say("\n".join(describe(args.path)))
     return EXIT_OK
@@ -217,7 +224,7 @@ def checkpoint_inspect(args: argparse.Namespace) -> int:
 
 def checkpoint_export(args: argparse.Namespace) -> int:
     """Write the teacher of a training checkpoint or weights file in another form."""
-    from dinov2.fsdp.export import export
+    from dinov2.checkpointer.export import export
 
     count = export(args.path, args.output, args.chunks, not args.no_heads, args.licence)
     say(f"{args.output}: {count} tensors")

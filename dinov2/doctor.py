@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from dinov2.data.formats import FORMATS
+from dinov2.data.volumes.formats import FORMATS
 from dinov2.logging.provenance import git_state, versions
 from dinov2.ops import compiled_operators, cuda_kernels
 from dinov2.version import __version__

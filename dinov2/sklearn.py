@@ -9,8 +9,8 @@ import numpy as np
 from sklearn.base import BaseEstimator, TransformerMixin
 from sklearn.utils.validation import check_is_fitted
 
-from dinov2.encoder import load_encoder
 from dinov2.errors import BadInput
+from dinov2.features.encoder import load_encoder
 
 _OUTPUTS = ("cls", "pooled", "cls+pooled")
 

@@ -15,14 +15,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from dinov2.checkpointer.export import export
 from dinov2.configs import load_and_merge_config_3d
 from dinov2.data import write_datalist
+from dinov2.data.corpus.index.examine import content_sha
 from dinov2.data.datalist import Entry
-from dinov2.data.index.examine import content_sha
-from dinov2.data.volumes import describe
+from dinov2.data.volumes.opening import describe
 from dinov2.demo.generate import generate
 from dinov2.errors import EXIT_OK
-from dinov2.fsdp.export import export
 from dinov2.train import train3d
 
 CONFIG = "pretrain/demo_weights"

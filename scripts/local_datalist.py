@@ -16,7 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dinov2.data import write_datalist
-from dinov2.data.volumes import describe
+from dinov2.data.volumes.opening import describe
 from dinov2.errors import BadInput
 
 PARTS = ("training", "validation")

@@ -16,7 +16,7 @@ from omegaconf import DictConfig
 
 from dinov2.configs import load_and_merge_config_3d
 from dinov2.data import write_datalist
-from dinov2.data.volumes import describe
+from dinov2.data.volumes.opening import describe
 
 ROOT = Path(__file__).resolve().parents[1]
 BUNDLED = ROOT / "tests" / "data"

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dinov2.data import augmentation_plan as ap
+from dinov2.data.augmentation import plan as ap
 
 NUM_GLOBAL_CROPS = 2
 
@@ -120,11 +120,11 @@ def backend_named(name: str) -> Callable[[Tensor, ap.CropPlan], Tensor]:
     """
     match name:
         case "auto" | "fast":
-            from dinov2.data import apply_fast
+            from dinov2.data.augmentation import fast as apply_fast
 
             return apply_fast.apply_crop
         case "monai":
-            from dinov2.data import apply_monai
+            from dinov2.data.augmentation import monai as apply_monai
 
             return apply_monai.apply_crop
     raise ValueError(f"augmentation {name!r} is not one of auto, monai, fast")

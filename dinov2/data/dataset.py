@@ -8,12 +8,12 @@ from typing import Any
 from torch import Tensor
 
 from dinov2.data.augmentations import DataAugmentationDINO3d
-from dinov2.data.cache import VolumeCache
+from dinov2.data.cache.folder import VolumeCache
+from dinov2.data.cache.store import VolumeStore
 from dinov2.data.datalist import Datalist
 from dinov2.data.samplers import EndlessOrder
-from dinov2.data.store import VolumeStore
-from dinov2.data.streams import Kind, stream
 from dinov2.errors import BadVolume
+from dinov2.streams import Kind, stream
 
 Sample = dict[str, Any]
 

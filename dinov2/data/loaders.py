@@ -15,7 +15,7 @@ import torch
 from omegaconf import DictConfig
 
 from dinov2.data.augmentations import DataAugmentationDINO3d
-from dinov2.data.cache import VolumeCache
+from dinov2.data.cache.folder import VolumeCache
 from dinov2.data.collate import Batch, BatchLayout, Masking, collate
 from dinov2.data.datalist import Datalist
 from dinov2.data.dataset import PretrainDataset, Sample

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dinov2.data.streams import Kind, stream
+from dinov2.streams import Kind, stream
 
 
 @dataclass(frozen=True)

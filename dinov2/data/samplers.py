@@ -9,7 +9,7 @@ from itertools import count
 
 import numpy as np
 
-from dinov2.data.streams import Kind, stream
+from dinov2.streams import Kind, stream
 
 
 class EndlessOrder:

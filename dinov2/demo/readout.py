@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dinov2.data.cache.store import VolumeStore
 from dinov2.data.datalist import Entry
-from dinov2.data.store import VolumeStore
 from dinov2.demo.generate import TISSUES, Case
 
 CROP = 16  # voxels, the size the network was trained on

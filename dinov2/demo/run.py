@@ -16,23 +16,23 @@ from torch import Tensor
 
 from dinov2.configs import load_and_merge_config_3d
 from dinov2.data import Datalist, write_datalist
+from dinov2.data.cache.store import VolumeStore
+from dinov2.data.corpus.index.command import IndexRequest, index
 from dinov2.data.datalist import Entry, read_datalist
-from dinov2.data.index.command import IndexRequest, index
 from dinov2.data.pool import default_workers
-from dinov2.data.store import VolumeStore
-from dinov2.data.streams import Kind, stream
 from dinov2.demo.generate import TISSUES, Case, generate, write_list
 from dinov2.demo.pictures import draw_curves, draw_pca, draw_readout, pca_colours
 from dinov2.demo.readout import labelled_crops, read_out
-from dinov2.encoder import load_encoder
 from dinov2.errors import EXIT_OK, EXIT_RESUMABLE, BadInput, BadVolume
-from dinov2.eval.dense_readout import raw_features
-from dinov2.eval.features import patch_features, volume_features
-from dinov2.eval.setup import build_model_for_eval
+from dinov2.eval.measures.dense_readout import raw_features
+from dinov2.features.encoder import load_encoder
+from dinov2.features.features import patch_features, volume_features
+from dinov2.features.setup import build_model_for_eval
 from dinov2.files import write_json
 from dinov2.logging import read_metrics, setup_logging
 from dinov2.logging.folder import locked_folder
 from dinov2.models import DinoVisionTransformer3d
+from dinov2.streams import Kind, stream
 from dinov2.train import train3d
 
 logger = logging.getLogger(__name__)

@@ -15,12 +15,12 @@ from typing import NamedTuple
 
 if __package__ in (None, ""):  # started as a file: the repository, not this folder, is where imports begin
     sys.path[0] = str(Path(__file__).resolve().parents[2])
-    import dinov2  # noqa: F401 - before torch: how its threads wait is decided there
+    import dinov2.version  # noqa: F401 - its package comes before torch and decides how threads wait
 
 import numpy as np
 
 from dinov2.errors import EXIT_OK, BadInput
-from dinov2.eval.readout import all_features, choose, mean_auc, write_classification
+from dinov2.eval.probing.choice import all_features, choose, mean_auc, write_classification
 from dinov2.eval.run import Request, checked_request, frozen_parser, open_run
 from dinov2.program import run_program
 

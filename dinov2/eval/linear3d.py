@@ -15,19 +15,19 @@ from pathlib import Path
 
 if __package__ in (None, ""):  # started as a file: the repository, not this folder, is where imports begin
     sys.path[0] = str(Path(__file__).resolve().parents[2])
-    import dinov2  # noqa: F401 - before torch: how its threads wait is decided there
+    import dinov2.version  # noqa: F401 - its package comes before torch and decides how threads wait
 
 from torch import Tensor
 
-from dinov2.data.cases import Cases
-from dinov2.data.downstream import SPLITS
+from dinov2.data.downstream.cases import Cases
+from dinov2.data.downstream.lists import SPLITS
 from dinov2.distributed import barrier, is_main_process
 from dinov2.errors import EXIT_OK, BadInput
-from dinov2.eval import probe_training as training
-from dinov2.eval.classification_metrics import classification_scores, write_predictions
-from dinov2.eval.frozen import groups_of, labels_of, part_features, require_every_class, training_items
-from dinov2.eval.linear_heads import LEARNING_RATES
-from dinov2.eval.probe_file import save_probe
+from dinov2.eval.metrics.classification import classification_scores, write_predictions
+from dinov2.eval.probing import training
+from dinov2.eval.probing.linear_heads import LEARNING_RATES
+from dinov2.eval.probing.parts import groups_of, labels_of, part_features, require_every_class, training_items
+from dinov2.eval.probing.saved_probe import save_probe
 from dinov2.eval.run import MODELS, Request, Setting, checked_request, frozen_parser, open_run, require_positive
 from dinov2.files import write_json
 from dinov2.program import run_program

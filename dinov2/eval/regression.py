@@ -14,7 +14,7 @@ from pathlib import Path
 
 if __package__ in (None, ""):  # started as a file: the repository, not this folder, is where imports begin
     sys.path[0] = str(Path(__file__).resolve().parents[2])
-    import dinov2  # noqa: F401 - before torch: how its threads wait is decided there
+    import dinov2.version  # noqa: F401 - its package comes before torch and decides how threads wait
 
 import numpy as np
 from sklearn.linear_model import Ridge
@@ -23,9 +23,9 @@ from sklearn.preprocessing import StandardScaler
 
 from dinov2.distributed import is_main_process
 from dinov2.errors import EXIT_OK
-from dinov2.eval.classification_metrics import regression_scores, write_predictions
-from dinov2.eval.frozen import groups_of
-from dinov2.eval.readout import all_features, choose, write_results
+from dinov2.eval.metrics.classification import regression_scores, write_predictions
+from dinov2.eval.probing.choice import all_features, choose, write_results
+from dinov2.eval.probing.parts import groups_of
 from dinov2.eval.run import checked_request, frozen_parser, open_run
 from dinov2.program import run_program
 

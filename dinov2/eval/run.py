@@ -23,16 +23,16 @@ from omegaconf.errors import OmegaConfBaseException
 from dinov2.checkpointer.teacher import Teacher, open_teacher
 from dinov2.configs import Config, ConfigError, default_yaml, load_and_merge_config_3d
 from dinov2.configs.loader import typed_from
-from dinov2.data.cases import Cases, check_headers
+from dinov2.data.corpus.overlap import warn_of_overlap
 from dinov2.data.datalist import Entry
-from dinov2.data.downstream import Item, datalist_path, read_downstream_datalist, select_percent, with_tertiles
-from dinov2.data.overlap import warn_of_overlap
-from dinov2.data.recipes import Recipe, load_recipe
-from dinov2.data.skull import warn_of_skulls
+from dinov2.data.downstream.cases import Cases, check_headers
+from dinov2.data.downstream.lists import Item, datalist_path, read_downstream_datalist, select_percent, with_tertiles
+from dinov2.data.downstream.recipes import Recipe, load_recipe
+from dinov2.data.downstream.skull import warn_of_skulls
 from dinov2.distributed import barrier, gather_objects, is_main_process
 from dinov2.distributed.runtime import Runtime, lost_rank_explained, start_runtime
 from dinov2.errors import BadInput
-from dinov2.eval.setup import build_model_for_eval, config_for, require_whole_patches
+from dinov2.features.setup import build_model_for_eval, config_for, require_whole_patches
 from dinov2.files import write_json, write_text
 from dinov2.logging import setup_logging
 from dinov2.logging.folder import run_folder, set_aside

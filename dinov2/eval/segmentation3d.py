@@ -14,9 +14,9 @@ from typing import NamedTuple
 
 if __package__ in (None, ""):  # started as a file: the repository, not this folder, is where imports begin
     sys.path[0] = str(Path(__file__).resolve().parents[2])
-    import dinov2  # noqa: F401 - before torch: how its threads wait is decided there
+    import dinov2.version  # noqa: F401 - its package comes before torch and decides how threads wait
 
-from dinov2.data.cases import Cases
+from dinov2.data.downstream.cases import Cases
 from dinov2.distributed import barrier
 from dinov2.distributed.runtime import Runtime
 from dinov2.errors import EXIT_OK

@@ -10,18 +10,18 @@ import torch
 from omegaconf import DictConfig
 from torch.optim import AdamW
 
+from dinov2.checkpointer.checkpointer import Checkpointer
 from dinov2.checkpointer.teacher import read_weights
+from dinov2.data.corpus.overlap import TRAINED_ON, Seen, seen_by_weights, seen_in
 from dinov2.data.datalist import Datalist
-from dinov2.data.overlap import TRAINED_ON, Seen, seen_by_weights, seen_in
-from dinov2.data.streams import Kind, torch_seed
 from dinov2.distributed import is_main_process
 from dinov2.distributed.precision import grad_scaler, training_dtype
 from dinov2.distributed.runtime import Runtime
 from dinov2.errors import BadInput
-from dinov2.fsdp import Checkpointer
 from dinov2.fsdp.parallel import parallelise
 from dinov2.layers.attention import resolve_attention
 from dinov2.models.weights import load_backbone, load_heads
+from dinov2.streams import Kind, torch_seed
 from dinov2.train.compiling import compile_as_configured
 from dinov2.train.ssl_meta_arch import SSLMetaArch
 

@@ -1,6 +1,6 @@
 """How much memory of a GPU a training step takes, from bytes counted per row; and what fits where it took too much.
 
-The constants are fitted to measured peaks (tests/unit/test_forecast.py); a new measurement changes them here and nowhere else.
+The constants are fitted to measured peaks (tests/unit/train/test_forecast.py); a new measurement changes them here alone.
 
 Shapes: T tokens of the student's pass, R of them that stochastic depth keeps, E embedding, K prototypes, M masked patches.
 """

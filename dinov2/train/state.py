@@ -12,12 +12,12 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 from torch.optim import AdamW
 
+from dinov2.checkpointer.checkpointer import Checkpointer, save_atomically
 from dinov2.configs import default_yaml
 from dinov2.data.datalist import Datalist
 from dinov2.data.preprocess import PREPROCESSING
 from dinov2.distributed import gather_objects, is_main_process
 from dinov2.errors import BadInput
-from dinov2.fsdp import Checkpointer, save_atomically
 from dinov2.fsdp.tensors import whole
 from dinov2.logging.provenance import RUN_FILE, versions
 from dinov2.train.flags import FlagExchange

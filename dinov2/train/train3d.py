@@ -16,7 +16,7 @@ from typing import Any
 
 if __package__ in (None, ""):  # started as a file: the repository, not this folder, is where imports begin
     sys.path[0] = str(Path(__file__).resolve().parents[2])
-    import dinov2  # noqa: F401 - before torch: how its threads wait is decided there
+    import dinov2.version  # noqa: F401 - its package comes before torch and decides how threads wait
 
 import torch
 from omegaconf import DictConfig
@@ -24,16 +24,15 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_, get_total_norm
 from torch.optim import AdamW
 
+from dinov2.checkpointer.checkpointer import Checkpointer
 from dinov2.configs import default_yaml, load_and_merge_config_3d
 from dinov2.data import Datalist, TrainLoader, read_datalist
 from dinov2.data.collate import Batch
-from dinov2.data.streams import Kind, torch_seed
 from dinov2.distributed import gather_objects, is_enabled, is_main_process, mean_over_ranks
 from dinov2.distributed.precision import training_dtype
 from dinov2.distributed.runtime import Runtime, lost_rank_explained, start_runtime
 from dinov2.errors import EXIT_OK, EXIT_RESUMABLE, BadInput
 from dinov2.files import write_json, write_text
-from dinov2.fsdp import Checkpointer
 from dinov2.fsdp.parallel import num_shards, resolve_strategy
 from dinov2.fsdp.tensors import whole
 from dinov2.logging import MetricWriter, setup_logging
@@ -41,6 +40,7 @@ from dinov2.logging.folder import run_folder, set_aside
 from dinov2.logging.provenance import RUN_FILE, run_record
 from dinov2.program import run_program
 from dinov2.signals import stop_requests
+from dinov2.streams import Kind, torch_seed
 from dinov2.train.build import build, build_checkpointer, data_record
 from dinov2.train.compiling import first_compiled
 from dinov2.train.flops import step_flops

@@ -20,9 +20,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import nibabel as nib
 
-from dinov2.data.dicom import dicom_files, open_series
-from dinov2.data.downstream import SPLITS, write_downstream_datalist
-from dinov2.data.split import Row, split_patients, split_scans
+from dinov2.data.downstream.lists import SPLITS, write_downstream_datalist
+from dinov2.data.downstream.split import Row, split_patients, split_scans
+from dinov2.data.volumes.dicom import dicom_files, open_series
 from dinov2.errors import EXIT_BAD_INPUT, EXIT_OK, BadInput
 
 AGES = (20.0, 60.0)

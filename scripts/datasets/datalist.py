@@ -22,8 +22,8 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from dinov2.data.downstream import write_downstream_datalist
-from dinov2.data.split import Row, split_patients
+from dinov2.data.downstream.lists import write_downstream_datalist
+from dinov2.data.downstream.split import Row, split_patients
 from dinov2.errors import EXIT_BAD_INPUT, EXIT_OK, BadInput
 
 BRATS_CHANNELS = ("flair", "t1", "t1ce", "t2")

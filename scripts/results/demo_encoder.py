@@ -2,8 +2,8 @@
 
     python scripts/results/demo_encoder.py DATA_FOLDER OUTPUT_FOLDER [--weights FILE]
 
-Two measures: the dense read-out of hippocampus labels (`dinov2/eval/dense_readout.py`) and region retrieval across brains
-(`dinov2/eval/region_retrieval.py`). `DATA_FOLDER` is as in `scripts/local_datalist.py`, with `hippocampus` and `brain_t1`.
+Two measures, of `dinov2/eval/measures`: the dense read-out of hippocampus labels, and region retrieval across brains.
+`DATA_FOLDER` is as in `scripts/local_datalist.py`, with `hippocampus` and `brain_t1`.
 Writes `demo_encoder.json`, `dense_readout.png` and `region_retrieval.png`.
 """
 
@@ -27,13 +27,13 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from dinov2 import load_encoder
-from dinov2.data.scans import load_scan
 from dinov2.errors import BadInput
-from dinov2.eval.dense_readout import LabelledCrops, ceiling, random_crops, raw_features, read_out
-from dinov2.eval.features import patch_features
-from dinov2.eval.region_retrieval import median_errors, places_of
-from dinov2.eval.setup import build_model_for_eval
-from dinov2.eval.statistics import bootstrap_interval
+from dinov2.eval.measures.dense_readout import LabelledCrops, ceiling, random_crops, raw_features, read_out
+from dinov2.eval.measures.region_retrieval import median_errors, places_of
+from dinov2.eval.metrics.statistics import bootstrap_interval
+from dinov2.features.features import patch_features
+from dinov2.features.scans import load_scan
+from dinov2.features.setup import build_model_for_eval
 from dinov2.models import DinoVisionTransformer3d
 
 matplotlib.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})

@@ -19,8 +19,8 @@ from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from dinov2.eval.classification_metrics import auc_per_class
-from dinov2.eval.statistics import bootstrap_interval
+from dinov2.eval.metrics.classification import auc_per_class
+from dinov2.eval.metrics.statistics import bootstrap_interval
 
 matplotlib.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
 

@@ -122,7 +122,7 @@ def layout_words(name: str) -> tuple[int, list[str]]:
 def one_process(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Twenty steps of four volumes in one process, in float64, with KoLeo over all of them."""
     from dinov2.data import write_datalist
-    from dinov2.data.volumes import describe
+    from dinov2.data.volumes.opening import describe
     from tests.conftest import BUNDLED
 
     folder = tmp_path_factory.mktemp("one")

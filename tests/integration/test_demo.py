@@ -13,7 +13,7 @@ from dinov2.cli import main
 from dinov2.demo import readout, run
 from dinov2.demo.generate import SPACING_MM, Case, generate
 from dinov2.demo.run import summary
-from dinov2.eval.dense_readout import raw_features
+from dinov2.eval.measures.dense_readout import raw_features
 
 SHORT = ["optim.epochs=1", "train.OFFICIAL_EPOCH_LENGTH=4", "train.log_period=1", "train.batch_size_per_gpu=4"]
 

@@ -15,17 +15,17 @@ import numpy as np
 import pytest
 import torch
 
+from dinov2.checkpointer.checkpointer import Checkpointer
 from dinov2.checkpointer.teacher import open_teacher
 from dinov2.cli import main as dinov2
 from dinov2.configs import default_yaml, load_and_merge_config_3d
-from dinov2.data.cases import Cases
+from dinov2.data.downstream.cases import Cases
 from dinov2.distributed.runtime import Runtime
 from dinov2.errors import EXIT_BAD_INPUT, EXIT_OK, BadInput
-from dinov2.eval import classification_metrics
 from dinov2.eval import run as evaluation
+from dinov2.eval.metrics.segmentation import classification as classification_metrics
+from dinov2.eval.metrics.statistics import bootstrap_interval
 from dinov2.eval.segmentation_3d import batches
-from dinov2.eval.statistics import bootstrap_interval
-from dinov2.fsdp import Checkpointer
 from dinov2.train.build import build
 from dinov2.train.state import TrainState, save_teacher
 from tests.conftest import SMALL

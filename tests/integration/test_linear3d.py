@@ -130,7 +130,7 @@ def test_fine_tuning_changes_the_backbone_and_the_probe_carries_it(data: Path, t
     assert main(words(data, tmp_path, "--fine-tune", **rate)) == EXIT_OK
     probe = torch.load(tmp_path / "probe.pth", weights_only=True)
     from dinov2.configs import load_and_merge_config_3d
-    from dinov2.eval.setup import build_model_for_eval
+    from dinov2.features.setup import build_model_for_eval
 
     start = build_model_for_eval(load_and_merge_config_3d(None, NETWORK), "random").state_dict()
     assert not torch.equal(start["patch_embed.proj.weight"], probe["backbone"]["patch_embed.proj.weight"])
@@ -235,7 +235,7 @@ def test_arguments_that_cannot_be_used_are_one_line(
 
 def test_features_that_are_not_finite_are_named(data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     from dinov2.configs import load_and_merge_config_3d
-    from dinov2.eval.setup import build_model_for_eval
+    from dinov2.features.setup import build_model_for_eval
 
     state = build_model_for_eval(load_and_merge_config_3d(None, NETWORK), "random").state_dict()
     state["norm.weight"] = torch.full_like(state["norm.weight"], float("nan"))

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from dinov2.cli import main as dinov2
-from dinov2.data.downstream import write_downstream_datalist
+from dinov2.data.downstream.lists import write_downstream_datalist
 from dinov2.errors import EXIT_BAD_INPUT, EXIT_OK, EXIT_RESUMABLE
 from dinov2.eval.segmentation3d import main
 from tests.conftest import ROOT, SMALL

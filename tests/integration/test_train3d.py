@@ -20,11 +20,11 @@ import torch
 from omegaconf import DictConfig
 
 from dinov2.data import TrainLoader, read_datalist
-from dinov2.data.cache_commands import verify
-from dinov2.data.streams import Kind, torch_seed
+from dinov2.data.cache.commands import verify
 from dinov2.distributed.runtime import Runtime
 from dinov2.errors import EXIT_BAD_INPUT, EXIT_RESUMABLE
 from dinov2.logging.folder import locked_folder
+from dinov2.streams import Kind, torch_seed
 from dinov2.train.build import build
 from dinov2.train.schedules import build_schedules
 from dinov2.train.state import TrainState

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from dinov2.data.recipes import load_recipe
+from dinov2.data.downstream.recipes import load_recipe
 from dinov2.eval import linear3d, segmentation3d
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts" / "eval"

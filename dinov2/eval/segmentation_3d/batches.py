@@ -8,12 +8,12 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from dinov2.data.cases import Cases
-from dinov2.data.crops import is_smaller, training_crops
+from dinov2.data.downstream.cases import Cases
+from dinov2.data.downstream.crops import is_smaller, training_crops
 from dinov2.data.samplers import EndlessOrder, PositionSampler
-from dinov2.data.streams import Kind, stream
 from dinov2.data.workers import compute_in_order
 from dinov2.distributed.runtime import Runtime
+from dinov2.streams import Kind, stream
 
 logger = logging.getLogger(__name__)
 

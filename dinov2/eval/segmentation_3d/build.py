@@ -12,18 +12,18 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
+from dinov2.checkpointer.checkpointer import save_atomically
 from dinov2.checkpointer.teacher import open_weights
 from dinov2.configs.loader import typed_from
 from dinov2.configs.schema import Config
-from dinov2.data.recipes import Recipe
-from dinov2.data.streams import Kind, torch_seed
+from dinov2.data.downstream.recipes import Recipe
 from dinov2.distributed.runtime import Runtime
 from dinov2.errors import BadInput
 from dinov2.eval.segmentation_3d.adapter import AdapterOptions
 from dinov2.eval.segmentation_3d.heads import UNETR, Linear, ViTAdapterUNETR
-from dinov2.fsdp import save_atomically
 from dinov2.layers.attention import resolve_attention
 from dinov2.models import DinoVisionTransformer3d, build_backbone
+from dinov2.streams import Kind, torch_seed
 
 logger = logging.getLogger(__name__)
 

@@ -19,23 +19,23 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW
 from tqdm import tqdm
 
+from dinov2.checkpointer.checkpointer import save_atomically
 from dinov2.checkpointer.teacher import open_weights
-from dinov2.data.cases import Case, Cases
-from dinov2.data.recipe_check import draw_case
-from dinov2.data.streams import Kind, torch_seed
+from dinov2.data.downstream.cases import Case, Cases
+from dinov2.data.downstream.check import draw_case
 from dinov2.distributed import any_rank, barrier, is_main_process, mean_over_ranks
 from dinov2.distributed.precision import autocast, evaluation_dtype, grad_scaler
 from dinov2.distributed.runtime import Runtime
 from dinov2.errors import EXIT_OK, EXIT_RESUMABLE, BadInput
-from dinov2.eval.metrics import Score, summarise, write_per_case_csv
+from dinov2.eval.metrics.segmentation import Score, summarise, write_per_case_csv
 from dinov2.eval.segmentation_3d.batches import CropBatches
 from dinov2.eval.segmentation_3d.build import Task, save_segmentation, set_training
 from dinov2.eval.segmentation_3d.inference import TEST_OVERLAP, VALIDATION_OVERLAP, predict_masks, score_cases
 from dinov2.eval.segmentation_3d.losses import build_loss
 from dinov2.files import write_json
-from dinov2.fsdp import save_atomically
 from dinov2.logging import MetricWriter
 from dinov2.signals import stop_requests
+from dinov2.streams import Kind, torch_seed
 from dinov2.train.schedules import CosineSchedule
 
 logger = logging.getLogger(__name__)

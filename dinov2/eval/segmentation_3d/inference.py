@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from dinov2.data.cases import Case, Cases
-from dinov2.data.crops import BACKGROUND
-from dinov2.data.recipes import Recipe
+from dinov2.data.downstream.cases import Case, Cases
+from dinov2.data.downstream.crops import BACKGROUND
+from dinov2.data.downstream.recipes import Recipe
 from dinov2.distributed import gather_objects
 from dinov2.distributed.precision import autocast
 from dinov2.distributed.runtime import Runtime
-from dinov2.eval.metrics import Score, score_case
+from dinov2.eval.metrics.segmentation import Score, score_case
 
 logger = logging.getLogger(__name__)
 

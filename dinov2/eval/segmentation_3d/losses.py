@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from dinov2.data.recipes import Recipe
+from dinov2.data.downstream.recipes import Recipe
 
 
 def build_loss(recipe: Recipe) -> Callable[[Tensor, Tensor], Tensor]:

@@ -10,11 +10,11 @@ from pathlib import Path
 import nibabel as nib
 from torch import Tensor
 
-from dinov2.data.cases import Case, prepare_case, restore_prediction
-from dinov2.data.dicom import first_slices
-from dinov2.data.downstream import Item
-from dinov2.data.formats import FORMAT_NAMES, stem, volume_files
-from dinov2.data.recipes import Recipe
+from dinov2.data.downstream.cases import Case, prepare_case, restore_prediction
+from dinov2.data.downstream.lists import Item
+from dinov2.data.downstream.recipes import Recipe
+from dinov2.data.volumes.dicom import first_slices
+from dinov2.data.volumes.formats import FORMAT_NAMES, stem, volume_files
 from dinov2.distributed.precision import evaluation_dtype
 from dinov2.distributed.runtime import start_runtime
 from dinov2.errors import EXIT_BAD_INPUT, EXIT_OK, BadInput

@@ -1,0 +1,1 @@
+"""Crops: what is drawn (plan), and two ways to apply it."""

@@ -1,0 +1,1 @@
+"""Lists of many scans: made (index), chosen from (curation), compared (overlap), described (report)."""

@@ -1,0 +1,195 @@
+"""`dinov2 index`: folders to a datalist and a quarantine, by several processes, continued after a stop, in shards or whole."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from dinov2.data.corpus.index.examine import ExamineOptions, Row, died, examine
+from dinov2.data.corpus.index.journal import Journal, journal_path, read_journal
+from dinov2.data.corpus.index.quality import Limits, judge
+from dinov2.data.corpus.index.walk import Unit, walk
+from dinov2.data.datalist import write_datalist
+from dinov2.data.pool import unordered
+from dinov2.data.volumes.formats import FORMAT_NAMES
+from dinov2.errors import EXIT_OK, EXIT_RESUMABLE, BadInput
+from dinov2.files import write_text
+from dinov2.signals import stop_requests
+
+logger = logging.getLogger(__name__)
+
+UNITS_PER_BATCH = 8  # handed to a process at a time
+FEW_UNITS = 16  # are done in this process: others take seconds to start
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class IndexRequest:
+    """What is asked for.
+
+    Attributes:
+        output: The datalist to write; the journal lies beside it.
+        quarantine: Where to write what was set aside; None: beside the list, as `<list>.quarantine.json`.
+        limits: Of what is listed.
+        examine: How files are read.
+        shard: (which, of how many), from 1; (1, 1) is everything.
+        num_workers: Processes; 0: this one.
+    """
+
+    output: Path
+    quarantine: Path | None = None
+    limits: Limits = field(default_factory=Limits)
+    examine: ExamineOptions = field(default_factory=ExamineOptions)
+    shard: tuple[int, int] = (1, 1)
+    num_workers: int = 0
+
+    @property
+    def quarantine_path(self) -> Path:
+        return self.quarantine or self.output.with_name(self.output.name.removesuffix(".json") + ".quarantine.json")
+
+    def row_options(self) -> dict[str, Any]:
+        """What rows depend on, as a journal keeps it: no secret word in it."""
+        options = asdict(self.examine)
+        pattern, salt = options.pop("pattern"), options.pop("id_salt")
+        marked = hashlib.blake2b(salt.encode(), digest_size=4).hexdigest() if salt else ""
+        spacing = options.pop("spacing_mm")
+        return {
+            **options,
+            "spacing_mm": spacing and list(spacing),
+            "pattern": pattern.pattern if pattern else None,
+            "id_salt": marked,
+        }
+
+
+def index(folders: list[Path], request: IndexRequest, say: Say) -> int:
+    """Examine what is new or changed below some folders, then write list and quarantine.
+
+    Returns:
+        0, or 75 where it was stopped; the same command continues.
+
+    Raises:
+        BadInput: A folder is not there, nothing in them is a volume, or the output cannot be written.
+    """
+    with Journal(journal_path(request.output), request.row_options()) as journal:
+        if journal.was_of_other_options:
+            logger.warning("%s: was made with other options; everything is examined again", journal.path)
+        units = [u for u in walk(folders) if _is_of_shard(u, request.shard)]
+        todo = [u for u in units if not journal.knows(u.path, u.stamp)]
+        say(f"{len(units)} files and series below {', '.join(_shown(f) for f in folders)}; {len(todo)} new or changed")
+        if not _examine(todo, journal, request):
+            say(f"stopped; the same command continues ({_shown(journal.path)} has what was seen)")
+            return EXIT_RESUMABLE
+        journal.keep_only({u.path for u in units})
+        if not units and request.shard == (1, 1):
+            raise BadInput(f"{', '.join(_shown(f) for f in folders)}: no {FORMAT_NAMES} file in it")
+        _write(journal, request, say)
+    return EXIT_OK
+
+
+def merge(lists: list[Path], request: IndexRequest, say: Say) -> int:
+    """One list of several shards' journals, as one run of everything would write it.
+
+    Raises:
+        BadInput: A journal is missing, or they were made with different options.
+    """
+    sources = [(path, *read_journal(journal_path(path))) for path in lists]
+    for path, options, _ in sources[1:]:
+        if options != sources[0][1]:
+            raise BadInput(f"{path}: was made with other options than {lists[0]}: index its shard again with the same ones")
+    own = journal_path(request.output)
+    if own in (journal_path(path) for path in lists):
+        raise BadInput(f"--output {request.output}: is one of the lists to merge: choose another")
+    own.unlink(missing_ok=True)
+    with Journal(own, sources[0][1]) as journal:
+        for _, _, records in sources:
+            for unit, stamp, rows in records:
+                journal.add(unit, stamp, rows)
+        _write(journal, request, say)
+    return EXIT_OK
+
+
+def _is_of_shard(unit: Unit, shard: tuple[int, int]) -> bool:
+    """By the hash of the path below its folder, so that a shard is the same on every machine."""
+    which, of = shard
+    name = os.path.relpath(unit.path, unit.root).encode("utf-8", "surrogateescape")
+    return int.from_bytes(hashlib.blake2b(name, digest_size=8).digest()) % of == which - 1
+
+
+def _examine(todo: list[Unit], journal: Journal, request: IndexRequest) -> bool:
+    """Whether all of it was done before a signal; finished units are in the journal either way."""
+    num_workers = 0 if len(todo) <= FEW_UNITS else request.num_workers
+    work = partial(examine, request.examine)
+    batches = (tuple(todo[i : i + UNITS_PER_BATCH]) for i in range(0, len(todo), UNITS_PER_BATCH))
+    bad = 0
+    with (
+        stop_requests() as stop_asked,
+        tqdm(total=len(todo), unit="file", disable=None) as progress,
+        closing(unordered(work, batches, num_workers, died)) as results,  # ends the processes
+    ):
+        for done in results:
+            for unit, rows in done:
+                journal.add(unit.path, unit.stamp, rows)
+                bad += sum("entry" not in row for row in rows)
+            progress.update(len(done))
+            progress.set_postfix_str(f"{bad} bad")
+            if stop_asked:
+                return progress.n == len(todo)
+    return True
+
+
+def _write(journal: Journal, request: IndexRequest, say: Say) -> None:
+    """Judge all rows and write list and quarantine, row by row."""
+    set_aside: list[Row] = []
+    counts: Counter[str] = Counter()
+
+    def listed() -> Iterator[Row]:
+        for is_good, row in judge(journal.rows(), request.limits):
+            if is_good:
+                counts["label maps"] += bool(row.get("label_map"))
+                yield row
+            else:
+                set_aside.append(row)
+
+    try:
+        journal.compact()
+        num_listed = write_datalist(request.output, listed())
+        _write_json(request.quarantine_path, set_aside)
+    except OSError as err:
+        raise BadInput(f"{request.output}: {err.strerror}: make room or choose another --output; nothing is lost") from err
+    labels = f" ({counts['label maps']} of them label maps, which `dinov2 curate` leaves out)" if counts["label maps"] else ""
+    say(f"{_shown(request.output)}: {num_listed} volumes{labels}")
+    reasons = ", ".join(f"{n} {reason}" for reason, n in Counter(r["reason"] for r in set_aside).most_common())
+    say(f"{_shown(request.quarantine_path)}: {len(set_aside)} set aside" + (f": {reasons}" if reasons else ""))
+
+
+def _write_json(path: Path, rows: list[Row]) -> None:
+    text = ",\n".join(json.dumps(row) for row in rows)
+    write_text(path, f"[\n{text}\n]\n" if rows else "[]\n")
+
+
+def _shown(path: Path) -> str:
+    """A path for the terminal, whatever bytes its name has."""
+    return str(path).encode("utf-8", "backslashreplace").decode()
+
+
+def parse_shard(text: str) -> tuple[int, int]:
+    """`2/4` to (2, 4).
+
+    Raises:
+        BadInput: Anything else.
+    """
+    which, _, of = text.partition("/")
+    if not (which.isdecimal() and of.isdecimal() and 1 <= int(which) <= int(of)):
+        raise BadInput(f"--shard {text}: write it as 1/4 ... 4/4")
+    return int(which), int(of)

@@ -1,0 +1,172 @@
+"""Folders to units of work: a file, or the DICOM files of a folder; with a stamp that changes when any of it does.
+
+Nothing is opened here but what has no known ending (132 bytes, for DICOM's mark), headers that may name another file (NRRD,
+MetaImage), and the small files that describe a data set.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dinov2.data.volumes.dicom import is_dicom
+from dinov2.data.volumes.formats import DICOM, format_by_name, is_volume_file, source_files, stem
+from dinov2.errors import BadInput
+
+SIDECAR = ".json"
+_MARKERS = ("dataset_description.json", "dataset.json", "participants.tsv", "participants.csv")  # BIDS, Decathlon
+_NOT_IMAGES = (
+    ".bval", ".bvec", ".csv", ".docx", ".gz", ".html", ".jpeg", ".jpg", ".json", ".log", ".md", ".mat", ".pdf", ".png", ".py",
+    ".raw", ".sha256", ".tar", ".toml", ".tsv", ".txt", ".xlsx", ".xml", ".yaml", ".yml", ".zip", ".zraw",
+)  # fmt: skip
+
+Identity = tuple[int, int]  # device and inode: the same folder by whatever name
+
+
+@dataclass(frozen=True)
+class DatasetInfo:
+    """What the nearest folder with a description says.
+
+    Attributes:
+        name: Of the data set.
+        channels: Names of a fourth axis that is channels (Decathlon's `dataset.json`), else empty.
+        modality: As written there; empty where it is not.
+    """
+
+    name: str
+    channels: tuple[str, ...] = ()
+    modality: str = ""
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What is examined in one go.
+
+    Attributes:
+        path: The file; the folder of DICOM files.
+        root: The folder that was asked for.
+        stamp: Changes with the file, what lies beside it and belongs to it, and its data set's description.
+        dataset: The data set it is in.
+        slices: Names of the DICOM files of a folder; empty for a file.
+        sidecar: A JSON file with further facts.
+        problem: Why there is nothing to examine: (reason, detail).
+    """
+
+    path: str
+    root: str
+    stamp: str
+    dataset: DatasetInfo = field(default_factory=lambda: DatasetInfo(""))
+    slices: tuple[str, ...] = ()
+    sidecar: str | None = None
+    problem: tuple[str, str] | None = None
+
+
+def walk(folders: list[Path]) -> Iterator[Unit]:
+    """All units below some folders, a folder reached twice (by a link, or given twice) once.
+
+    Raises:
+        BadInput: One is not there.
+    """
+    seen: set[Identity] = set()
+    for folder in folders:
+        if not folder.is_dir():
+            raise BadInput(f"{folder}: no such folder: give folders of volumes")
+        root = os.path.abspath(folder)
+        todo: list[tuple[str, DatasetInfo, tuple[Identity, ...]]] = [(root, DatasetInfo(Path(root).name), ())]
+        while todo:
+            place, dataset, above = todo.pop()
+            try:
+                stat = os.stat(place)
+                identity = (stat.st_dev, stat.st_ino)
+                if identity in above:
+                    yield _problem(place, root, "symlink_loop", "a link back to a folder above it")
+                if identity in seen:
+                    continue
+                seen.add(identity)
+                entries = sorted(os.scandir(place), key=lambda e: e.name)
+            except OSError as err:
+                yield _problem(place, root, _reason(err), err.strerror or type(err).__name__)
+                continue
+            dataset = _dataset(place, {e.name for e in entries}) or dataset
+            yield from _units(place, root, dataset, entries)
+            below = [e.path for e in entries if _is_folder(e) and not e.name.startswith(".")]
+            todo += [(path, dataset, (*above, identity)) for path in reversed(below)]
+
+
+def _is_folder(entry: os.DirEntry) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself, which `_units` reports
+        return False
+
+
+def _problem(path: str, root: str, reason: str, detail: str) -> Unit:
+    return Unit(path, root, reason, problem=(reason, detail))
+
+
+def _reason(err: OSError) -> str:
+    return {PermissionError: "permission", FileNotFoundError: "missing"}.get(type(err), "unreadable")
+
+
+def _units(folder: str, root: str, dataset: DatasetInfo, entries: list[os.DirEntry]) -> Iterator[Unit]:
+    """The files of one folder."""
+    names, slices = {e.name for e in entries}, []
+    for entry in entries:
+        try:
+            stat = entry.stat()
+            is_volume = is_volume_file(entry.name, names)
+            if not entry.is_file() or not (is_volume or _may_be_a_slice(entry.name)):
+                continue  # folders, sockets and devices too
+            if not is_volume:
+                if is_dicom(entry.path):
+                    slices.append((entry.name, stat.st_size, stat.st_mtime_ns))
+                continue
+        except OSError as err:
+            if entry.is_symlink() or isinstance(err, PermissionError):
+                yield _problem(entry.path, root, _reason(err), err.strerror or type(err).__name__)
+            continue
+        yield _file_unit(entry, stat, root, dataset, folder, names)
+    if slices:
+        yield Unit(folder, root, _stamp(slices, dataset), dataset, tuple(name for name, *_ in slices))
+
+
+def _may_be_a_slice(name: str) -> bool:
+    """Neither hidden, nor of another format, nor known not to be an image."""
+    return format_by_name(name) in (None, DICOM) and not name.startswith(".") and not name.lower().endswith(_NOT_IMAGES)
+
+
+def _file_unit(entry: os.DirEntry, stat: os.stat_result, root: str, dataset: DatasetInfo, folder: str, names: set[str]) -> Unit:
+    parts = [(entry.name, stat.st_size, stat.st_mtime_ns)]
+    sidecar = stem(entry.name) + SIDECAR
+    others = [Path(folder, sidecar)] if sidecar in names and sidecar not in _MARKERS else []
+    for other in (*others, *source_files(Path(entry.path))[1:]):
+        found = other.stat()
+        parts.append((other.name, found.st_size, found.st_mtime_ns))
+    return Unit(entry.path, root, _stamp(parts, dataset), dataset, (), str(others[0]) if others else None)
+
+
+def _stamp(parts: list[tuple[str, int, int]], dataset: DatasetInfo) -> str:
+    text = json.dumps([parts, [dataset.name, *dataset.channels, dataset.modality]])
+    return hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
+
+
+def _dataset(folder: str, names: set[str]) -> DatasetInfo | None:
+    """What a folder's own description says of the data set in it; None without one."""
+    if not names.intersection(_MARKERS):
+        return None
+    facts: dict[str, Any] = {}
+    for marker in (m for m in _MARKERS if m in names and m.endswith(SIDECAR)):
+        try:
+            found = json.loads(Path(folder, marker).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue  # a description that cannot be read describes nothing; the volumes are examined all the same
+        facts = {**found, **facts} if isinstance(found, dict) else facts
+    names_of = facts.get("modality", facts.get("channel_names"))
+    channels = tuple(str(v) for v in names_of.values()) if isinstance(names_of, dict) else ()
+    name = facts.get("Name") or facts.get("name") or Path(folder).name
+    return DatasetInfo(str(name), channels if len(channels) > 1 else (), channels[0] if len(channels) == 1 else "")

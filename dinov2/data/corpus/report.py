@@ -1,0 +1,277 @@
+"""One HTML page about a datalist and its quarantine: counts, histograms, mid-slices, what was set aside. Opens offline.
+
+No path, file name or patient id is on the page, whatever the list has; data sets are named. Figures are inline SVG, mid-slices
+inline PNG.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import json
+import logging
+import math
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dinov2.data.datalist import Entry, read_datalist
+from dinov2.data.preprocess import slice_axis
+from dinov2.data.volumes.opening import open_volume
+from dinov2.errors import BadInput, BadVolume
+from dinov2.files import write_text
+
+logger = logging.getLogger(__name__)
+
+NUM_PICTURES = 48
+PICTURE_PIXELS = 150
+NUM_BINS = 24
+MAX_ROWS = 30  # of a table; the rest is counted in its last line
+_UNKNOWN = "not known"
+_LABEL_MAP = "label maps"
+_COLOURS = ("#3b6fb6", "#d98032", "#4f9d69", "#a457a8", "#b5484d", "#2f8f9d")
+_GREYS = {_UNKNOWN: "#8d96a0", _LABEL_MAP: "#c3c9d0"}
+_MEANINGS = {
+    "unreadable": "not an image, or damaged",
+    "truncated": "shorter than its header says",
+    "non_finite": "NaN or infinite voxels",
+    "constant": "all voxels are (nearly) the same",
+    "small_axis": "too few voxels along an axis",
+    "spacing": "no spacing, or one that cannot be",
+    "duplicate": "the same voxels as another volume",
+    "axes": "a fourth axis that nothing explains, or none",
+    "missing_slices": "slices are missing in a DICOM series, or unevenly spaced",
+    "mixed_slices": "slices of several kinds in a DICOM series",
+    "not_an_image": "a file of such a format without a volume",
+    "not_real_numbers": "colour or complex",
+    "permission": "may not be read",
+    "symlink_loop": "a link back to a folder above it",
+    "missing": "a link to nothing",
+    "sidecar": "the JSON file beside it cannot be used",
+    "unsupported": "a variant that is not read",
+    "reader_missing": "the library that reads it is not installed",
+}
+
+
+def write_report(list_path: Path, quarantine_path: Path, output: Path) -> None:
+    """Write the page.
+
+    Args:
+        list_path: From `dinov2 index` or `curate`; it may be empty.
+        quarantine_path: From `dinov2 index`.
+        output: The HTML file.
+
+    Raises:
+        BadInput: A list cannot be read, or the page cannot be written.
+    """
+    items = _read(list_path)
+    entries = read_datalist(list_path).entries if items else []
+    page = _page(entries, _read(quarantine_path))
+    try:
+        write_text(output, page)
+    except OSError as err:
+        raise BadInput(f"--report {output}: {err.strerror}: choose another file") from err
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as err:
+        raise BadInput(f"{path}: cannot be read ({err}): run `dinov2 index` first") from err
+
+
+def _page(entries: list[Entry], quarantine: list[dict[str, Any]]) -> str:
+    patients = {(e.extra.get("dataset"), e.extra["patient"]) for e in entries if "patient" in e.extra}
+    datasets = Counter(str(e.extra.get("dataset", _UNKNOWN)) for e in entries)
+    numbers = [
+        (f"{len(entries):,}", "volumes"),
+        (f"{len(datasets):,}", "data sets"),
+        (f"{len(patients):,}" if patients else "—", "patients known"),
+        (f"{_voxels(entries) / 1e9:.3g}", "billion voxels"),
+        (f"{len(quarantine):,}", "set aside"),
+    ]
+    tiles = "".join(f'<div class="tile"><b>{value}</b><span>{name}</span></div>' for value, name in numbers)
+    sections = [
+        ("Modalities and organs", _stacked_bars(entries)),
+        ("Data sets", _table(("data set", "volumes"), [(name, f"{n:,}") for name, n in datasets.most_common()])),
+        ("Size and spacing", _histograms(entries)),
+        ("Mid-slices", _contact_sheet(entries)),
+        ("Set aside", _quarantine(quarantine)),
+    ]
+    body = "".join(f"<section><h2>{title}</h2>{content}</section>" for title, content in sections)
+    return (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Corpus report</title><style>{_STYLE}</style></head>'
+        f'<body><main><h1>Corpus report</h1><div class="tiles">{tiles}</div>{body}</main></body></html>\n'
+    )
+
+
+def _voxels(entries: list[Entry]) -> int:
+    return sum(math.prod(e.shape[:3]) for e in entries)
+
+
+def _modality(entry: Entry) -> str:
+    return _LABEL_MAP if entry.extra.get("label_map") else str(entry.extra.get("modality", _UNKNOWN))
+
+
+def _stacked_bars(entries: list[Entry]) -> str:
+    """Counts by organ, in colours by modality (the paper's Fig. 1b)."""
+    counts: dict[str, Counter[str]] = defaultdict(Counter)
+    for entry in entries:
+        counts[str(entry.extra.get("organ", _UNKNOWN))][_modality(entry)] += 1
+    named = [name for name, _ in Counter(map(_modality, entries)).most_common() if name not in _GREYS]
+    modalities = [*named, *_GREYS]
+    colour = _GREYS | {name: _COLOURS[min(i, len(_COLOURS) - 1)] for i, name in enumerate(named)}
+    total = Counter(map(_modality, entries))
+    legend = "".join(
+        f'<span><i style="background:{colour[m]}"></i>{html.escape(m)} <b>{total[m]:,}</b></span>'
+        for m in modalities
+        if total[m]
+    )
+    longest = max((sum(c.values()) for c in counts.values()), default=1)
+    rows = []
+    for organ, by_modality in sorted(counts.items(), key=lambda item: -sum(item[1].values()))[:MAX_ROWS]:
+        parts = "".join(
+            f'<i style="width:{100 * by_modality[m] / longest:.2f}%;background:{colour[m]}" '
+            f'title="{html.escape(m)}: {by_modality[m]:,}"></i>'
+            for m in modalities
+            if by_modality[m]
+        )
+        count = f"{sum(by_modality.values()):,}"
+        rows.append(f'<div class="bar"><span>{html.escape(organ)}</span><div>{parts}</div><b>{count}</b></div>')
+    return f'<div class="legend">{legend}</div><div class="bars">{"".join(rows)}</div>'
+
+
+def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
+    shown = rows[:MAX_ROWS]
+    if len(rows) > len(shown):
+        shown = [*shown, (f"and {len(rows) - len(shown):,} more", *[""] * (len(head) - 1))]
+    cells = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in shown)
+    return f"<table><tr>{''.join(f'<th>{name}</th>' for name in head)}</tr>{cells}</table>"
+
+
+def _histograms(entries: list[Entry]) -> str:
+    known = [(e.shape[:3], e.spacing_mm) for e in entries if e.spacing_mm]
+    across = [slice_axis(spacing) for _, spacing in known]
+    in_plane = [max(n for i, n in enumerate(shape) if i != axis) for (shape, _), axis in zip(known, across, strict=True)]
+    spacing = [min(s for i, s in enumerate(mm) if i != axis) for (_, mm), axis in zip(known, across, strict=True)]
+    figures: list[tuple[str, Sequence[float], str]] = [
+        ("voxels in plane (longer side)", in_plane, ""),
+        ("slices", [shape[axis] for (shape, _), axis in zip(known, across, strict=True)], ""),
+        ("voxels along the smallest axis", [min(shape) for shape, _ in known], ""),
+        ("spacing in plane", spacing, " mm"),
+        ("distance of slices", [mm[axis] for (_, mm), axis in zip(known, across, strict=True)], " mm"),
+        ("longest extent", [max(n * s for n, s in zip(shape, mm, strict=True)) for shape, mm in known], " mm"),
+    ]
+    return f'<div class="figures">{"".join(_histogram(*figure) for figure in figures)}</div>'
+
+
+def _histogram(title: str, values: Iterable[float], unit: str) -> str:
+    """An SVG of equal bins, with the range and the median beneath."""
+    values = np.asarray(list(values), dtype=float)
+    if values.size == 0:
+        return ""
+    low, high = float(values.min()), float(values.max())
+    counts, _ = np.histogram(values, bins=NUM_BINS, range=(low, high) if high > low else (low - 0.5, low + 0.5))
+    width, height = 300, 90
+    step = width / NUM_BINS
+    bars = "".join(
+        f'<rect x="{i * step + 0.5:.1f}" y="{height * (1 - n / counts.max()):.1f}" width="{step - 1:.1f}" '
+        f'height="{height * n / counts.max():.1f}" rx="1"/>'
+        for i, n in enumerate(counts)
+        if n
+    )
+    axis = f"<span>{low:.4g}{unit}</span><span>median {np.median(values):.4g}{unit}</span><span>{high:.4g}{unit}</span>"
+    svg = f'<svg viewBox="0 0 {width} {height}" preserveAspectRatio="none" role="img">{bars}</svg>'
+    return f'<figure><figcaption>{title}</figcaption>{svg}<div class="axis">{axis}</div></figure>'
+
+
+def _contact_sheet(entries: list[Entry]) -> str:
+    """Mid-slices of volumes from all over the list; one that cannot be read any more is left out and said in the log."""
+    pictures = []
+    for entry in _spread(entries):
+        try:
+            data = base64.b64encode(_mid_slice(entry)).decode()
+        except BadVolume as err:
+            logger.warning("no picture: %s", err)
+            continue
+        shape = " x ".join(str(n) for n in entry.shape)
+        words = f"{_modality(entry)}, {entry.extra.get('organ', _UNKNOWN)}"
+        caption = f"{html.escape(words)}<br>{html.escape(str(entry.extra.get('dataset', '')))}<br>{shape}"
+        pictures.append(f'<figure><img alt="" src="data:image/png;base64,{data}"><figcaption>{caption}</figcaption></figure>')
+    return f'<div class="sheet">{"".join(pictures)}</div>'
+
+
+def _spread(entries: list[Entry]) -> list[Entry]:
+    """At most `NUM_PICTURES`, from every data set and modality in turn, evenly over each."""
+    groups: dict[tuple[Any, str], list[Entry]] = defaultdict(list)
+    for entry in entries:
+        groups[entry.extra.get("dataset"), _modality(entry)].append(entry)
+    per_group = math.ceil(NUM_PICTURES / max(1, len(groups)))
+    places = {key: np.unique(np.linspace(0, len(group) - 1, per_group).round().astype(int)) for key, group in groups.items()}
+    turns = [(turn, key, place) for key, found in places.items() for turn, place in enumerate(found)]
+    chosen = sorted(turns, key=lambda t: t[0])[:NUM_PICTURES]
+    return [groups[key][place] for _, key, place in sorted(chosen, key=lambda t: (str(t[1]), t[2]))]
+
+
+def _mid_slice(entry: Entry) -> bytes:
+    """A PNG of the slice in the middle, between the listed percentiles, in its true proportions."""
+    from matplotlib.image import imsave
+
+    raw = open_volume(entry)
+    axis = slice_axis(raw.spacing_mm)
+    plane = raw.read(0).take(raw.image.shape[axis] // 2, axis=axis)
+    low, high = entry.extra.get("percentiles", (float(np.nanmin(plane)), float(np.nanmax(plane))))
+    mm = [s for i, s in enumerate(raw.spacing_mm) if i != axis]
+    sides = [n * s for n, s in zip(plane.shape, mm, strict=True)]
+    pixels = [max(1, round(PICTURE_PIXELS * side / max(sides))) for side in sides]
+    rows, columns = (np.linspace(0, n - 1, p).round().astype(int) for n, p in zip(plane.shape, pixels, strict=True))
+    shown = np.nan_to_num(plane[np.ix_(rows, columns)], nan=low).T[::-1]
+    buffer = io.BytesIO()
+    imsave(buffer, shown, cmap="gray", vmin=low, vmax=max(high, low + 1e-9), format="png")
+    return buffer.getvalue()
+
+
+def _quarantine(rows: list[dict[str, Any]]) -> str:
+    """Counts by reason, and where to find each in the quarantine file: its number there, not its path."""
+    if not rows:
+        return "<p>Nothing: every file could be used.</p>"
+    numbers: dict[str, list[int]] = defaultdict(list)
+    for number, row in enumerate(rows, 1):
+        numbers[row["reason"]].append(number)
+    table = []
+    for reason, found in sorted(numbers.items(), key=lambda item: -len(item[1])):
+        shown = ", ".join(map(str, found[:12])) + (", ..." if len(found) > 12 else "")
+        table.append((reason, _MEANINGS.get(reason, ""), f"{len(found):,}", shown))
+    note = "<p>The last column counts the entries of the quarantine file, which has path and detail of each.</p>"
+    return _table(("reason", "meaning", "files", "entries"), table) + note
+
+
+_STYLE = """
+:root{--ink:#1c2530;--soft:#66717f;--line:#e3e7ec;--paper:#fff;--back:#f5f6f8;--bar:#3b6fb6}
+@media (prefers-color-scheme:dark){
+:root{--ink:#e6e9ed;--soft:#99a3af;--line:#333b45;--paper:#1d232b;--back:#14181e;--bar:#6f9fdd}}
+*{box-sizing:border-box}body{margin:0;background:var(--back);color:var(--ink);font:15px/1.5 system-ui,sans-serif}
+main{max-width:1080px;margin:0 auto;padding:32px 20px}h1{font-size:26px;margin:0 0 18px}h2{font-size:17px;margin:0 0 14px}
+section{background:var(--paper);border:1px solid var(--line);border-radius:10px;padding:20px;margin-top:18px}
+.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(140px,1fr));gap:12px}
+.tile{background:var(--paper);border:1px solid var(--line);border-radius:10px;padding:14px 16px}
+.tile b{display:block;font-size:24px;font-variant-numeric:tabular-nums}.tile span{color:var(--soft)}
+.legend{display:flex;flex-wrap:wrap;gap:18px;margin-bottom:12px}
+.legend i{display:inline-block;width:12px;height:12px;border-radius:3px;margin-right:7px;vertical-align:-1px}
+.bar{display:grid;grid-template-columns:110px 1fr 70px;gap:12px;align-items:center;margin:5px 0}
+.bar>span{text-align:right;color:var(--soft)}.bar>div{display:flex;height:20px;background:var(--back);border-radius:4px;overflow:hidden}
+.bar>b{font-variant-numeric:tabular-nums}
+table{border-collapse:collapse;width:100%}th{text-align:left;color:var(--soft);font-weight:500}
+td,th{padding:6px 12px 6px 0;border-bottom:1px solid var(--line);vertical-align:top}p{color:var(--soft);margin:12px 0 0}
+.figures{display:grid;grid-template-columns:repeat(auto-fit,minmax(280px,1fr));gap:22px}figure{margin:0}
+.figures svg{display:block;width:100%;height:90px;border-bottom:1px solid var(--soft)}rect{fill:var(--bar)}
+.figures figcaption{margin-bottom:8px}
+.axis{display:flex;justify-content:space-between;color:var(--soft);font-size:13px;margin-top:4px}
+.sheet{display:grid;grid-template-columns:repeat(auto-fill,minmax(150px,1fr));gap:14px}
+.sheet img{width:100%;height:150px;object-fit:contain;display:block;background:#000;border-radius:6px}
+.sheet figcaption{padding:6px 2px 0;font-size:12px;line-height:1.35;color:var(--soft)}
+"""

@@ -1,0 +1,1 @@
+"""Labelled data sets: recipes, lists, splits, prepared cases and their crops."""

@@ -1,0 +1,1 @@
+"""Files of any format to raw voxels with their place in the world."""

@@ -1,0 +1,170 @@
+"""Files to arrays: one 3D volume of any supported file, or a `BadVolume` that says what is wrong with it."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+
+from dinov2.data.datalist import Entry
+from dinov2.data.volumes.formats import format_of
+from dinov2.data.volumes.grids import farthest_corner_mm
+from dinov2.data.volumes.readers import READ_ERRORS, ImageFile, first_line
+from dinov2.errors import BadVolume
+
+SAME_PLACE = 0.5  # of the smallest voxel edge, by which the corners of files of one grid may lie apart
+
+
+@dataclass(frozen=True)
+class RawVolume:
+    """An opened file, voxels not read yet.
+
+    Attributes:
+        path: The file.
+        image: Its header.
+        spacing_mm: Of the first three axes.
+        num_times: Length of the time axis; 1 without one.
+        channel: Which channel is read; None without channels.
+    """
+
+    path: str
+    image: ImageFile
+    spacing_mm: tuple[float, float, float]
+    num_times: int
+    channel: int | None
+
+    @property
+    def affine(self) -> np.ndarray:
+        """[4, 4] stored voxel -> mm (RAS+), a copy; of a format without one, the spacing."""
+        own = self.image.affine
+        if own is None or not np.isfinite(own).all():
+            return np.diag([*self.spacing_mm, 1.0])
+        return np.array(own, dtype=np.float64)
+
+    def read(self, time: int = 0) -> np.ndarray:
+        """The voxels of one time point, [H, W, D] float32, axes as stored.
+
+        Raises:
+            BadVolume: The file is damaged.
+        """
+        try:
+            return self.image.read(time if self.channel is None else self.channel)
+        except BadVolume:
+            raise
+        except READ_ERRORS as err:
+            raise BadVolume(f"{self.path}: cannot be read: {first_line(err)}", _reason(err)) from err
+
+
+def open_image(path: str) -> ImageFile:
+    """Open a file of any supported format by its name; without a known ending, by its first bytes.
+
+    Raises:
+        BadVolume: Missing, of no such format, damaged, or shorter than its header says.
+    """
+    try:
+        return format_of(path).open(path)
+    except BadVolume:
+        raise
+    except READ_ERRORS as err:
+        if not Path(path).exists():
+            raise BadVolume(f"{path}: no such file", "missing") from err
+        if not os.access(path, os.R_OK, effective_ids=True):  # nibabel does not tell
+            raise BadVolume(f"{path}: permission denied", "permission") from err
+        raise BadVolume(f"{path}: cannot be opened: {first_line(err)}", _reason(err)) from err
+
+
+def _reason(err: BaseException) -> str:
+    return "permission" if isinstance(err, PermissionError) else "truncated" if isinstance(err, EOFError) else "unreadable"
+
+
+def open_volume(entry: Entry) -> RawVolume:
+    """Open the file of an entry and settle what its axes are.
+
+    Raises:
+        BadVolume: Missing, not an image, not 3D or 4D, a fourth axis that nothing explains, no usable spacing.
+    """
+    return raw_volume(entry, open_image(entry.image))
+
+
+def raw_volume(entry: Entry, image: ImageFile) -> RawVolume:
+    """What an entry makes of its opened file.
+
+    Raises:
+        BadVolume: As of `open_volume`.
+    """
+    path = entry.image
+    shape, dtype = image.shape, image.dtype
+    if not np.issubdtype(dtype, np.number) or np.issubdtype(dtype, np.complexfloating):
+        what = f"voxels of type {dtype} are not real numbers (colour and complex images are not supported)"
+        raise BadVolume(f"{path}: {what}", "not_real_numbers")
+    while len(shape) > 3 and shape[-1] == 1:  # trailing axes of length 1 carry nothing
+        shape = shape[:-1]
+    if len(shape) not in (3, 4):
+        what = f"has {len(shape)} axes {shape}, expected 3, or 4 with time or channels last"
+        raise BadVolume(f"{path}: {what}", "axes")
+    num_times, channel = 1, None
+    if len(shape) == 4:
+        num_times, channel = _fourth_axis(entry, image, shape[3])
+    spacing = entry.spacing_mm or image.spacing[:3]
+    if not spacing:
+        raise BadVolume(f"{path}: the format has no spacing: add it (mm) to the datalist's entry", "spacing")
+    if not all(math.isfinite(s) and s > 0 for s in spacing):
+        what = f"spacing {tuple(spacing)} is not positive: correct the header or the datalist's spacing"
+        raise BadVolume(f"{path}: {what}", "spacing")
+    if min(shape) == 0:
+        raise BadVolume(f"{path}: is empty, shape {shape}", "axes")
+    return RawVolume(path, image, tuple(spacing), num_times, channel)
+
+
+def _fourth_axis(entry: Entry, image: ImageFile, length: int) -> tuple[int, int | None]:
+    """(time points, channel) of a 4D file."""
+    if entry.axes == "xyzc" or (entry.axes is None and image.is_channels):
+        channel = entry.channel or 0
+        if channel >= length:
+            raise BadVolume(f"{entry.image}: channel {channel} of {length}: correct the datalist's channel", "axes")
+        return 1, channel
+    if entry.axes == "xyzt" or (len(image.spacing) > 3 and image.spacing[3] > 0):
+        return length, None
+    what = 'add "axes": "xyzt", or "axes": "xyzc" and "channel", to its datalist entry'
+    raise BadVolume(f"{entry.image}: fourth axis of {length} is neither time nor channels: {what}", "axes")
+
+
+def check_same_grid(first: RawVolume, other: RawVolume, pair: str) -> None:
+    """Same shape and the same place, voxel by voxel, to less than half of the smallest voxel edge.
+
+    So far each voxel of one file is the nearest one to the same voxel of the other, and putting one on the other's grid would
+    change nothing; headers that were rounded on their way lie hundredths of a millimetre apart.
+
+    Args:
+        first, other: Opened files.
+        pair: Both by name, as a message begins with them.
+
+    Raises:
+        BadVolume: Named with what differs.
+    """
+    shape, other_shape = (tuple(raw.image.shape[:3]) for raw in (first, other))
+    if shape != other_shape:
+        raise BadVolume(f"{pair}: shapes are {other_shape} and {shape}: resample one to the other's grid", "axes")
+    apart_mm = farthest_corner_mm(shape, first.affine, other.affine)
+    if apart_mm <= SAME_PLACE * min(first.spacing_mm):
+        return
+    axes, other_axes = ("".join(a or "?" for a in nib.aff2axcodes(raw.affine)) for raw in (first, other))
+    if axes != other_axes:
+        raise BadVolume(f"{pair}: orientations are {other_axes} and {axes}: save both in one orientation", "axes")
+    what = f"voxels lie up to {apart_mm:.3g} mm apart by their headers"
+    raise BadVolume(f"{pair}: {what}: resample one to the other's grid", "axes")
+
+
+def describe(path: str | Path) -> dict[str, Any]:
+    """The datalist entry of a file, from its header alone.
+
+    Raises:
+        BadVolume: It cannot be opened.
+    """
+    image = open_image(str(path))
+    return {"image": str(path), "shape": list(image.shape), "spacing": [round(z, 6) for z in image.spacing[:3]]}

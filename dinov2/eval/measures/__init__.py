@@ -1,0 +1,1 @@
+"""What frozen features know, without training a head of use."""

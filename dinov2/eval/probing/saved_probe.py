@@ -1,0 +1,129 @@
+"""A saved probe: the selected head, and what is needed to put a scan before it; `dinov2 classify`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from omegaconf import OmegaConf
+from torch import Tensor
+
+from dinov2.checkpointer.checkpointer import save_atomically
+from dinov2.checkpointer.teacher import RANDOM, open_teacher, open_weights
+from dinov2.configs.loader import typed_from
+from dinov2.data.downstream.cases import prepare_case
+from dinov2.data.downstream.crops import central_view
+from dinov2.data.downstream.lists import Item, stem
+from dinov2.data.downstream.recipes import Recipe
+from dinov2.distributed.precision import evaluation_autocast
+from dinov2.distributed.runtime import start_runtime
+from dinov2.errors import EXIT_BAD_INPUT, EXIT_OK, BadInput
+from dinov2.eval.metrics.classification import write_predictions
+from dinov2.eval.probing.linear_heads import Head
+from dinov2.eval.probing.parts import feature_layers
+from dinov2.eval.probing.training import Probe
+from dinov2.eval.run import Setting
+from dinov2.features.features import class_features
+from dinov2.features.setup import build_model_for_eval
+
+PROBE = "probe.pth"
+Say = Callable[[str], None]
+
+
+def save_probe(setting: Setting, probe: Probe, best: int) -> None:
+    """Write `probe.pth`: tensors and plain types; the backbone itself only where it was trained."""
+    weight, bias = probe.heads.head_weights(best)
+    head = probe.heads.heads[best]
+    meta = {
+        "config": OmegaConf.to_container(setting.cfg),
+        "recipe": dataclasses.asdict(setting.recipe),
+        "image_size": setting.request.image_size,
+        "head": dataclasses.asdict(head),
+        "weights": setting.weights,
+        "weights_sha256": setting.decisive["pretrained_weights"],
+        "validation_auc": probe.history[-1]["auc"],
+    }
+    backbone = {"backbone": probe.backbone.state_dict()} if probe.optimizer else {}
+    save_atomically({"weight": weight.cpu(), "bias": bias.cpu(), "meta": meta, **backbone}, setting.output_dir / PROBE)
+
+
+class SavedProbe:
+    """A probe ready for scans.
+
+    Args:
+        path: `probe.pth`.
+        weights: Of the backbone, as of `open_teacher`; None: where they were when the probe was made.
+
+    Raises:
+        BadInput: The file is no probe, or the backbone's weights are missing or others.
+    """
+
+    def __init__(self, path: str | Path, weights: str | None = None) -> None:
+        content = open_weights(path)
+        if not isinstance(content, dict) or not {"weight", "bias", "meta"} <= content.keys():
+            raise BadInput(f"{path}: no saved probe: give the probe.pth that linear3d.py wrote")
+        meta = content["meta"]
+        self.recipe, self.image_size = typed_from(Recipe, meta["recipe"], str(path)), meta["image_size"]
+        self.cfg = OmegaConf.create(meta["config"])
+        self.runtime = start_runtime(self.cfg.train.num_threads)
+        trained = content.get("backbone")
+        teacher = open_teacher(RANDOM if trained else weights or meta["weights"])
+        if not trained and teacher.identity() != meta["weights_sha256"]:
+            raise BadInput(f"{teacher.source}: not the weights that {path} was made with: give them as --pretrained-weights")
+        self.backbone = build_model_for_eval(self.cfg, teacher, self.runtime)
+        if trained:
+            self.backbone.load_state_dict(trained)
+        self.layers = feature_layers(self.backbone)
+        self.columns = Head(**meta["head"]).columns(self.layers, self.backbone.embed_dim)
+        self.weight, self.bias = (content[k].to(self.runtime.device) for k in ("weight", "bias"))
+
+    @torch.no_grad()
+    def __call__(self, images: Sequence[str | Path]) -> Tensor:
+        """Class probabilities [K] float64 of one scan, a file for each channel.
+
+        Raises:
+            BadInput: A file cannot be used.
+        """
+        case = prepare_case(Item(tuple(map(str, images)), None, stem(images[0])), self.recipe)
+        view = central_view(case.image, self.image_size)[None].to(self.runtime.device)
+        with evaluation_autocast(self.cfg, self.runtime.device.type):
+            features = class_features(self.backbone, view, self.layers)[:, self.columns]
+        return (features @ self.weight.T + self.bias)[0].double().softmax(-1).cpu()
+
+
+def classify(probe: Path, inputs: Sequence[Path], weights: str | None, output: Path | None, say: Say) -> int:
+    """Say each scan's class and probabilities; a file that cannot be used is said and the others go on.
+
+    Args:
+        probe: `probe.pth`.
+        inputs: Scans; with several channels the files of one.
+        weights: Of the backbone, where they are no longer where they were.
+        output: A table like `predictions.csv`.
+        say: Takes each line.
+
+    Returns:
+        The exit code: 2 where a scan could not be used.
+
+    Raises:
+        BadInput: The probe cannot be used.
+    """
+    saved = SavedProbe(probe, weights)
+    scans = [[path] for path in inputs] if saved.recipe.channels == 1 else [list(inputs)]
+    names, done, failed = saved.recipe.output_names, {}, 0
+    for scan in scans:
+        try:
+            p = saved(scan)
+        except BadInput as err:
+            failed += 1
+            say(f"{scan[0]}: not classified: {err}")
+            continue
+        done[str(scan[0])] = p
+        shown = ", ".join(f"{name} {value:.3f}" for name, value in zip(names, p.tolist(), strict=True))
+        say(f"{scan[0]}: {names[int(p.argmax())]} ({shown})")
+    if output and done:
+        table = torch.stack(list(done.values())).numpy()
+        columns = {f"p_{name}": table[:, k] for k, name in enumerate(names)}
+        write_predictions(output, list(done), [""] * len(done), columns)
+    return EXIT_BAD_INPUT if failed else EXIT_OK

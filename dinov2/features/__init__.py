@@ -1,0 +1,1 @@
+"""Features of scans from a frozen network."""
