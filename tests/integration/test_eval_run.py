@@ -23,7 +23,7 @@ from dinov2.data.downstream.cases import Cases
 from dinov2.distributed.runtime import Runtime
 from dinov2.errors import EXIT_BAD_INPUT, EXIT_OK, BadInput
 from dinov2.eval import run as evaluation
-from dinov2.eval.metrics.segmentation import classification as classification_metrics
+from dinov2.eval.metrics import classification as classification_metrics
 from dinov2.eval.metrics.statistics import bootstrap_interval
 from dinov2.eval.segmentation_3d import batches
 from dinov2.train.build import build

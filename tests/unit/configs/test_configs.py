@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 from dinov2.cli import main
 from dinov2.configs import ConfigError, config_keys, default_yaml, find_config, load_and_merge_config_3d
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 LISTS = [p for p in (ROOT / "configs").rglob("*.yaml") if re.search(r"^(stages|rules):", p.read_text(), re.M)]
 DATASETS = ROOT / "configs" / "eval" / "datasets"  # of another schema: tests/unit/data/downstream/test_recipes.py
 FOLDERS = (ROOT / "configs", ROOT / "dinov2" / "configs")

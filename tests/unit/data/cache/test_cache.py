@@ -20,10 +20,10 @@ import pytest
 import torch
 
 from dinov2.data import read_datalist, write_datalist
+from dinov2.data.cache import folder as cache_module
 from dinov2.data.cache.commands import build, stats, verify
 from dinov2.data.cache.file import DamagedItem, encode, open_item
 from dinov2.data.cache.folder import MANIFEST, VolumeCache
-from dinov2.data.cache.folder import folder as cache_module
 from dinov2.data.cache.store import VolumeStore, load_volume
 from dinov2.data.datalist import Datalist, Entry
 from dinov2.data.preprocess import Volume

@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 
 from dinov2.cli import main
+from dinov2.data.downstream import split as splitting
 from dinov2.data.downstream.lists import SPLITS, Item, read_downstream_datalist, with_tertiles
-from dinov2.data.downstream.lists import split as splitting
 from dinov2.data.downstream.recipes import load_recipe
 from dinov2.data.downstream.skull import looks_stripped, warn_of_skulls
 from dinov2.errors import BadInput
