@@ -21,7 +21,6 @@ from dinov2.data.corpus.index.command import IndexRequest, index
 from dinov2.data.datalist import Entry, read_datalist
 from dinov2.data.pool import default_workers
 from dinov2.demo.generate import TISSUES, Case, generate, write_list
-from dinov2.demo.pictures import draw_curves, draw_pca, draw_readout, pca_colours
 from dinov2.demo.readout import labelled_crops, read_out
 from dinov2.errors import EXIT_OK, EXIT_RESUMABLE, BadInput, BadVolume
 from dinov2.eval.measures.dense_readout import raw_features
@@ -34,6 +33,8 @@ from dinov2.logging.folder import locked_folder
 from dinov2.models import DinoVisionTransformer3d
 from dinov2.streams import Kind, stream
 from dinov2.train import train3d
+from dinov2.visual.cases import draw_patches, pca_colours
+from dinov2.visual.figures import draw_bars, draw_curves
 
 logger = logging.getLogger(__name__)
 
@@ -92,13 +93,13 @@ def show_encoder(backbone: DinoVisionTransformer3d, picture: Entry, output: Path
     """Draw what the demo encoder, which comes trained, makes of a volume."""
     say(f"1/5  features of an unseen volume by the encoder that comes with the package: {output / 'features.png'}")
     volume = VolumeStore([picture], 0).get(0, stream(0, Kind.SAMPLE, 0)).data
-    draw_pca(volume[0], {"demo encoder": colours(backbone, volume)}, SHIFT, output / "features.png")
+    draw_patches(volume[0].numpy(), {"demo encoder": colours(backbone, volume)}, SHIFT, output / "features.png")
 
 
-def colours(backbone: DinoVisionTransformer3d, volume: Tensor) -> Tensor:
+def colours(backbone: DinoVisionTransformer3d, volume: Tensor) -> np.ndarray:
     """[h, w, d, 3] of a volume [1, H, W, D], a cell every SHIFT voxels."""
     features = volume_features(backbone, volume, WINDOW, SHIFT)
-    return pca_colours(features, _foreground(volume[0], features.shape[:3]))
+    return pca_colours(features.numpy(), _foreground(volume[0], features.shape[:3]).numpy())
 
 
 def list_folder(folder: Path, output: Path, say: Say) -> Entry | None:
@@ -197,11 +198,11 @@ def draw(
     volume = VolumeStore([picture], 0).get(0, stream(0, Kind.SAMPLE, 0)).data
     networks = {"before training": build_model_for_eval(cfg, "random"), "after training": trained}
     maps = {name: colours(net, volume) for name, net in networks.items()}
-    draw_pca(volume[0], maps, SHIFT, output / "pca.png")
+    draw_patches(volume[0].numpy(), maps, SHIFT, output / "pca.png")
     results = {"tissue_share_correlation": {str(n): s for n, s in scores.items()}, "last_metrics": rows[-1]}
     write_json(output / "results.json", results)
     if scores:
-        draw_readout(scores, output / "readout.png")
+        draw_bars(scores, "correlation with the true tissue shares", output / "readout.png")
         say("\n" + "\n".join(summary(scores)))
     say(f"\npictures: {output / 'curves.png'}, {output / 'pca.png'}" + (f", {output / 'readout.png'}" if scores else ""))
     say(f"weights:  {output / 'run' / 'eval'}; everything else the run recorded is beside them")

@@ -6,14 +6,12 @@ inline PNG.
 
 from __future__ import annotations
 
-import base64
 import html
-import io
 import json
 import logging
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +22,12 @@ from dinov2.data.preprocess import slice_axis
 from dinov2.data.volumes.opening import open_volume
 from dinov2.errors import BadInput, BadVolume
 from dinov2.files import write_text
+from dinov2.visual.page import MAX_ROWS, histogram, page, picture, table
 
 logger = logging.getLogger(__name__)
 
 NUM_PICTURES = 48
 PICTURE_PIXELS = 150
-NUM_BINS = 24
-MAX_ROWS = 30  # of a table; the rest is counted in its last line
 _UNKNOWN = "not known"
 _LABEL_MAP = "label maps"
 _COLOURS = ("#3b6fb6", "#d98032", "#4f9d69", "#a457a8", "#b5484d", "#2f8f9d")
@@ -70,9 +67,8 @@ def write_report(list_path: Path, quarantine_path: Path, output: Path) -> None:
     """
     items = _read(list_path)
     entries = read_datalist(list_path).entries if items else []
-    page = _page(entries, _read(quarantine_path))
     try:
-        write_text(output, page)
+        write_text(output, _page(entries, _read(quarantine_path)))
     except OSError as err:
         raise BadInput(f"--report {output}: {err.strerror}: choose another file") from err
 
@@ -94,19 +90,14 @@ def _page(entries: list[Entry], quarantine: list[dict[str, Any]]) -> str:
         (f"{_voxels(entries) / 1e9:.3g}", "billion voxels"),
         (f"{len(quarantine):,}", "set aside"),
     ]
-    tiles = "".join(f'<div class="tile"><b>{value}</b><span>{name}</span></div>' for value, name in numbers)
     sections = [
         ("Modalities and organs", _stacked_bars(entries)),
-        ("Data sets", _table(("data set", "volumes"), [(name, f"{n:,}") for name, n in datasets.most_common()])),
+        ("Data sets", table(("data set", "volumes"), [(name, f"{n:,}") for name, n in datasets.most_common()])),
         ("Size and spacing", _histograms(entries)),
         ("Mid-slices", _contact_sheet(entries)),
         ("Set aside", _quarantine(quarantine)),
     ]
-    body = "".join(f"<section><h2>{title}</h2>{content}</section>" for title, content in sections)
-    return (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Corpus report</title><style>{_STYLE}</style></head>'
-        f'<body><main><h1>Corpus report</h1><div class="tiles">{tiles}</div>{body}</main></body></html>\n'
-    )
+    return page("Corpus report", numbers, sections)
 
 
 def _voxels(entries: list[Entry]) -> int:
@@ -145,14 +136,6 @@ def _stacked_bars(entries: list[Entry]) -> str:
     return f'<div class="legend">{legend}</div><div class="bars">{"".join(rows)}</div>'
 
 
-def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
-    shown = rows[:MAX_ROWS]
-    if len(rows) > len(shown):
-        shown = [*shown, (f"and {len(rows) - len(shown):,} more", *[""] * (len(head) - 1))]
-    cells = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in shown)
-    return f"<table><tr>{''.join(f'<th>{name}</th>' for name in head)}</tr>{cells}</table>"
-
-
 def _histograms(entries: list[Entry]) -> str:
     known = [(e.shape[:3], e.spacing_mm) for e in entries if e.spacing_mm]
     across = [slice_axis(spacing) for _, spacing in known]
@@ -166,27 +149,7 @@ def _histograms(entries: list[Entry]) -> str:
         ("distance of slices", [mm[axis] for (_, mm), axis in zip(known, across, strict=True)], " mm"),
         ("longest extent", [max(n * s for n, s in zip(shape, mm, strict=True)) for shape, mm in known], " mm"),
     ]
-    return f'<div class="figures">{"".join(_histogram(*figure) for figure in figures)}</div>'
-
-
-def _histogram(title: str, values: Iterable[float], unit: str) -> str:
-    """An SVG of equal bins, with the range and the median beneath."""
-    values = np.asarray(list(values), dtype=float)
-    if values.size == 0:
-        return ""
-    low, high = float(values.min()), float(values.max())
-    counts, _ = np.histogram(values, bins=NUM_BINS, range=(low, high) if high > low else (low - 0.5, low + 0.5))
-    width, height = 300, 90
-    step = width / NUM_BINS
-    bars = "".join(
-        f'<rect x="{i * step + 0.5:.1f}" y="{height * (1 - n / counts.max()):.1f}" width="{step - 1:.1f}" '
-        f'height="{height * n / counts.max():.1f}" rx="1"/>'
-        for i, n in enumerate(counts)
-        if n
-    )
-    axis = f"<span>{low:.4g}{unit}</span><span>median {np.median(values):.4g}{unit}</span><span>{high:.4g}{unit}</span>"
-    svg = f'<svg viewBox="0 0 {width} {height}" preserveAspectRatio="none" role="img">{bars}</svg>'
-    return f'<figure><figcaption>{title}</figcaption>{svg}<div class="axis">{axis}</div></figure>'
+    return f'<div class="figures">{"".join(histogram(*figure) for figure in figures)}</div>'
 
 
 def _contact_sheet(entries: list[Entry]) -> str:
@@ -194,14 +157,14 @@ def _contact_sheet(entries: list[Entry]) -> str:
     pictures = []
     for entry in _spread(entries):
         try:
-            data = base64.b64encode(_mid_slice(entry)).decode()
+            plane = _mid_slice(entry)
         except BadVolume as err:
             logger.warning("no picture: %s", err)
             continue
         shape = " x ".join(str(n) for n in entry.shape)
         words = f"{_modality(entry)}, {entry.extra.get('organ', _UNKNOWN)}"
         caption = f"{html.escape(words)}<br>{html.escape(str(entry.extra.get('dataset', '')))}<br>{shape}"
-        pictures.append(f'<figure><img alt="" src="data:image/png;base64,{data}"><figcaption>{caption}</figcaption></figure>')
+        pictures.append(picture(plane, caption))
     return f'<div class="sheet">{"".join(pictures)}</div>'
 
 
@@ -217,10 +180,8 @@ def _spread(entries: list[Entry]) -> list[Entry]:
     return [groups[key][place] for _, key, place in sorted(chosen, key=lambda t: (str(t[1]), t[2]))]
 
 
-def _mid_slice(entry: Entry) -> bytes:
-    """A PNG of the slice in the middle, between the listed percentiles, in its true proportions."""
-    from matplotlib.image import imsave
-
+def _mid_slice(entry: Entry) -> np.ndarray:
+    """The slice in the middle, between the listed percentiles as 0 and 1, in its true proportions."""
     raw = open_volume(entry)
     axis = slice_axis(raw.spacing_mm)
     plane = raw.read(0).take(raw.image.shape[axis] // 2, axis=axis)
@@ -230,9 +191,7 @@ def _mid_slice(entry: Entry) -> bytes:
     pixels = [max(1, round(PICTURE_PIXELS * side / max(sides))) for side in sides]
     rows, columns = (np.linspace(0, n - 1, p).round().astype(int) for n, p in zip(plane.shape, pixels, strict=True))
     shown = np.nan_to_num(plane[np.ix_(rows, columns)], nan=low).T[::-1]
-    buffer = io.BytesIO()
-    imsave(buffer, shown, cmap="gray", vmin=low, vmax=max(high, low + 1e-9), format="png")
-    return buffer.getvalue()
+    return ((shown - low) / max(high - low, 1e-9)).clip(0, 1)
 
 
 def _quarantine(rows: list[dict[str, Any]]) -> str:
@@ -242,36 +201,9 @@ def _quarantine(rows: list[dict[str, Any]]) -> str:
     numbers: dict[str, list[int]] = defaultdict(list)
     for number, row in enumerate(rows, 1):
         numbers[row["reason"]].append(number)
-    table = []
+    rows_shown = []
     for reason, found in sorted(numbers.items(), key=lambda item: -len(item[1])):
         shown = ", ".join(map(str, found[:12])) + (", ..." if len(found) > 12 else "")
-        table.append((reason, _MEANINGS.get(reason, ""), f"{len(found):,}", shown))
+        rows_shown.append((reason, _MEANINGS.get(reason, ""), f"{len(found):,}", shown))
     note = "<p>The last column counts the entries of the quarantine file, which has path and detail of each.</p>"
-    return _table(("reason", "meaning", "files", "entries"), table) + note
-
-
-_STYLE = """
-:root{--ink:#1c2530;--soft:#66717f;--line:#e3e7ec;--paper:#fff;--back:#f5f6f8;--bar:#3b6fb6}
-@media (prefers-color-scheme:dark){
-:root{--ink:#e6e9ed;--soft:#99a3af;--line:#333b45;--paper:#1d232b;--back:#14181e;--bar:#6f9fdd}}
-*{box-sizing:border-box}body{margin:0;background:var(--back);color:var(--ink);font:15px/1.5 system-ui,sans-serif}
-main{max-width:1080px;margin:0 auto;padding:32px 20px}h1{font-size:26px;margin:0 0 18px}h2{font-size:17px;margin:0 0 14px}
-section{background:var(--paper);border:1px solid var(--line);border-radius:10px;padding:20px;margin-top:18px}
-.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(140px,1fr));gap:12px}
-.tile{background:var(--paper);border:1px solid var(--line);border-radius:10px;padding:14px 16px}
-.tile b{display:block;font-size:24px;font-variant-numeric:tabular-nums}.tile span{color:var(--soft)}
-.legend{display:flex;flex-wrap:wrap;gap:18px;margin-bottom:12px}
-.legend i{display:inline-block;width:12px;height:12px;border-radius:3px;margin-right:7px;vertical-align:-1px}
-.bar{display:grid;grid-template-columns:110px 1fr 70px;gap:12px;align-items:center;margin:5px 0}
-.bar>span{text-align:right;color:var(--soft)}.bar>div{display:flex;height:20px;background:var(--back);border-radius:4px;overflow:hidden}
-.bar>b{font-variant-numeric:tabular-nums}
-table{border-collapse:collapse;width:100%}th{text-align:left;color:var(--soft);font-weight:500}
-td,th{padding:6px 12px 6px 0;border-bottom:1px solid var(--line);vertical-align:top}p{color:var(--soft);margin:12px 0 0}
-.figures{display:grid;grid-template-columns:repeat(auto-fit,minmax(280px,1fr));gap:22px}figure{margin:0}
-.figures svg{display:block;width:100%;height:90px;border-bottom:1px solid var(--soft)}rect{fill:var(--bar)}
-.figures figcaption{margin-bottom:8px}
-.axis{display:flex;justify-content:space-between;color:var(--soft);font-size:13px;margin-top:4px}
-.sheet{display:grid;grid-template-columns:repeat(auto-fill,minmax(150px,1fr));gap:14px}
-.sheet img{width:100%;height:150px;object-fit:contain;display:block;background:#000;border-radius:6px}
-.sheet figcaption{padding:6px 2px 0;font-size:12px;line-height:1.35;color:var(--soft)}
-"""
+    return table(("reason", "meaning", "files", "entries"), rows_shown) + note

@@ -7,10 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import matplotlib
 import numpy as np
-import torch
-from matplotlib.figure import Figure
 from torch import Tensor
 
 from dinov2.data.downstream.cases import Case, check_headers, prepare_case
@@ -18,7 +15,7 @@ from dinov2.data.downstream.crops import BACKGROUND
 from dinov2.data.downstream.lists import Item, read_downstream_datalist
 from dinov2.data.downstream.recipes import Recipe, load_recipe
 from dinov2.errors import EXIT_OK, BadInput
-from dinov2.files import replacing
+from dinov2.visual.cases import draw_case
 
 CLIPPED = 0.5  # share of the foreground at either end of the range above which the intensities look wrong
 OUTSIDE = 0.1  # share of the labelled voxels in the background above which image and label look apart
@@ -74,7 +71,7 @@ def check_recipe(name_or_path: str | Path, base_data_dir: Path, output_dir: Path
         case = prepare_case(item, recipe)
         found.append(describe_case(case, recipe))
         picture = output_dir / f"{case.name.replace(os.sep, '_')}.png"
-        draw_case(case, recipe, picture)
+        draw_prepared(case, recipe, picture)
         for line in (*found[-1].lines, f"  drawn: {picture}"):
             say(line)
     warnings = [w for findings in found for w in findings.warnings]
@@ -136,43 +133,8 @@ def _never_present(shares: Sequence[dict[str, float]]) -> list[str]:
     ]
 
 
-def draw_case(case: Case, recipe: Recipe, path: Path) -> None:
-    """Each channel in the three planes through the middle of what is labelled, the labels' outlines over it.
-
-    Args:
-        case: Prepared.
-        recipe: Its names are the legend.
-        path: PNG, written aside and renamed.
-    """
+def draw_prepared(case: Case, recipe: Recipe, path: Path) -> None:
+    """A prepared case with the outlines of its label map, if it has one, named by the recipe."""
     names = recipe.output_names if recipe.overlapping else recipe.output_names[1:]
-    masks = torch.zeros(0, *case.image.shape[1:]) if case.label is None else recipe.masks(case.label)[-len(names) :]
-    centre = _busiest(masks)
-    colours = [matplotlib.colormaps["tab20" if len(masks) > 10 else "tab10"](i % 20) for i in range(len(masks))]
-    figure = Figure(figsize=(9, 3.1 * len(case.image) + 0.5), layout="constrained", facecolor="black")
-    grid = figure.subplots(len(case.image), 3, squeeze=False)
-    for row, channel in zip(grid, case.image, strict=True):
-        for axis_index, axis in enumerate(row):
-            across = [s for i, s in enumerate(case.spacing_mm) if i != axis_index]
-            plane = channel.select(axis_index, centre[axis_index]).T.numpy()
-            axis.imshow(plane, cmap="gray", vmin=-1, vmax=1, origin="lower", aspect=across[1] / across[0])
-            for mask, colour in zip(masks, colours, strict=True):
-                outline = mask.select(axis_index, centre[axis_index]).T.numpy()
-                if outline.any():
-                    axis.contour(outline, levels=[0.5], colors=[colour], linewidths=1)
-            axis.set_axis_off()
-    present = [i for i, mask in enumerate(masks) if mask.any()]
-    handles = [figure.gca().plot([], [], color=colours[i], label=names[i])[0] for i in present]
-    if handles:
-        figure.legend(
-            handles=handles, loc="outside lower center", ncols=min(len(handles), 7), labelcolor="white", frameon=False
-        )
-    with replacing(path) as temporary:
-        figure.savefig(temporary, dpi=100, facecolor="black")
-
-
-def _busiest(masks: Tensor) -> list[int]:
-    """The plane across each axis with the most labelled voxels; the middle one without any."""
-    labelled = masks.any(0) if len(masks) else masks.new_zeros(masks.shape[1:], dtype=torch.bool)
-    if not labelled.any():
-        return [n // 2 for n in labelled.shape]
-    return [int(labelled.sum([a for a in range(3) if a != axis]).argmax()) for axis in range(3)]
+    masks = [] if case.label is None else recipe.masks(case.label)[-len(names) :].numpy()
+    draw_case(case.image.numpy(), dict(zip(names, masks, strict=False)), case.spacing_mm, path)

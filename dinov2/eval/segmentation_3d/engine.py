@@ -22,7 +22,7 @@ from tqdm import tqdm
 from dinov2.checkpointer.checkpointer import save_atomically
 from dinov2.checkpointer.teacher import open_weights
 from dinov2.data.downstream.cases import Case, Cases
-from dinov2.data.downstream.check import draw_case
+from dinov2.data.downstream.check import draw_prepared
 from dinov2.distributed import any_rank, barrier, is_main_process, mean_over_ranks
 from dinov2.distributed.precision import autocast, evaluation_dtype, grad_scaler
 from dinov2.distributed.runtime import Runtime
@@ -220,7 +220,7 @@ def validate(run: Run, cfg: DictConfig, task: Task, cases: Cases, loss: float, m
         save_segmentation(run.model, cfg, task, run.output_dir / BEST)
     masks = predict_masks(run.model, cases[0], task.recipe, *window)
     picture = run.output_dir / "validation_case.png"
-    draw_case(as_predicted(cases[0], masks, task), task.recipe, picture)
+    draw_prepared(as_predicted(cases[0], masks, task), task.recipe, picture)
     metrics.write_image("validation", picture, run.iteration)
 
 
@@ -271,5 +271,5 @@ def draw_worst(model: nn.Module, cases: Cases, scores: list[Score], window: tupl
         case = cases[index[name]]
         masks = predict_masks(model, case, task.recipe, *window)
         stem = f"{rank}_{Path(name).name}"
-        draw_case(case, task.recipe, folder / f"{stem}_truth.png")
-        draw_case(as_predicted(case, masks, task), task.recipe, folder / f"{stem}_prediction.png")
+        draw_prepared(case, task.recipe, folder / f"{stem}_truth.png")
+        draw_prepared(as_predicted(case, masks, task), task.recipe, folder / f"{stem}_prediction.png")

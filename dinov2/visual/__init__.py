@@ -1,0 +1,1 @@
+"""Pictures and pages: arrays in, PNG and HTML out; knows no case, list or network."""
