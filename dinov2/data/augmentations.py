@@ -92,12 +92,12 @@ class DataAugmentationDINO3d:
             spacing_mm: Along H, W, D.
 
         Returns:
-            `global_crops`, `global_crops_teacher` (the same), `local_crops`: lists of [1, s, s, s].
+            `global_crops`, `local_crops`: lists of [1, s, s, s].
         """
         crops = [torch.empty(1, size, size, size, dtype=self.dtype) for size, _, _ in self.crop_kinds]
         self.write(volume, crops, seed, spacing_mm)
         global_crops, local_crops = crops[:NUM_GLOBAL_CROPS], crops[NUM_GLOBAL_CROPS:]
-        return {"global_crops": global_crops, "global_crops_teacher": global_crops, "local_crops": local_crops}
+        return {"global_crops": global_crops, "local_crops": local_crops}
 
     def write(
         self,

@@ -28,7 +28,7 @@ from dinov2.features.encoder import load_encoder
 from dinov2.features.features import patch_features, volume_features
 from dinov2.features.setup import build_model_for_eval
 from dinov2.files import write_json
-from dinov2.logging import read_metrics, setup_logging
+from dinov2.logging import Say, read_metrics, setup_logging
 from dinov2.logging.folder import locked_folder
 from dinov2.models import DinoVisionTransformer3d
 from dinov2.streams import Kind, stream
@@ -45,8 +45,6 @@ UNTRAINED_SEEDS = (100, 101, 102)
 HELD_OUT_SHARE = 0.1
 SHIFT, WINDOW = 2, 16  # voxels between two colours of a PCA picture, and a window's edge
 ENCODER = "demo"
-
-Say = Callable[[str], None]
 
 
 def run_demo(output: Path, data: Path | None, seed: int, overrides: list[str], say: Say) -> int:

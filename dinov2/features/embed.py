@@ -10,7 +10,7 @@ import json
 import logging
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -32,6 +32,7 @@ from dinov2.features.embed_table import EmbeddingTable, Row
 from dinov2.features.encoder import Encoder
 from dinov2.features.scans import Scan, load_scan
 from dinov2.features.views import View
+from dinov2.logging import Say
 from dinov2.logging.folder import locked_folder
 from dinov2.signals import stop_requests
 
@@ -40,7 +41,6 @@ logger = logging.getLogger(__name__)
 FORMAT = 1
 FEW_SCANS = 16  # are loaded in this process: others take seconds to start
 MANY_PATCHES = 30_000  # in one pass: attention, quadratic in them, is then nearly all of the time, minutes a scan on a CPU
-Say = Callable[[str], None]
 Loaded = tuple[int, Scan | None, Row]  # place in the list, the scan, what is known of it or why there is none
 Stored = tuple[int, tuple[Path, str, np.ndarray] | None, Row]  # the same with the scan's voxels in a file, name and affine
 

@@ -1,6 +1,6 @@
 """Log format and the metric files of a run."""
 
 from dinov2.logging.metrics import MetricWriter, read_metrics
-from dinov2.logging.setup import setup_logging
+from dinov2.logging.setup import Say, setup_logging
 
-__all__ = ["MetricWriter", "read_metrics", "setup_logging"]
+__all__ = ["MetricWriter", "Say", "read_metrics", "setup_logging"]

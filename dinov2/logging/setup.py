@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
+Say = Callable[[str], None]  # takes a line of a command's output, as opposed to its log
 FORMAT = "%(asctime)s %(levelname).1s %(name)s: %(message)s"
 
 

@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 from functools import lru_cache
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -244,8 +245,9 @@ def _gibbs_mask(n: int, alpha: float) -> Tensor:
     Only the frequencies below `low` along each axis, of which some are kept, k = 2 low - 1 of n; all where they are many.
     """
     radius = (1 - alpha) * n * 2**0.5 / 2
-    nearest = torch.minimum(*_squared_distances(n))
-    low = max(1, int((nearest[: n // 2 + 1] + 2 * nearest[0] <= radius**2).sum()))
+    distance = abs(np.arange(n // 2 + 1) - (0.5 if n % 2 == 0 else 0.0))  # of the nearer of a frequency and its mirror image
+    reach = radius**2 * (1 + 1e-6) - 2 * distance[0] ** 2  # with room for what float32 rounds; no device is asked
+    low = max(1, int((distance**2 <= reach).sum()))
     is_whole = 3 * low > n  # cutting them out would take longer
     low = n // 2 + 1 if is_whole else low
     places = torch.arange(n) if is_whole else torch.arange(1 - low, low).roll(1 - low)

@@ -120,12 +120,11 @@ class SSLMetaArch(nn.Module):
         for i, (micro_batch, target) in enumerate(zip(batches, targets, strict=True)):
             with self.gradient_sync(i == len(batches) - 1):
                 student = self.student_outputs(micro_batch)
-                losses, weighted_total = self.losses(student, target, micro_batch)
-                self.grad_scaler.scale(weighted_total / len(batches)).backward()
+                losses = self.losses(student, target, micro_batch)
+                self.grad_scaler.scale(self.weighted_sum(losses) / len(batches)).backward()
             # so that the mean over micro-batches and ranks is the mean over all masked patches
-            losses["ibot_cross_entropy"] = losses["ibot_cross_entropy"] * (len(target.patch) / mean_masked).to(
-                weighted_total.dtype
-            )
+            share = (len(target.patch) / mean_masked).to(losses["ibot_loss"].dtype)
+            losses["ibot_cross_entropy"] = losses["ibot_cross_entropy"] * share
             if monitor:
                 losses["student_entropy"] = mean_entropy(student.global_cls.detach())
             logged.append({k: v.detach() for k, v in losses.items()})
@@ -177,33 +176,36 @@ class SSLMetaArch(nn.Module):
         global_cls_scores, local_cls_scores = cls.split([NUM_GLOBAL_CROPS, len(cls) - NUM_GLOBAL_CROPS])
         return StudentOutputs(global_cls_scores, local_cls_scores, patch, before_head)
 
-    def losses(self, student: StudentOutputs, target: Targets, batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
-        """The terms as they are logged, and the weighted sum that is differentiated.
+    def losses(self, student: StudentOutputs, target: Targets, batch: Batch) -> dict[str, Tensor]:
+        """The terms as they are logged, and their sum.
 
-        DINOv2 pairs every student crop with the teacher's *other* global crops: T = 2 + 2L pairs of crops. A KoLeo or
-        iBOT term enters the sum with the two global crops added, and is logged as their mean.
+        DINOv2 pairs every student crop with the teacher's *other* global crops: T = 2 + 2L pairs of crops. KoLeo and iBOT are
+        means over the two global crops.
         """
         cfg = self.cfg
         num_pairs = NUM_GLOBAL_CROPS * (NUM_GLOBAL_CROPS - 1) + NUM_GLOBAL_CROPS * len(student.local_cls)
         dino_local = dino_loss(student.local_cls, target.cls, math=self.row_math) / num_pairs
         dino_global = dino_loss(student.global_cls, target.cls, True, self.row_math) / num_pairs
-        koleo = cfg.dino.koleo_loss_weight * sum(
-            koleo_loss(x, all_ranks=cfg.dino.koleo_distributed) for x in student.global_cls_before_head
-        )
+        koleo = sum(koleo_loss(x, all_ranks=cfg.dino.koleo_distributed) for x in student.global_cls_before_head)
         ibot, ibot_cross_entropy = ibot_loss(
             student.patch, target.patch, batch["masks_weight"], len(batch["collated_masks"]), self.row_math
         )
-        total = cfg.dino.loss_weight * (dino_local + dino_global) + koleo + cfg.ibot.loss_weight * ibot
-        logged = {
+        losses = {
             "dino_local_crops_loss": dino_local,
             "dino_global_crops_loss": dino_global,
-            "koleo_loss": koleo / NUM_GLOBAL_CROPS,
+            "koleo_loss": cfg.dino.koleo_loss_weight * koleo / NUM_GLOBAL_CROPS,
             "ibot_loss": ibot / NUM_GLOBAL_CROPS,
         }
-        logged["total_loss"] = sum(logged.values())
-        logged["dino_cross_entropy"] = dino_local + dino_global
-        logged["ibot_cross_entropy"] = ibot_cross_entropy
-        return logged, total
+        losses["total_loss"] = sum(losses.values())
+        losses["dino_cross_entropy"] = dino_local + dino_global
+        losses["ibot_cross_entropy"] = ibot_cross_entropy
+        return losses
+
+    def weighted_sum(self, losses: dict[str, Tensor]) -> Tensor:
+        """What is differentiated: KoLeo and iBOT count once for each of the global crops, as in DINOv2."""
+        dino, ibot = self.cfg.dino.loss_weight, self.cfg.ibot.loss_weight
+        of_images = dino * (losses["dino_local_crops_loss"] + losses["dino_global_crops_loss"])
+        return of_images + NUM_GLOBAL_CROPS * (losses["koleo_loss"] + ibot * losses["ibot_loss"])
 
     @torch.no_grad()
     def update_teacher(self, momentum: float, skip: Tensor | None = None) -> None:

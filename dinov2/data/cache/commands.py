@@ -6,7 +6,7 @@ import logging
 import math
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures.process import BrokenProcessPool
 from functools import lru_cache, partial
 from pathlib import Path
@@ -20,12 +20,12 @@ from dinov2.data.cache.store import count_times, load_volume
 from dinov2.data.datalist import Datalist, Entry
 from dinov2.data.pool import unordered
 from dinov2.errors import EXIT_BAD_INPUT, EXIT_OK, EXIT_RESUMABLE, BadInput, BadVolume
+from dinov2.logging import Say
 
 logger = logging.getLogger(__name__)
 
 NUM_SAMPLED = 8  # volumes whose compression the forecast rests on
 GIB = 2**30
-Say = Callable[[str], None]
 
 
 class Built(NamedTuple):

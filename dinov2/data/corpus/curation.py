@@ -20,7 +20,6 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,8 +30,8 @@ from dinov2.configs import find_config
 from dinov2.configs.errors import nearest
 from dinov2.data.datalist import Entry, read_datalist, write_datalist
 from dinov2.errors import EXIT_OK, BadInput
+from dinov2.logging import Say
 
-Say = Callable[[str], None]
 ACTIONS = ("drop", "slices_above", "keep_share", "keep_patients", "volumes_per_patient")
 _EXPECTED = ("total", "modality", "datasets", "slices_above_48")
 _HIGH_RES_SLICES = 48

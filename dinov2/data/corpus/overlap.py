@@ -7,7 +7,6 @@ Patients are told by data set and id (or its hash: lists to be compared need the
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,13 +16,13 @@ from tqdm import tqdm
 from dinov2.data.corpus.index.examine import content_sha
 from dinov2.data.datalist import Entry, read_datalist
 from dinov2.errors import EXIT_BAD_INPUT, EXIT_OK, BadInput, BadVolume
+from dinov2.logging import Say
 
 if TYPE_CHECKING:  # weights bring torch, which comparing two lists can do without
     from dinov2.checkpointer.teacher import Teacher
 
 logger = logging.getLogger(__name__)
 
-Say = Callable[[str], None]
 TRAINED_ON = "trained_on"  # of a checkpoint's meta
 SHA_CHARS = 16  # 64 bits of each: a chance match among 100,000 and 10,000 scans has odds of 1 in 10^10
 _SHOWN = 10

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,13 +15,13 @@ from dinov2.data.downstream.crops import BACKGROUND
 from dinov2.data.downstream.lists import Item, read_downstream_datalist
 from dinov2.data.downstream.recipes import Recipe, load_recipe
 from dinov2.errors import EXIT_OK, BadInput
+from dinov2.logging import Say
 from dinov2.visual.cases import draw_case
 
 CLIPPED = 0.5  # share of the foreground at either end of the range above which the intensities look wrong
 OUTSIDE = 0.1  # share of the labelled voxels in the background above which image and label look apart
 ANISOTROPY = 4.0  # coarsest spacing over finest above which a cube of voxels is a flat box of tissue
 SMALL = 32  # voxels along an axis below which crops are mostly padding
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -27,9 +27,9 @@ from dinov2.eval.probing.training import Probe
 from dinov2.eval.run import Setting
 from dinov2.features.features import class_features
 from dinov2.features.setup import build_model_for_eval
+from dinov2.logging import Say
 
 PROBE = "probe.pth"
-Say = Callable[[str], None]
 
 
 def save_probe(setting: Setting, probe: Probe, best: int) -> None:

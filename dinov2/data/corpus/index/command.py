@@ -7,7 +7,7 @@ import json
 import logging
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -25,13 +25,13 @@ from dinov2.data.pool import unordered
 from dinov2.data.volumes.formats import FORMAT_NAMES
 from dinov2.errors import EXIT_OK, EXIT_RESUMABLE, BadInput
 from dinov2.files import write_text
+from dinov2.logging import Say
 from dinov2.signals import stop_requests
 
 logger = logging.getLogger(__name__)
 
 UNITS_PER_BATCH = 8  # handed to a process at a time
 FEW_UNITS = 16  # are done in this process: others take seconds to start
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)

@@ -245,7 +245,7 @@ def test_the_operators_refuse_what_they_cannot_take_before_any_kernel(
     call: Callable[[Tensor], Tensor], words: str, is_compiled: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No kernel of either implementation is reached: an exception that crosses C++ has ended a process with one compiler."""
-    monkeypatch.setattr(ops, "_is_compiled", lambda: is_compiled)
+    monkeypatch.setattr(ops, "COMPILED_FOR", frozenset(["cpu"] if is_compiled else []))
     volume = voxels(6, 5, 7)
     called = CalledOperators()
     with pytest.raises(ValueError, match=words), called:
