@@ -25,7 +25,7 @@ from dinov2.errors import BadInput, BadVolume
 from dinov2.features.scans import Scan, bare_volumes, load_scan
 from dinov2.features.setup import build_model_for_eval, config_for
 from dinov2.features.views import View, look
-from dinov2.models import DinoVisionTransformer3d
+from dinov2.models.backbone import Backbone
 from dinov2.models.vision_transformer import FACTORIES
 from dinov2.models.weights import plain_names
 
@@ -69,7 +69,7 @@ class Encoder:
 
     def __init__(
         self,
-        backbone: DinoVisionTransformer3d,
+        backbone: Backbone,
         preprocessing: Mapping[str, Any] = PREPROCESSING,
         dtype: torch.dtype = torch.float32,
         licence: str | None = None,

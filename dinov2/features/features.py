@@ -8,11 +8,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dinov2.models import DinoVisionTransformer3d
+from dinov2.models.backbone import Backbone
 
 
 @torch.inference_mode()
-def patch_features(backbone: DinoVisionTransformer3d, windows: Tensor, layers: int = 4, batch_size: int = 32) -> Tensor:
+def patch_features(backbone: Backbone, windows: Tensor, layers: int = 4, batch_size: int = 32) -> Tensor:
     """Normed patch tokens of the last layers side by side.
 
     Args:
@@ -32,7 +32,7 @@ def patch_features(backbone: DinoVisionTransformer3d, windows: Tensor, layers: i
     return torch.cat(out)
 
 
-def class_features(backbone: DinoVisionTransformer3d, images: Tensor, layers: int = 4) -> Tensor:
+def class_features(backbone: Backbone, images: Tensor, layers: int = 4) -> Tensor:
     """Normed class tokens of the last layers in their order, then the mean of the last layer's patch tokens.
 
     Channels pass one by one and are averaged. Gradients are followed where they are wanted.
@@ -51,7 +51,7 @@ def class_features(backbone: DinoVisionTransformer3d, images: Tensor, layers: in
 
 
 @torch.inference_mode()
-def volume_features(backbone: DinoVisionTransformer3d, volume: Tensor, window: int, shift: int, batch_size: int = 64) -> Tensor:
+def volume_features(backbone: Backbone, volume: Tensor, window: int, shift: int, batch_size: int = 64) -> Tensor:
     """Last-layer patch features of a whole volume by overlapping windows, on a grid finer than the patches.
 
     Windows start every half window, and again at every offset that is a multiple of `shift` below the patch size; where

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dinov2.distributed.precision import autocast
 from dinov2.errors import BadInput
-from dinov2.models import DinoVisionTransformer3d
+from dinov2.models.backbone import Backbone
 
 MODES = ("full_image", "resize", "sliding_window")
 
@@ -47,14 +47,14 @@ class View:
         if self.layers < 1 or self.batch_size < 1:
             raise BadInput(f"layers {self.layers} and batch size {self.batch_size}: both must be at least 1")
 
-    def fitted(self, backbone: DinoVisionTransformer3d) -> int:
+    def fitted(self, backbone: Backbone) -> int:
         """The edge for a network.
 
         Raises:
             BadInput: Not a multiple of its patch size, or more layers than it has.
         """
-        p, depth = backbone.patch_size, len(backbone.block_list)
-        size = self.size or p * backbone.grid_hwd[0]
+        p, depth = backbone.patch_size, backbone.num_layers
+        size = self.size or backbone.input_size
         if size % p or size < p:
             raise BadInput(f"size {size}: must be a multiple of the network's patch size {p}")
         if self.layers > depth:
@@ -77,7 +77,7 @@ class Tokens(NamedTuple):
 
 
 @torch.no_grad()  # not inference mode: a probe may be trained on the result
-def look(backbone: DinoVisionTransformer3d, volumes: Tensor, view: View, dtype: torch.dtype = torch.float32) -> Tokens:
+def look(backbone: Backbone, volumes: Tensor, view: View, dtype: torch.dtype = torch.float32) -> Tokens:
     """Tokens of volumes of one channel.
 
     Args:
@@ -106,7 +106,7 @@ def look(backbone: DinoVisionTransformer3d, volumes: Tensor, view: View, dtype: 
     return Tokens(torch.cat([cls for cls, _ in parts]), torch.cat([patch for _, patch in parts]), step)
 
 
-def _pass(backbone: DinoVisionTransformer3d, volumes: Tensor, layers: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _pass(backbone: Backbone, volumes: Tensor, layers: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """[B, E] and [B, h, w, d, n * E] of one forward pass."""
     device = next(backbone.parameters()).device
     with autocast(device.type, dtype):
@@ -115,9 +115,7 @@ def _pass(backbone: DinoVisionTransformer3d, volumes: Tensor, layers: int, dtype
     return outputs[-1][1].float(), patch.float()
 
 
-def _slide(
-    backbone: DinoVisionTransformer3d, volumes: Tensor, size: int, view: View, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
+def _slide(backbone: Backbone, volumes: Tensor, size: int, view: View, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """As `_pass`, by windows that start at whole patches; along a short axis a window is as long as the volume."""
     p, lengths = backbone.patch_size, volumes.shape[2:]
     edges = [min(size, n) for n in lengths]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from omegaconf import DictConfig
 
 from dinov2.models import vision_transformer as vits
+from dinov2.models.backbone import Backbone
 from dinov2.models.vision_transformer import DinoVisionTransformer3d
 
 
@@ -38,4 +39,4 @@ def build_backbone(cfg: DictConfig, teacher: bool = False, attention: str = "sdp
     )
 
 
-__all__ = ["DinoVisionTransformer3d", "build_backbone"]
+__all__ = ["Backbone", "DinoVisionTransformer3d", "build_backbone"]

@@ -117,6 +117,19 @@ class DinoVisionTransformer3d(nn.Module):
         """The blocks in order, whether their names are chunked or flat."""
         return [b for b in self.blocks.modules() if isinstance(b, Block)]
 
+    @property
+    def num_layers(self) -> int:
+        return len(self.block_list)
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        return 1 + self.num_register_tokens
+
+    @property
+    def input_size(self) -> int:
+        """Edge of the volumes that positions are laid out for (voxels)."""
+        return self.patch_size * self.grid_hwd[0]
+
     def interpolate_pos_encoding(self, grid_hwd: tuple[int, int, int]) -> Tensor:
         """Learned positions brought trilinearly to another grid: [1, 1 + N, E], the class token's first."""
         if grid_hwd == self.grid_hwd:

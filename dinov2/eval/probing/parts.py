@@ -22,7 +22,7 @@ from dinov2.errors import BadInput
 from dinov2.eval.probing.linear_heads import LAYER_CHOICES
 from dinov2.eval.run import Setting
 from dinov2.features.features import class_features
-from dinov2.models import DinoVisionTransformer3d
+from dinov2.models.backbone import Backbone
 
 
 def require_every_class(items: Sequence[Item], recipe: Recipe, part: str) -> None:
@@ -43,13 +43,13 @@ def training_items(cases: Cases, percent: int, seed: int) -> Cases:
     return Cases(items, cases.recipe, cache_dir=folder)
 
 
-def feature_layers(backbone: DinoVisionTransformer3d) -> int:
+def feature_layers(backbone: Backbone) -> int:
     """Layers whose class tokens features hold: four, or all of a shallower network."""
-    return min(max(LAYER_CHOICES), len(backbone.block_list))
+    return min(max(LAYER_CHOICES), backbone.num_layers)
 
 
 @torch.no_grad()
-def part_features(setting: Setting, backbone: DinoVisionTransformer3d, cases: Cases, part: str) -> Tensor:
+def part_features(setting: Setting, backbone: Backbone, cases: Cases, part: str) -> Tensor:
     """Features [n, F] of the middle of every case, on the CPU; the ranks share the work, every one has all.
 
     Raises:
