@@ -114,12 +114,6 @@ def test_a_run_of_queries_adds_to_memory_once_for_each_voxel_that_it_passes(host
         assert int(result.stderr) == additions
 
 
-@pytest.fixture(params=["lanes", "vectors"])
-def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setenv("DINOV2_MSDA_CUDA", request.param)
-    return request.param
-
-
 def on_gpu(arguments: Arguments) -> Arguments:
     return tuple(x.detach().cuda().requires_grad_() if isinstance(x, Tensor) else x for x in arguments)
 
@@ -132,7 +126,7 @@ def test_a_gpu_runs_the_cuda_kernels() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("channels", [1, 4, 20, 32, 70, 264])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
-def test_cuda_agrees_with_the_cpu_and_with_the_reference(dtype: torch.dtype, channels: int, kernels: str) -> None:
+def test_cuda_agrees_with_the_cpu_and_with_the_reference(dtype: torch.dtype, channels: int) -> None:
     """Sums of float32 in another order: 1e-4; a half-precision value or result may round to its other neighbour: eps."""
     eps = {torch.float64: 1e-10, torch.float32: 1e-4}.get(dtype, torch.finfo(dtype).eps)
     args = along_lines(make_arguments(queries=300, channels=channels, dtype=dtype))
@@ -149,7 +143,7 @@ def test_cuda_agrees_with_the_cpu_and_with_the_reference(dtype: torch.dtype, cha
 
 
 @pytest.mark.gpu
-def test_cuda_takes_memory_that_vectors_cannot_be_read_from(kernels: str) -> None:
+def test_cuda_takes_memory_that_vectors_cannot_be_read_from() -> None:
     args = on_gpu(make_arguments(channels=32, dtype=torch.float32))
     shifted = torch.empty(args[0].numel() + 1, device="cuda")[1:].view(args[0].shape).copy_(args[0].detach()).requires_grad_()
     assert shifted.is_contiguous() and shifted.data_ptr() % 16
@@ -160,7 +154,7 @@ def test_cuda_takes_memory_that_vectors_cannot_be_read_from(kernels: str) -> Non
 
 
 @pytest.mark.gpu
-def test_cuda_sums_many_queries_of_many_blocks(kernels: str) -> None:
+def test_cuda_sums_many_queries_of_many_blocks() -> None:
     """Enough of them that blocks take several turns, and groups runs of several queries."""
     args = make_arguments(2, [(9, 8, 7)], queries=30_000, heads=8, channels=32, points=2, dtype=torch.float32)
     args = on_gpu(along_lines(args))
@@ -171,7 +165,7 @@ def test_cuda_sums_many_queries_of_many_blocks(kernels: str) -> None:
 
 
 @pytest.mark.gpu
-def test_cuda_takes_permuted_memory_and_empty_batches(kernels: str) -> None:
+def test_cuda_takes_permuted_memory_and_empty_batches() -> None:
     args = on_gpu(make_arguments(dtype=torch.float32))
     permuted = [x if isinstance(x, list) else x.detach().transpose(0, -1).contiguous().transpose(0, -1) for x in args]
     torch.testing.assert_close(ms_deform_attn_3d(*permuted), ms_deform_attn_3d(*args))
@@ -182,7 +176,7 @@ def test_cuda_takes_permuted_memory_and_empty_batches(kernels: str) -> None:
 
 
 @pytest.mark.gpu
-def test_cuda_counts_beyond_two_to_the_31(kernels: str) -> None:
+def test_cuda_counts_beyond_two_to_the_31() -> None:
     shape, heads, channels = (512, 256, 260), 2, 32
     if torch.cuda.mem_get_info()[0] < 24 * 2**30:
         pytest.skip("needs 24 GiB of free GPU memory")
@@ -198,3 +192,36 @@ def test_cuda_counts_beyond_two_to_the_31(kernels: str) -> None:
     )
     out.sum().backward()
     assert (value.grad[0, -1] > 0.99).all() and value.grad[0, 0].abs().max() == 0
+
+
+def with_a_level_of_zeros(arguments: Arguments, num_voxels: int) -> Arguments:
+    """The same results from one level more, the first, whose points are nowhere."""
+    value, shapes, locations, weights = (x.detach() if isinstance(x, Tensor) else x for x in arguments)
+    large = value.new_zeros(value.shape[0], num_voxels + value.shape[1], *value.shape[2:])
+    large[:, num_voxels:] = value
+    nowhere = torch.full_like(locations[:, :, :, :1], float("nan"))
+    locations = torch.cat([nowhere, locations], 3)
+    weights = torch.cat([torch.ones_like(weights[:, :, :, :1]), weights], 3)
+    levels = [(num_voxels, 1, 1), *shapes]
+    return large.requires_grad_(), levels, locations.requires_grad_(), weights.requires_grad_()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("channels", [1, 20, 32, 264])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_cuda_kernels_for_any_size_agree_with_those_for_less_than_two_to_the_31(dtype: torch.dtype, channels: int) -> None:
+    """A level of zeros that no point lies in makes the same volume one that the vectorised kernels do not take."""
+    args = on_gpu(along_lines(make_arguments(1, queries=300, channels=channels, dtype=dtype)))
+    zeros = 2**31 // (args[0].shape[2] * channels) + 1
+    needed = 2**31 * (2 * dtype.itemsize + (0 if dtype.itemsize > 2 else 4)) + 4 * 2**30
+    if torch.cuda.mem_get_info()[0] < needed:
+        pytest.skip(f"needs {needed / 2**30:.0f} GiB of free GPU memory")
+    large = with_a_level_of_zeros(args, zeros)
+    out, expected = ms_deform_attn_3d(*large), ms_deform_attn_3d(*args)
+    eps = {torch.float64: 1e-10, torch.float32: 1e-4}.get(dtype, torch.finfo(dtype).eps)
+    torch.testing.assert_close(out, expected, rtol=eps, atol=eps)
+    value, locations, weights = gradients(out, large)
+    assert not value[:, :zeros].any() and not locations[:, :, :, 0].any() and not weights[:, :, :, 0].any()
+    parts = (value[:, zeros:], locations[:, :, :, 1:], weights[:, :, :, 1:])
+    for got, wanted in zip(parts, gradients(expected, args), strict=True):
+        torch.testing.assert_close(got, wanted, rtol=eps, atol=eps)

@@ -8,8 +8,6 @@
 #include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
 
-#include <cstdlib>
-#include <string_view>
 #include <tuple>
 
 #include "../checks.h"
@@ -31,12 +29,6 @@ Stored stored_type(at::ScalarType type) {
   }
 }
 
-// DINOV2_MSDA_CUDA=lanes|vectors, to compare them; vectors otherwise.
-Kernels chosen_kernels() {
-  const char* name = std::getenv("DINOV2_MSDA_CUDA");
-  return name != nullptr && std::string_view(name) == "lanes" ? Kernels::lanes : Kernels::vectors;
-}
-
 void check_launch(cudaError_t error, const char* name) {
   TORCH_CHECK(error == cudaSuccess, name, ": the CUDA kernel could not be started: ", cudaGetErrorString(error));
 }
@@ -47,8 +39,8 @@ at::Tensor forward(const at::Tensor& value, at::IntArrayRef spatial_shapes, cons
   const c10::cuda::CUDAGuard guard(value.device());
   const at::Tensor v = value.contiguous(), l = sampling_locations.contiguous(), w = attention_weights.contiguous();
   at::Tensor out = at::empty({x.batch, x.queries, x.heads * x.channels}, v.options());
-  check_launch(launch_sample(chosen_kernels(), stored_type(v.scalar_type()), x, v.const_data_ptr(), l.const_data_ptr(),
-                             w.const_data_ptr(), out.mutable_data_ptr(), c10::cuda::getCurrentCUDAStream()),
+  check_launch(launch_sample(stored_type(v.scalar_type()), x, v.const_data_ptr(), l.const_data_ptr(), w.const_data_ptr(),
+                             out.mutable_data_ptr(), c10::cuda::getCurrentCUDAStream()),
                "ms_deform_attn_3d");
   return out;
 }
@@ -64,10 +56,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(const at::Tensor& grad_o
   const at::Tensor g = grad_output.contiguous();
   at::Tensor grad_value = at::zeros(v.sizes(), l.options()), grad_locations = at::zeros(l.sizes(), l.options());
   at::Tensor grad_weights = at::zeros(w.sizes(), w.options());
-  check_launch(launch_differentiate(chosen_kernels(), stored_type(v.scalar_type()), x, g.const_data_ptr(), v.const_data_ptr(),
-                                    l.const_data_ptr(), w.const_data_ptr(), grad_value.mutable_data_ptr(),
-                                    grad_locations.mutable_data_ptr(), grad_weights.mutable_data_ptr(),
-                                    c10::cuda::getCurrentCUDAStream()),
+  check_launch(launch_differentiate(stored_type(v.scalar_type()), x, g.const_data_ptr(), v.const_data_ptr(), l.const_data_ptr(),
+                                    w.const_data_ptr(), grad_value.mutable_data_ptr(), grad_locations.mutable_data_ptr(),
+                                    grad_weights.mutable_data_ptr(), c10::cuda::getCurrentCUDAStream()),
                "ms_deform_attn_3d_backward");
   return {grad_value.to(value.scalar_type()), grad_locations, grad_weights};
 }

@@ -1,5 +1,5 @@
-// The CUDA kernels: groups of lanes of one warp. lanes.h: an item (query and head) each, for any shape. vectors.h: blocks for
-// neighbouring queries of one head, whose cells share voxels in the cache; the gradient of a run of queries by each group.
+// The CUDA kernels: groups of lanes of one warp. vectors.h: blocks for neighbouring queries of one head, whose cells share
+// voxels in the cache; a run of queries' gradient by each group. lanes.h, slower, for any size: an item (query and head) each.
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -168,7 +168,7 @@ constexpr int64_t ENOUGH_TO_SAMPLE = 2048, MAX_TURNS = 8, ENOUGH_TO_DIFFERENTIAT
 
 bool is_aligned(const void* p, size_t bytes) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; }
 
-// Whether the elements of a volume, and blocks, count in 32 bits.
+// Whether the elements of a volume, and blocks, count in 32 bits, as vectors.h asks.
 bool fits(const Layout& x, const Shares& shares) {
   return x.rows <= INT32_MAX / (x.heads * x.channels) && shares.blocks < INT32_MAX;
 }
@@ -192,8 +192,8 @@ unsigned blocks_for(const Layout& layout, int64_t items) {
 }
 
 template <typename T, typename S>
-cudaError_t sample_as(Kernels kernels, const Layout& layout, const void* value, const void* locations, const void* weights,
-                      void* out, cudaStream_t stream) {
+cudaError_t sample_as(const Layout& layout, const void* value, const void* locations, const void* weights, void* out,
+                      cudaStream_t stream) {
   const LaneOperands<T, S> in{static_cast<const T*>(value), nullptr, static_cast<const S*>(locations),
                               static_cast<const S*>(weights)};
   const int64_t items = layout.batch * layout.queries * layout.heads;
@@ -201,7 +201,7 @@ cudaError_t sample_as(Kernels kernels, const Layout& layout, const void* value, 
   constexpr int V = 16 / sizeof(T);
   const bool wide = layout.channels % V == 0 && is_aligned(value, 16) && is_aligned(out, 16);
   const Shares shares(layout, wide ? V : 1, ENOUGH_TO_SAMPLE, MAX_TURNS);
-  if (kernels == Kernels::vectors && fits(layout, shares)) {
+  if (fits(layout, shares)) {
     const auto launch = wide ? sample_vectors<V, T, S> : sample_vectors<1, T, S>;
     return launch(layout, in, shares, static_cast<T*>(out), stream);
   }
@@ -210,8 +210,8 @@ cudaError_t sample_as(Kernels kernels, const Layout& layout, const void* value, 
 }
 
 template <typename T, typename S>
-cudaError_t differentiate_as(Kernels kernels, const Layout& layout, const void* grad_output, const void* value,
-                             const void* locations, const void* weights, const LaneGradients<S>& out, cudaStream_t stream) {
+cudaError_t differentiate_as(const Layout& layout, const void* grad_output, const void* value, const void* locations,
+                             const void* weights, const LaneGradients<S>& out, cudaStream_t stream) {
   const LaneOperands<T, S> in{static_cast<const T*>(value), static_cast<const T*>(grad_output),
                               static_cast<const S*>(locations), static_cast<const S*>(weights)};
   const int64_t items = layout.batch * layout.queries * layout.heads;
@@ -220,7 +220,7 @@ cudaError_t differentiate_as(Kernels kernels, const Layout& layout, const void* 
   const bool wide = layout.channels % V == 0 && is_aligned(value, V * sizeof(T)) && is_aligned(grad_output, V * sizeof(T)) &&
                     is_aligned(out.value, V * sizeof(S));
   const Shares shares(layout, wide ? V : 1, ENOUGH_TO_DIFFERENTIATE, MAX_RUN);
-  if (kernels == Kernels::vectors && fits(layout, shares)) {
+  if (fits(layout, shares)) {
     const auto launch = wide ? differentiate_vectors<V, T, S> : differentiate_vectors<1, T, S>;
     return launch(layout, in, shares, out, stream);
   }
@@ -230,38 +230,38 @@ cudaError_t differentiate_as(Kernels kernels, const Layout& layout, const void* 
 
 }  // namespace
 
-cudaError_t launch_sample(Kernels kernels, Stored stored, const Layout& layout, const void* value, const void* locations,
-                          const void* weights, void* out, cudaStream_t stream) {
+cudaError_t launch_sample(Stored stored, const Layout& layout, const void* value, const void* locations, const void* weights,
+                          void* out, cudaStream_t stream) {
   switch (stored) {
     case Stored::f64:
-      return sample_as<double, double>(kernels, layout, value, locations, weights, out, stream);
+      return sample_as<double, double>(layout, value, locations, weights, out, stream);
     case Stored::f32:
-      return sample_as<float, float>(kernels, layout, value, locations, weights, out, stream);
+      return sample_as<float, float>(layout, value, locations, weights, out, stream);
     case Stored::f16:
-      return sample_as<F16, float>(kernels, layout, value, locations, weights, out, stream);
+      return sample_as<F16, float>(layout, value, locations, weights, out, stream);
     case Stored::bf16:
-      return sample_as<BF16, float>(kernels, layout, value, locations, weights, out, stream);
+      return sample_as<BF16, float>(layout, value, locations, weights, out, stream);
   }
   return cudaErrorInvalidValue;
 }
 
-cudaError_t launch_differentiate(Kernels kernels, Stored stored, const Layout& layout, const void* grad_output,
-                                 const void* value, const void* locations, const void* weights, void* grad_value,
-                                 void* grad_locations, void* grad_weights, cudaStream_t stream) {
+cudaError_t launch_differentiate(Stored stored, const Layout& layout, const void* grad_output, const void* value,
+                                 const void* locations, const void* weights, void* grad_value, void* grad_locations,
+                                 void* grad_weights, cudaStream_t stream) {
   if (stored == Stored::f64) {
     const LaneGradients<double> out{static_cast<double*>(grad_value), static_cast<double*>(grad_locations),
                                     static_cast<double*>(grad_weights)};
-    return differentiate_as<double, double>(kernels, layout, grad_output, value, locations, weights, out, stream);
+    return differentiate_as<double, double>(layout, grad_output, value, locations, weights, out, stream);
   }
   const LaneGradients<float> out{static_cast<float*>(grad_value), static_cast<float*>(grad_locations),
                                  static_cast<float*>(grad_weights)};
   switch (stored) {
     case Stored::f32:
-      return differentiate_as<float, float>(kernels, layout, grad_output, value, locations, weights, out, stream);
+      return differentiate_as<float, float>(layout, grad_output, value, locations, weights, out, stream);
     case Stored::f16:
-      return differentiate_as<F16, float>(kernels, layout, grad_output, value, locations, weights, out, stream);
+      return differentiate_as<F16, float>(layout, grad_output, value, locations, weights, out, stream);
     case Stored::bf16:
-      return differentiate_as<BF16, float>(kernels, layout, grad_output, value, locations, weights, out, stream);
+      return differentiate_as<BF16, float>(layout, grad_output, value, locations, weights, out, stream);
     default:
       return cudaErrorInvalidValue;
   }

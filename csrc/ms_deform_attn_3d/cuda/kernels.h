@@ -14,14 +14,12 @@ enum class Stored {
   bf16
 };  // type of value, grad_output and out; all else is double for f64 and float otherwise
 
-enum class Kernels { lanes, vectors };  // lanes.h, for any size; vectors.h, faster, for volumes below 2^31 elements
-
-cudaError_t launch_sample(Kernels kernels, Stored stored, const Layout& layout, const void* value, const void* locations,
-                          const void* weights, void* out, cudaStream_t stream);
+cudaError_t launch_sample(Stored stored, const Layout& layout, const void* value, const void* locations, const void* weights,
+                          void* out, cudaStream_t stream);
 
 // All gradients start as zeros and have the type of sums, that of value too.
-cudaError_t launch_differentiate(Kernels kernels, Stored stored, const Layout& layout, const void* grad_output,
-                                 const void* value, const void* locations, const void* weights, void* grad_value,
-                                 void* grad_locations, void* grad_weights, cudaStream_t stream);
+cudaError_t launch_differentiate(Stored stored, const Layout& layout, const void* grad_output, const void* value,
+                                 const void* locations, const void* weights, void* grad_value, void* grad_locations,
+                                 void* grad_weights, cudaStream_t stream);
 
 }  // namespace dinov2::msda
