@@ -122,7 +122,7 @@ def load_typed(schema: type, path: Path) -> Any:
     return _build(_merge(schema, layers), layers)
 
 
-def typed_from(schema: type, content: dict[str, Any], source: str) -> Any:
+def typed_from(schema: type, content: dict[Any, Any], source: str) -> Any:
     """A plain dictionary, such as weights carry, as an object of a dataclass schema, as strict as a file.
 
     Raises:

@@ -64,7 +64,8 @@ def memory_budget(mode: str) -> float | None:
     if mode in ("none", "full"):
         return None
     share = re.fullmatch(r"budget:(0?\.\d+|[01](\.0*)?)", mode)
-    require(share is not None, f"{name} is not one of none, full, budget:SHARE with a share from 0 to 1, such as budget:0.8")
+    if share is None:
+        raise ConfigError(f"{name} is not one of none, full, budget:SHARE with a share from 0 to 1, such as budget:0.8")
     return float(share[1])
 
 

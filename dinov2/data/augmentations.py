@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dinov2.data.augmentation import plan as ap
+from dinov2.geometry import pair, triple
 
 NUM_GLOBAL_CROPS = 2
 
@@ -49,11 +50,11 @@ class DataAugmentationDINO3d:
         backend: str = "auto",
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        global_crop = (global_crops_size, tuple(global_crops_in_slice_scale), tuple(global_crops_cross_slice_scale))
-        local_crop = (local_crops_size, tuple(local_crops_in_slice_scale), tuple(local_crops_cross_slice_scale))
+        global_crop = (global_crops_size, pair(global_crops_in_slice_scale), pair(global_crops_cross_slice_scale))
+        local_crop = (local_crops_size, pair(local_crops_in_slice_scale), pair(local_crops_cross_slice_scale))
         self.crop_kinds = [global_crop] * NUM_GLOBAL_CROPS + [local_crop] * local_crops_number
         self.region_mm, self.region_vox = region_mm, region_vox
-        self.turn_p, self.rotate_range, self.sharpen_alpha = turn_p, rotate_range, tuple(sharpen_alpha)
+        self.turn_p, self.rotate_range, self.sharpen_alpha = turn_p, rotate_range, pair(sharpen_alpha)
         self.apply_crop = backend_named(backend)
         self.dtype = dtype
 
@@ -79,7 +80,7 @@ class DataAugmentationDINO3d:
     def _region_edges_vox(self, spacing_mm: tuple[float, float, float]) -> tuple[float, float, float] | None:
         if self.region_vox is not None:
             return (self.region_vox,) * 3
-        return None if self.region_mm is None else tuple(self.region_mm / s for s in spacing_mm)
+        return None if self.region_mm is None else triple(self.region_mm / s for s in spacing_mm)
 
     def __call__(
         self, volume: Tensor, seed: int | np.random.Generator, spacing_mm: tuple[float, float, float] = (1.0, 1.0, 1.0)
@@ -107,7 +108,7 @@ class DataAugmentationDINO3d:
         spacing_mm: tuple[float, float, float] = (1.0, 1.0, 1.0),
     ) -> None:
         """The same crops, global before local, into memory that is there: [1, s, s, s] each, of any dtype."""
-        plan = self.plan(tuple(volume.shape[1:]), np.random.default_rng(seed), spacing_mm)
+        plan = self.plan(triple(volume.shape[1:]), np.random.default_rng(seed), spacing_mm)
         for crop, place in zip((*plan.global_crops, *plan.local_crops), out, strict=True):
             place.copy_(self.apply_crop(volume, crop))
 

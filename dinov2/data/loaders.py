@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from typing import Any
@@ -74,7 +74,7 @@ class TrainLoader:
         self._dataset = PretrainDataset(datalist, build_augmentation(cfg), t.seed, t.memory_store_mb * 2**20, cache)
         self._num_workers = count_workers(t.num_workers, len(os.sched_getaffinity(0)))
 
-    def __iter__(self) -> Iterator[list[Batch]]:
+    def __iter__(self) -> Generator[list[Batch], None, None]:
         if self._sampler.rank == 0:
             logger.info("%s", load_line(os.getloadavg()[0], len(os.sched_getaffinity(0)), self._num_workers))
         with self._batches() as take:
@@ -182,7 +182,7 @@ def one_ahead(take: Take, copies: CudaCopies) -> Iterator[Batch]:
         return None if batch is None else copies.start(batch)
 
     waiting = start(True)
-    while True:
+    while waiting is not None:  # always: it was waited for
         ahead = start(False)
         yield copies.arrived(*waiting)
         waiting = ahead or start(True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
@@ -33,7 +33,7 @@ def unordered(
     items: Iterable[Any],
     num_workers: int,
     on_death: Callable[[Any], Any] | None = None,
-) -> Iterator[Any]:
+) -> Generator[Any, None, None]:
     """Results of `work` for every item, in any order; 0 workers: in this process.
 
     Args:
@@ -53,30 +53,31 @@ def unordered(
     while True:
         suspects: list[Any] = []
         for item, future in _run(work, todo, num_workers):
-            if not isinstance(future.exception(), BrokenProcessPool):
+            error = future.exception()
+            if not isinstance(error, BrokenProcessPool):
                 yield future.result()
             elif on_death is None:
-                raise future.exception()
+                raise error
             else:
                 suspects.append(item)
-        if not suspects:
+        if on_death is None or not suspects:
             return
         for item in suspects:
             [(_, future)] = _run(work, iter([item]), 1)
             yield on_death(item) if isinstance(future.exception(), BrokenProcessPool) else future.result()
 
 
-def _run(work: Callable[[Any], Any], todo: Iterator[Any], num_workers: int) -> Iterator[tuple[Any, Future]]:
+def _run(work: Callable[[Any], Any], todo: Iterator[Any], num_workers: int) -> Iterator[tuple[Any, Future[Any]]]:
     """Finished items with their futures, until all are done or the processes broke (then those in flight, failed)."""
     pool = ProcessPoolExecutor(num_workers, get_context("spawn"), _start_worker)
-    running: dict[Future, Any] = {}
+    running: dict[Future[Any], Any] = {}
 
     def hand_out(count: int) -> None:
         for item in islice(todo, count):
             try:
                 running[pool.submit(work, item)] = item
             except BrokenProcessPool as err:  # broke since the last result
-                failed: Future = Future()
+                failed: Future[Any] = Future()
                 failed.set_exception(err)
                 running[failed] = item
 

@@ -159,7 +159,7 @@ class SlotQueue:
 
     def _listen(self, timeout_s: float | None) -> bool:
         """Take in what processes have answered; whether anything came."""
-        ready = connection.wait(list(self._workers), timeout_s)
+        ready = [pipe for pipe in connection.wait(list(self._workers), timeout_s) if isinstance(pipe, connection.Connection)]
         for pipe in ready:
             number, num_volumes, answer = self._workers[pipe].receive()
             self._asked[pipe] -= num_volumes

@@ -7,7 +7,7 @@ import ctypes
 import multiprocessing
 import signal
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -81,7 +81,7 @@ def loader_processes(compute: Compute, num_workers: int) -> Iterator[list[Worker
         atexit.unregister(end)
 
 
-def compute_in_order(compute: Compute, requests: Iterable[Any], num_workers: int) -> Iterator[Any]:
+def compute_in_order(compute: Compute, requests: Iterable[Any], num_workers: int) -> Generator[Any, None, None]:
     """`compute(request)` of each of endless requests, in their order, from `num_workers` processes (0: this one).
 
     Raises:

@@ -17,6 +17,7 @@ from torch import Tensor
 from dinov2.data.cache.store import VolumeStore
 from dinov2.data.datalist import Entry
 from dinov2.demo.generate import TISSUES, Case
+from dinov2.geometry import pair
 
 CROP = 16  # voxels, the size the network was trained on
 CROPS_PER_VOLUME = 48
@@ -34,11 +35,13 @@ class LabelledCrops:
 
 def labelled_crops(case: Case, patch_size: int, seed: int, voxel: int = CROP) -> LabelledCrops:
     """Random crops of a preprocessed volume, each turned at random, with their labels."""
-    entry = Entry(str(case.image), tuple(nib.load(case.image).shape))
+    image, label_map = (nib.Nifti1Image.from_filename(path) for path in (case.image, case.label))
+    entry = Entry(str(case.image), tuple(image.shape))
     rng = np.random.default_rng([seed, case.subject])
     volume = VolumeStore([entry], 0).get(0, rng)
-    labels = volume.align(np.asarray(nib.load(case.label).dataobj))
-    windows, shares = [], []
+    labels = volume.align(np.asarray(label_map.dataobj))
+    windows: list[Tensor] = []
+    shares: list[Tensor] = []
     while len(windows) < CROPS_PER_VOLUME:
         start = [int(rng.integers(max(1, n - voxel + 1))) for n in labels.shape]
         box = tuple(slice(a, a + voxel) for a in start)
@@ -90,7 +93,7 @@ def read_out(train: list[tuple[Tensor, Tensor]], test: list[tuple[Tensor, Tensor
     flat = [(f.flatten(1, 3), s.flatten(1, 3)) for f, s in train]
 
     def joined(part: slice) -> tuple[Tensor, Tensor]:
-        return tuple(torch.cat([x[i][part].flatten(0, 1) for x in flat]) for i in range(2))
+        return pair(torch.cat([x[i][part].flatten(0, 1) for x in flat]) for i in range(2))
 
     held_out = max(1, CROPS_PER_VOLUME // 5)
     fit_x, fit_y = joined(slice(None, -held_out))

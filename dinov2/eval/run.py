@@ -309,6 +309,8 @@ def _as_written_today(config: str) -> str:
     """A saved configuration as this version writes it: a key that came later has its default, comments are today's."""
     try:
         content = OmegaConf.to_container(OmegaConf.create(config))
+        if not isinstance(content, dict):
+            return config
         return default_yaml(OmegaConf.structured(typed_from(Config, content, IDENTITY)))
     except (ConfigError, yaml.YAMLError, OmegaConfBaseException):  # of a key that is gone: it differs, and is named as config
         return config

@@ -10,7 +10,7 @@ import json
 import logging
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -209,7 +209,7 @@ def _warn_of_many_patches(scan: Scan, encoder: Encoder, view: View) -> bool:
 
 def _loaded(
     entries: list[Entry], todo: list[int], percentiles: tuple[float, float], num_workers: int, folder: Path
-) -> Iterator[Loaded]:
+) -> Generator[Loaded, None, None]:
     """Scans as they come, a few ahead of the network.
 
     Processes hand voxels over in files, not through their pipe: one that is killed amid a long message would leave the reader

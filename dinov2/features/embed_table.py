@@ -140,7 +140,7 @@ class EmbeddingTable:
         meta = {_META: json.dumps({"set_aside": set_aside})}
         self._replace(self._part(part), lambda path: pq.write_table(pa.table(columns, self._schema.with_metadata(meta)), path))
 
-    def write_patches(self, name: str, **arrays: np.ndarray) -> str:
+    def write_patches(self, name: str, patch: np.ndarray, affine: np.ndarray) -> str:
         """Keep a scan's patch tokens; returns the file's path from the table's folder.
 
         Raises:
@@ -149,7 +149,7 @@ class EmbeddingTable:
 
         def write(path: Path) -> None:
             with path.open("wb") as file:
-                np.savez(file, **arrays)
+                np.savez(file, patch=patch, affine=affine)
 
         self._replace(self.patches / f"{name}.npz", write)
         return f"{self.patches.name}/{name}.npz"

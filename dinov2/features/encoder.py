@@ -100,7 +100,7 @@ class Encoder:
         digest = hashlib.sha256(repr((self.percentiles, str(self.dtype))).encode())
         for name, value in sorted(plain_names(self.backbone.state_dict()).items()):
             digest.update(name.encode())
-            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
     def __call__(
@@ -140,7 +140,8 @@ class Encoder:
         if len(grids) > 1:
             raise BadInput(f"scans of different grids {grids[:3]} do not make one batch: use mode='resize', or one at a time")
         affine = torch.cat([p.affine.expand(len(p.cls), 4, 4) for p in parts])
-        return Features(*(torch.cat([p[i] for p in parts]) for i in range(3)), affine)
+        cls, pooled, patch = (torch.cat([part[i] for part in parts]) for i in range(3))
+        return Features(cls, pooled, patch, affine)
 
     def encode_scan(self, scan: Scan, view: View) -> Features:
         """Features of a prepared scan, B = 1."""

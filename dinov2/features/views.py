@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dinov2.distributed.precision import autocast
 from dinov2.errors import BadInput
+from dinov2.geometry import Spacing, triple
 from dinov2.models.backbone import Backbone
 
 MODES = ("full_image", "resize", "sliding_window")
@@ -93,8 +94,9 @@ def look(backbone: Backbone, volumes: Tensor, view: View, dtype: torch.dtype = t
         BadInput: The view does not fit the network.
     """
     size, p = view.fitted(backbone), backbone.patch_size
+    step: Spacing
     if view.mode == "resize":
-        step = tuple(p * n / size for n in volumes.shape[2:])
+        step = triple(p * n / size for n in volumes.shape[2:])
         volumes = F.interpolate(volumes, (size,) * 3, mode="trilinear", align_corners=False)
     else:
         step = (float(p),) * 3

@@ -34,10 +34,14 @@ class TwoSides(Protocol):
         gradient_sync: Context around a micro-batch; its argument: whether it is the update's last.
     """
 
-    student: nn.ModuleDict
-    teacher: nn.ModuleDict
-    student_calls: dict[str, nn.Module]
+    student_calls: dict[str, DistributedDataParallel]
     gradient_sync: Callable[[bool], AbstractContextManager[None]]
+
+    @property
+    def student(self) -> nn.ModuleDict: ...
+
+    @property
+    def teacher(self) -> nn.ModuleDict: ...
 
 
 def resolve_strategy(strategy: str, runtime: Runtime) -> str:
@@ -97,8 +101,8 @@ def _gradient_sync(model: TwoSides, strategy: str, is_last: bool) -> Iterator[No
     """Around the forward and backward pass of a micro-batch: gradients cross ranks only in the last one."""
     with ExitStack() as stack:
         if strategy == "ddp" and not is_last:
-            for net in model.student_calls.values():
-                stack.enter_context(net.no_sync())
+            for replica in model.student_calls.values():
+                stack.enter_context(replica.no_sync())
         if strategy == "fsdp":
             for net in model.student.modules():
                 if isinstance(net, FSDPModule):

@@ -68,7 +68,7 @@ def _xformers_attention(qkv: Tensor, segments: list[Segment]) -> Tensor:
 
     q, k, v = qkv.unbind(1)  # 3 x [T, h, d]
     if segments[0].rotary is not None:
-        tables = [seg.rotary.repeat(seg.num_sequences) for seg in segments]
+        tables = [seg.rotary.repeat(seg.num_sequences) for seg in segments if seg.rotary is not None]
         table = RotaryTable(torch.cat([t.cos for t in tables])[:, None], torch.cat([t.sin for t in tables])[:, None])
         q, k = rotate(q, table), rotate(k, table)
     lengths = [seg.length for seg in segments for _ in range(seg.num_sequences)]

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor, nn
+
+from dinov2.geometry import Size3
 
 
 class PatchEmbed3d(nn.Module):
@@ -13,7 +17,7 @@ class PatchEmbed3d(nn.Module):
         self.patch_size = patch_size
         self.proj = nn.Conv3d(in_chans, embed_dim, kernel_size=patch_size, stride=patch_size)
 
-    def grid(self, size_hwd: tuple[int, int, int]) -> tuple[int, int, int]:
+    def grid(self, size_hwd: Sequence[int]) -> Size3:
         """Patches along H, W, D.
 
         Raises:
@@ -22,7 +26,8 @@ class PatchEmbed3d(nn.Module):
         p = self.patch_size
         if any(s % p or s < p for s in size_hwd):
             raise ValueError(f"volume of {tuple(size_hwd)} voxels: every side must be a multiple of the patch size {p}")
-        return tuple(s // p for s in size_hwd)
+        h, w, d = size_hwd
+        return h // p, w // p, d // p
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W, D] -> [B, N, E], patches in C order of (H, W, D).
@@ -32,7 +37,7 @@ class PatchEmbed3d(nn.Module):
         """
         b, c, *size_hwd = x.shape
         p = self.patch_size
-        h, w, d = self.grid(tuple(size_hwd))
+        h, w, d = self.grid(size_hwd)
         x = x.reshape(b, c, h, p, w, p, d, p).permute(0, 2, 4, 6, 1, 3, 5, 7)
         x = x.reshape(b, h * w * d, c * p**3)
         return nn.functional.linear(x, self.proj.weight.flatten(1), self.proj.bias)

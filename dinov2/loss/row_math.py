@@ -8,7 +8,7 @@ Shapes: R rows (tokens), K prototypes.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -47,9 +47,11 @@ class RowMath(NamedTuple):
 PLAIN = RowMath()
 
 
-def compiled_row_math(backend: str | Callable = "inductor") -> RowMath:
+def compiled_row_math(backend: str | Callable[..., Any] = "inductor") -> RowMath:
     """Each function as one or two kernels, for any number of rows (masked patches differ at every step)."""
-    fast = RowMath(*(torch.compile(function, backend=backend) for function in PLAIN))
+    fast_exponentials = torch.compile(exponentials, backend=backend)
+    fast_scaled = torch.compile(scaled, backend=backend)
+    fast_parts = torch.compile(cross_entropy_parts, backend=backend)
 
     def any_rows(*tensors: Tensor) -> bool:
         """Tell the compiler that the number of rows changes; False for one or none, which it would treat as constants."""
@@ -60,12 +62,12 @@ def compiled_row_math(backend: str | Callable = "inductor") -> RowMath:
 
     def exponentials_any(scores: Tensor, temp: float) -> tuple[Tensor, Tensor]:
         as_tensor = torch.full((), temp, dtype=at_least_fp32(scores[:0]).dtype, device=scores.device)  # it changes too
-        return fast.exponentials(scores, as_tensor) if any_rows(scores) else exponentials(scores, temp)
+        return fast_exponentials(scores, as_tensor) if any_rows(scores) else exponentials(scores, temp)
 
     def scaled_any(q: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-        return (fast.scaled if any_rows(q, rows) else scaled)(q, rows, columns)
+        return (fast_scaled if any_rows(q, rows) else scaled)(q, rows, columns)
 
     def parts_any(scores: Tensor, target: Tensor, temp: float) -> tuple[Tensor, Tensor]:
-        return (fast.cross_entropy_parts if any_rows(scores, target) else cross_entropy_parts)(scores, target, temp)
+        return (fast_parts if any_rows(scores, target) else cross_entropy_parts)(scores, target, temp)
 
     return RowMath(exponentials_any, scaled_any, parts_any)

@@ -58,6 +58,10 @@ class TeacherCenter(nn.Module):
         momentum: Of the running mean.
     """
 
+    center: Tensor
+    pending: Tensor
+    has_pending: Tensor
+
     def __init__(self, out_dim: int, momentum: float = 0.9) -> None:
         super().__init__()
         self.momentum = momentum

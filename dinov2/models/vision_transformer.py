@@ -5,13 +5,15 @@ Shapes: B batch, C channels, H W D voxels, h w d patches, N = h*w*d, R registers
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any, Literal, overload
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dinov2.geometry import Size3
 from dinov2.layers import Block, Mlp, PatchEmbed3d, Segment, SwiGLUFFN
 from dinov2.layers.recompute import run_block
 from dinov2.layers.rope import rotary_table
@@ -101,8 +103,10 @@ class DinoVisionTransformer3d(nn.Module):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
         if init == "xavier":
-            nn.init.xavier_uniform_(self.patch_embed.proj.weight.data.flatten(1))  # a view: fills the weight
-            nn.init.zeros_(self.patch_embed.proj.bias)
+            projection = self.patch_embed.proj
+            nn.init.xavier_uniform_(projection.weight.data.flatten(1))  # a view: fills the weight
+            if projection.bias is not None:
+                nn.init.zeros_(projection.bias)
         token_std = 0.02 if init == "xavier" else 1e-6
         nn.init.normal_(self.cls_token, std=token_std)
         if init == "xavier":
@@ -130,8 +134,14 @@ class DinoVisionTransformer3d(nn.Module):
         """Edge of the volumes that positions are laid out for (voxels)."""
         return self.patch_size * self.grid_hwd[0]
 
-    def interpolate_pos_encoding(self, grid_hwd: tuple[int, int, int]) -> Tensor:
-        """Learned positions brought trilinearly to another grid: [1, 1 + N, E], the class token's first."""
+    def interpolate_pos_encoding(self, grid_hwd: Size3) -> Tensor:
+        """Learned positions brought trilinearly to another grid: [1, 1 + N, E], the class token's first.
+
+        Raises:
+            ValueError: Positions are rotary.
+        """
+        if self.pos_embed is None:
+            raise ValueError("pos_encoding=rope: there are no learned positions to interpolate")
         if grid_hwd == self.grid_hwd:
             return self.pos_embed
         return resize_pos_embed(self.pos_embed, self.grid_hwd, grid_hwd, self.interpolate_offset)
@@ -143,7 +153,7 @@ class DinoVisionTransformer3d(nn.Module):
             tokens = torch.where(masks[..., None], self.mask_token.to(tokens.dtype), tokens)
         tokens = torch.cat([self.cls_token.to(tokens.dtype).expand(x.shape[0], -1, -1), tokens], 1)
         if self.pos_embed is not None:
-            tokens = tokens + self.interpolate_pos_encoding(self.patch_embed.grid(tuple(x.shape[2:]))).to(tokens.dtype)
+            tokens = tokens + self.interpolate_pos_encoding(self.patch_embed.grid(x.shape[2:])).to(tokens.dtype)
         if self.register_tokens is not None:
             registers = self.register_tokens.to(tokens.dtype).expand(x.shape[0], -1, -1)
             tokens = torch.cat([tokens[:, :1], registers, tokens[:, 1:]], 1)
@@ -153,7 +163,7 @@ class DinoVisionTransformer3d(nn.Module):
         """How the tokens [B, 1 + R + N, E] of a batch [B, C, H, W, D] lie in a pass of their own."""
         if self.pos_embed is not None:
             return Segment(tokens.shape[0], tokens.shape[1])
-        grid, head_dim = self.patch_embed.grid(tuple(x.shape[2:])), self.embed_dim // self.num_heads
+        grid, head_dim = self.patch_embed.grid(x.shape[2:]), self.embed_dim // self.num_heads
         table = rotary_table(grid, head_dim, 1 + self.num_register_tokens, tokens)
         return Segment(tokens.shape[0], tokens.shape[1], table)
 
@@ -208,6 +218,27 @@ class DinoVisionTransformer3d(nn.Module):
             )
         return out if isinstance(x, list) else out[0]
 
+    @overload
+    def get_intermediate_layers(
+        self,
+        x: Tensor,
+        n: int | Sequence[int] = 1,
+        reshape: bool = False,
+        return_class_token: Literal[False] = False,
+        norm: bool = True,
+    ) -> tuple[Tensor, ...]: ...
+
+    @overload
+    def get_intermediate_layers(
+        self,
+        x: Tensor,
+        n: int | Sequence[int] = 1,
+        reshape: bool = False,
+        *,
+        return_class_token: Literal[True],
+        norm: bool = True,
+    ) -> tuple[tuple[Tensor, Tensor], ...]: ...
+
     def get_intermediate_layers(
         self,
         x: Tensor,
@@ -241,7 +272,7 @@ class DinoVisionTransformer3d(nn.Module):
         tokens = [self.norm(outputs[i]) if norm else outputs[i] for i in take]
         patches = [t[:, 1 + self.num_register_tokens :] for t in tokens]
         if reshape:
-            grid = self.patch_embed.grid(tuple(x.shape[2:]))
+            grid = self.patch_embed.grid(x.shape[2:])
             patches = [p.transpose(1, 2).reshape(x.shape[0], -1, *grid) for p in patches]
         if return_class_token:
             return tuple((p, t[:, 0]) for p, t in zip(patches, tokens, strict=True))
@@ -252,12 +283,14 @@ class DinoVisionTransformer3d(nn.Module):
     ) -> Tensor | dict[str, Tensor | None] | list[dict[str, Tensor | None]]:
         """All tokens with `is_training`, otherwise the normed class token [B, E] alone."""
         features = self.forward_features(x, masks)
-        return features if is_training else self.head(features["x_norm_clstoken"])
+        if is_training:
+            return features
+        if isinstance(features, list):
+            raise TypeError("a list of batches is for is_training=True: pass one batch for its class tokens")
+        return self.head(features["x_norm_clstoken"])
 
 
-def resize_pos_embed(
-    pos_embed: Tensor, old_hwd: tuple[int, int, int], new_hwd: tuple[int, int, int], offset: float = 0.1
-) -> Tensor:
+def resize_pos_embed(pos_embed: Tensor, old_hwd: Size3, new_hwd: Size3, offset: float = 0.1) -> Tensor:
     """Position encoding [1, 1 + N, E] of one grid brought trilinearly to another; the class token's row stays.
 
     Args:
@@ -265,12 +298,9 @@ def resize_pos_embed(
     """
     dtype = torch.promote_types(pos_embed.dtype, torch.float32)
     grid = pos_embed[:, 1:].to(dtype).reshape(1, *old_hwd, -1).permute(0, 4, 1, 2, 3)  # [1, E, h, w, d]
-    how = (
-        {"scale_factor": tuple((n + offset) / o for n, o in zip(new_hwd, old_hwd, strict=True))}
-        if offset
-        else {"size": new_hwd}
-    )
-    grid = F.interpolate(grid, mode="trilinear", **how)
+    size = None if offset else new_hwd
+    scale = tuple((n + offset) / o for n, o in zip(new_hwd, old_hwd, strict=True)) if offset else None
+    grid = F.interpolate(grid, size, scale, mode="trilinear")
     return torch.cat([pos_embed[:, :1], grid.flatten(2).transpose(1, 2).to(pos_embed.dtype)], 1)
 
 
@@ -280,12 +310,12 @@ def _chunked(blocks: list[Block], num_chunks: int) -> nn.ModuleList:
         return nn.ModuleList(blocks)
     size = len(blocks) // num_chunks
     starts = range(0, len(blocks), size)
-    return nn.ModuleList(nn.ModuleList([nn.Identity()] * s + blocks[s : s + size]) for s in starts)
+    return nn.ModuleList(nn.ModuleList([*[nn.Identity()] * s, *blocks[s : s + size]]) for s in starts)
 
 
-def _factory(embed_dim: int, depth: int, num_heads: int, **defaults):
-    def build(patch_size: int = 16, **kwargs) -> DinoVisionTransformer3d:
-        sizes = {"embed_dim": embed_dim, "depth": depth, "num_heads": num_heads}
+def _factory(embed_dim: int, depth: int, num_heads: int, **defaults: Any) -> Callable[..., DinoVisionTransformer3d]:
+    def build(patch_size: int = 16, **kwargs: Any) -> DinoVisionTransformer3d:
+        sizes: dict[str, Any] = {"embed_dim": embed_dim, "depth": depth, "num_heads": num_heads}
         return DinoVisionTransformer3d(patch_size=patch_size, **{**sizes, **defaults, **kwargs})
 
     return build

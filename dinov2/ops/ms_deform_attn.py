@@ -14,11 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dinov2.geometry import Size3, triple
 from dinov2.ops.extension import compiled_operators, implementation
 
 logger = logging.getLogger(__name__)
 
-Size3 = tuple[int, int, int]
 
 OUTSIDE = -1.0  # a location more than a voxel outside any volume
 MAX_LEVELS = 16  # of csrc/ms_deform_attn_3d/trilinear.h
@@ -108,9 +108,9 @@ def check_arguments(value: Tensor, sizes: Sequence[int], locations: Tensor, weig
         expected = f"B = {b}, M = {m}, L = {num_levels}"
         raise ValueError(f"sampling_locations must be [B, Q, M, L, P, 3] with {expected}, got {list(locations.shape)}")
     if weights.shape != locations.shape[:5]:
-        expected = list(locations.shape[:5])
+        leading = list(locations.shape[:5])
         raise ValueError(
-            f"attention_weights must be [B, Q, M, L, P] = {expected} as sampling_locations, got {list(weights.shape)}"
+            f"attention_weights must be [B, Q, M, L, P] = {leading} as sampling_locations, got {list(weights.shape)}"
         )
 
 
@@ -154,10 +154,10 @@ def _fake_forward(value: Tensor, spatial_shapes: Sequence[int], locations: Tenso
 def _fake_backward(
     grad_output: Tensor, value: Tensor, spatial_shapes: Sequence[int], locations: Tensor, weights: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (value, locations, weights))
+    return triple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (value, locations, weights))
 
 
-def _save_inputs(ctx: Any, inputs: tuple, output: Tensor) -> None:
+def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     value, ctx.spatial_shapes, locations, weights = inputs
     ctx.save_for_backward(value, locations, weights)
 

@@ -55,7 +55,7 @@ def load_start_weights(model: SSLMetaArch, cfg: DictConfig) -> None:
     if not path:
         return
     weights = read_weights(path)
-    load_backbone(model.student["backbone"], weights, path)
+    load_backbone(model.student.backbone, weights, path)
     if cfg.student.full_pretrained_weights:
         load_heads({k: v for k, v in model.student.items() if k != "backbone"}, weights, path)
     model.start_teacher_from_student()

@@ -101,7 +101,7 @@ def compile_model(model: SSLMetaArch, memory_budget: float = 1.0) -> None:
     torch._functorch.config.activation_memory_budget = memory_budget
     torch._dynamo.config.optimize_ddp = False  # it would cut a block at gradient buckets, and knows no autograd functions
     for side in (model.student, model.teacher):
-        blocks = side["backbone"].block_list
+        blocks = side.backbone.block_list
         has_one_shape = len({block.drop_path for block in blocks}) == 1  # else the kept rows of every block are others
         for block in blocks:
             compile_block(block, dynamic=False if has_one_shape else None)
@@ -112,7 +112,7 @@ def compile_model(model: SSLMetaArch, memory_budget: float = 1.0) -> None:
 def leave_uncompiled(model: SSLMetaArch) -> None:
     """Undo `compile_model`."""
     for side in (model.student, model.teacher):
-        for block in side["backbone"].block_list:
+        for block in side.backbone.block_list:
             block.__dict__.pop("forward", None)
     model.row_math = PLAIN
     model.compile_state = "off"

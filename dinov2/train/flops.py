@@ -33,8 +33,8 @@ def _of_micro_batch(model: SSLMetaArch, batch: dict[str, Any]) -> int:
     for net, passed, times in ((model.student, crops, 3), (model.teacher, crops[:1], 1)):
         patch_head = net["ibot_head"] if "ibot_head" in net else net["dino_head"]
         heads = _linear(net["dino_head"]) * sum(len(c) for c in passed) + _linear(patch_head) * num_patches
-        total += times * (_blocks(net["backbone"], passed) + heads)
-        total += min(times, 2) * sum(2 * c.numel() for c in passed) * net["backbone"].embed_dim
+        total += times * (_blocks(net.backbone, passed) + heads)
+        total += min(times, 2) * sum(2 * c.numel() for c in passed) * net.backbone.embed_dim
     return total
 
 

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from dinov2.configs.schema import memory_budget
+from dinov2.configs.schema import StudentConfig, memory_budget
 from dinov2.data.augmentations import NUM_GLOBAL_CROPS
 from dinov2.errors import BadInput
 
@@ -80,7 +80,9 @@ def forecast_gib(cfg: DictConfig, batch: int, compiled: bool, shards: int = 1) -
 
 
 def _shape(cfg: DictConfig) -> tuple[int, int, int]:
-    return OmegaConf.to_object(cfg.student).shape()
+    student = OmegaConf.to_object(cfg.student)
+    assert isinstance(student, StudentConfig)  # of a merged configuration it is
+    return student.shape()
 
 
 def _patch_head(cfg: DictConfig) -> DictConfig:

@@ -44,7 +44,7 @@ def param_groups_with_decay(
 
 def fuse_groups(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Merge groups whose factors are equal, so that the optimiser updates many tensors in one call."""
-    fused: dict[tuple, dict[str, Any]] = {}
+    fused: dict[tuple[float, float, bool], dict[str, Any]] = {}
     for g in groups:
         factors = (g["lr_multiplier"], g["wd_multiplier"], g["is_last_layer"])
         if factors in fused:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from omegaconf import DictConfig
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from dinov2.distributed import all_reduce_sum
 from dinov2.distributed.precision import HALF, autocast, training_dtype
@@ -21,7 +22,7 @@ from dinov2.fsdp.tensors import own_part
 from dinov2.layers import DINOHead
 from dinov2.loss import TeacherCenter, dino_loss, ibot_loss, koleo_loss, sinkhorn_knopp
 from dinov2.loss.row_math import PLAIN
-from dinov2.models import build_backbone
+from dinov2.models import DinoVisionTransformer3d, build_backbone
 from dinov2.train.monitors import collapse_monitors, mean_entropy
 from dinov2.train.param_groups import fuse_groups, param_groups_with_decay
 
@@ -47,6 +48,13 @@ class StudentOutputs(NamedTuple):
     global_cls_before_head: Tensor  # [G, B, E]
 
 
+class Networks(nn.ModuleDict):
+    """One side's networks by name, as they are saved."""
+
+    backbone: DinoVisionTransformer3d
+    dino_head: DINOHead
+
+
 class SSLMetaArch(nn.Module):
     """Student, its moving average the teacher, and one training step.
 
@@ -54,19 +62,20 @@ class SSLMetaArch(nn.Module):
         cfg: A merged configuration (`load_and_merge_config_3d`).
         attention: `sdpa` or `xformers`, as resolved for the device.
 
-    `student` and `teacher` are ModuleDicts with `backbone`, `dino_head` and, unless shared, `ibot_head`.
+    `student` and `teacher` are `Networks` with `backbone`, `dino_head` and, unless shared, `ibot_head`.
     """
 
     def __init__(self, cfg: DictConfig, attention: str = "sdpa") -> None:
         super().__init__()
         self.cfg = cfg
         self.separate_ibot_head = cfg.ibot.separate_head
-        self.student = nn.ModuleDict(self._build_side(attention, teacher=False))
-        self.teacher = nn.ModuleDict(self._build_side(attention, teacher=True)).requires_grad_(False)
+        self.student = Networks(self._build_side(attention, teacher=False))
+        self.teacher = Networks(self._build_side(attention, teacher=True)).requires_grad_(False)
         self.dino_center = TeacherCenter(cfg.dino.head_n_prototypes)
         self.ibot_center = TeacherCenter(self._ibot_head_cfg().head_n_prototypes)
-        self.student_calls: dict[str, nn.Module] = {}  # by name, what is called for a student module instead of it (DDP)
-        self.gradient_sync: Callable[[bool], AbstractContextManager] = lambda is_last: nullcontext()  # around a micro-batch
+        self.student_calls: dict[str, DistributedDataParallel] = {}  # by name, called instead of a student's module
+        # around a micro-batch; told whether it is the last
+        self.gradient_sync: Callable[[bool], AbstractContextManager[None]] = lambda is_last: nullcontext()
         self.row_math = PLAIN  # or compiled, by `compile_model`
         self.compile_state = "off"  # untried, on: of `compile_model`
         self.grad_scaler = torch.amp.GradScaler(enabled=False)  # the loop replaces it where fp16 needs one
@@ -218,7 +227,7 @@ class SSLMetaArch(nn.Module):
 
     def get_params_groups(self) -> list[dict[str, Any]]:
         """Optimiser groups of the student: parameters of equal learning-rate and weight-decay factors together."""
-        depth = len(self.student["backbone"].block_list)
+        depth = len(self.student.backbone.block_list)
         o = self.cfg.optim
         named = [
             group

@@ -222,7 +222,7 @@ def not_finite(model: SSLMetaArch, loss: Tensor, grad_norms: dict[str, Tensor]) 
 def step_unless(skip: Tensor, optimizer: AdamW, scaler: torch.amp.GradScaler) -> None:
     """Update the weights; where `skip` is 1 the fused AdamW leaves weights, moments and step count as they are."""
     if not scaler.is_enabled():  # an enabled one hands over a flag of its own
-        optimizer.found_inf = skip
+        optimizer.found_inf = skip  # type: ignore[attr-defined]  # torch's own handshake with its scaler, not declared there
     scaler.step(optimizer)
 
 
@@ -231,7 +231,7 @@ def clip_grad_norms(student: nn.ModuleDict, max_norm: float) -> dict[str, Tensor
     norms = {}
     for name, net in student.items():
         params = [p for p in net.parameters() if p.grad is not None]
-        norm = clip_grad_norm_(params, max_norm) if max_norm else get_total_norm([p.grad for p in params])
+        norm = clip_grad_norm_(params, max_norm) if max_norm else get_total_norm([p.grad for p in params if p.grad is not None])
         norms[f"grad_norm_{name}"] = whole(norm)
     return norms
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from dinov2.data.augmentation import plan as ap
+from dinov2.geometry import triple
 from dinov2.ops import augmentation as ops
 
 
@@ -27,7 +28,7 @@ def fold_turns(plan: ap.CropPlan) -> tuple[ap.Size3, ap.Size3]:
             for values in (source_axes, flipped):
                 values[a], values[b] = values[b], values[a]
             flipped[a] ^= 1
-    return tuple(source_axes), tuple(flipped)
+    return triple(source_axes), triple(flipped)
 
 
 def apply_intensity_(x: Tensor, step: ap.Intensity) -> Tensor:

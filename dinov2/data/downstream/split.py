@@ -88,7 +88,7 @@ def read_table(path: Path, image_column: str, label_column: str, patient_column:
     missing = [name for name in wanted if name not in table[0]]
     if missing:
         raise BadInput(f"--table {path}: has no column {missing[0]}: it has {', '.join(k for k in table[0] if k)}")
-    rows = []
+    rows: list[Row] = []
     for number, line in enumerate(table, 2):
         empty = [name for name in wanted if not (line[name] or "").strip()]
         if empty:
@@ -190,8 +190,8 @@ def patients_of(names: Sequence[str], pattern: str | None) -> dict[str, str]:
         BadInput: A pattern without exactly one group, or a name that it does not match.
     """
     if pattern is None:
-        found = {name: re.search(BIDS, name) for name in names}
-        return {n: m[1] for n, m in found.items()} if all(found.values()) else {n: n for n in names}
+        found = {name: match[1] for name in names if (match := re.search(BIDS, name))}
+        return found if all(name in found for name in names) else {name: name for name in names}
     try:
         compiled = re.compile(pattern)
     except re.error as err:

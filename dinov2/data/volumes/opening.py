@@ -16,6 +16,7 @@ from dinov2.data.volumes.formats import format_of
 from dinov2.data.volumes.grids import farthest_corner_mm
 from dinov2.data.volumes.readers import READ_ERRORS, ImageFile, first_line
 from dinov2.errors import BadVolume
+from dinov2.geometry import Spacing, triple
 
 SAME_PLACE = 0.5  # of the smallest voxel edge, by which the corners of files of one grid may lie apart
 
@@ -34,7 +35,7 @@ class RawVolume:
 
     path: str
     image: ImageFile
-    spacing_mm: tuple[float, float, float]
+    spacing_mm: Spacing
     num_times: int
     channel: int | None
 
@@ -118,7 +119,7 @@ def raw_volume(entry: Entry, image: ImageFile) -> RawVolume:
         raise BadVolume(f"{path}: {what}", "spacing")
     if min(shape) == 0:
         raise BadVolume(f"{path}: is empty, shape {shape}", "axes")
-    return RawVolume(path, image, tuple(spacing), num_times, channel)
+    return RawVolume(path, image, triple(spacing), num_times, channel)
 
 
 def _fourth_axis(entry: Entry, image: ImageFile, length: int) -> tuple[int, int | None]:
@@ -147,7 +148,7 @@ def check_same_grid(first: RawVolume, other: RawVolume, pair: str) -> None:
     Raises:
         BadVolume: Named with what differs.
     """
-    shape, other_shape = (tuple(raw.image.shape[:3]) for raw in (first, other))
+    shape, other_shape = (triple(raw.image.shape[:3]) for raw in (first, other))
     if shape != other_shape:
         raise BadVolume(f"{pair}: shapes are {other_shape} and {shape}: resample one to the other's grid", "axes")
     apart_mm = farthest_corner_mm(shape, first.affine, other.affine)

@@ -198,14 +198,15 @@ def _data_file(path: Path) -> tuple[Path, bool]:
         text = file.read(_HEADER_BYTES).decode("latin-1")
     if text.startswith("NRRD"):
         text = text.split("\n\n")[0].split("\r\n\r\n")[0]
-        found, plain = re.search(r"(?im)^data ?file:\s*(.+?)\s*$", text), re.search(r"(?im)^encoding:\s*raw\b", text)
+        found = re.search(r"(?im)^data ?file:\s*(.+?)\s*$", text)
+        plain = bool(re.search(r"(?im)^encoding:\s*raw\b", text))
     else:
         found = re.search(r"(?im)^ElementDataFile\s*=\s*(.+?)\s*$", text)
         plain = not re.search(r"(?im)^CompressedData\s*=\s*True", text)
     name = found[1] if found else "LOCAL"
     if name.upper().startswith("LIST") or "%" in name:
         raise BadVolume(f"{path}: its voxels are spread over several files: convert it to one", "unsupported")
-    return (path if name.upper() == "LOCAL" else path.parent / name), bool(plain)
+    return (path if name.upper() == "LOCAL" else path.parent / name), plain
 
 
 def open_numpy(path: str) -> ImageFile:

@@ -110,7 +110,7 @@ def _surface_measures(one: np.ndarray, other: np.ndarray, spacing_mm: Spacing, t
 def _bounding_box(mask: np.ndarray) -> tuple[slice, ...]:
     box = []
     for axis in range(mask.ndim):
-        along = mask.any(axis=tuple(a for a in range(mask.ndim) if a != axis)).nonzero()[0]
+        along = np.flatnonzero(mask.any(axis=tuple(a for a in range(mask.ndim) if a != axis)))
         box.append(slice(int(along[0]), int(along[-1]) + 1))
     return tuple(box)
 

@@ -60,7 +60,7 @@ def part_features(setting: Setting, backbone: Backbone, cases: Cases, part: str)
     endless = (mine[i % len(mine)] for i in range(10**12)) if mine else iter(())
     num_workers = min(request.num_workers, len(mine))
     views = compute_in_order(lambda i: central_view(cases[i].image, request.image_size), endless, num_workers)
-    rows = {}
+    rows: dict[int, Tensor] = {}
     for first in tqdm(range(0, len(mine), request.batch_size), desc=f"{part} features", disable=None):
         chosen = mine[first : first + request.batch_size]
         images = torch.stack([next(views) for _ in chosen]).to(device)

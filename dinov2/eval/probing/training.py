@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -162,7 +162,7 @@ class Inputs:
         self.labels = labels_of(cases.items)
         self.layers = feature_layers(probe.backbone)
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def __iter__(self) -> Generator[tuple[Tensor, Tensor], None, None]:
         """This rank's features [B, F], with a graph where the backbone is trained, and labels [B]."""
         device = self.setting.runtime.device
         if self.plan.cached_views:
@@ -262,12 +262,12 @@ def step(setting: Setting, probe: Probe, plan: Plan, features: Tensor, labels: T
         advice = "the weights are damaged or overflow" if plan.backbone_rate is None else "lower --backbone-learning-rate"
         raise BadInput(f"iteration {probe.iteration + 1}: the features are not finite: {advice}")
     losses, gradient = probe.heads.step(whole, gather_rows(labels), factor, want_gradient=probe.optimizer is not None)
-    if probe.optimizer is not None:
+    if probe.optimizer is not None and gradient is not None:
         first = setting.runtime.rank * len(features)
         probe.optimizer.zero_grad(set_to_none=True)
         features.backward(gradient[first : first + len(features)])
         for group in probe.optimizer.param_groups:
-            group["lr"] = plan.backbone_rate * factor
+            group["lr"] = probe.optimizer.defaults["lr"] * factor  # of the backbone's rate
             for p in group["params"]:
                 if p.grad is not None:
                     p.grad = all_reduce_sum(p.grad)

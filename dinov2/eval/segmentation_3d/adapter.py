@@ -14,15 +14,16 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dinov2.errors import BadInput
-from dinov2.eval.segmentation_3d.deformable import Size3
 from dinov2.eval.segmentation_3d.interaction import Extractor, Injector, Layout, make_layout
 from dinov2.eval.segmentation_3d.spatial_prior import SpatialPriorModule
+from dinov2.geometry import Size3, triple
 from dinov2.layers import Segment
 from dinov2.models import DinoVisionTransformer3d
 
 NUM_STAGES = 4
 NUM_LEVELS = 3  # of the pyramid that is attended to: 1/4, 1/8, 1/16
 NUM_EXTRA_EXTRACTORS = 2  # after the last stage
+FourMaps = tuple[Tensor, Tensor, Tensor, Tensor]  # at 1/2, 1/4, 1/8 and 1/16
 
 
 class AdapterOptions(NamedTuple):
@@ -104,7 +105,7 @@ class ViTAdapter3d(nn.Module):
         self.up = nn.ConvTranspose3d(dim, dim, 2, 2)
         self.norms = nn.ModuleList(nn.BatchNorm3d(dim) for _ in range(NUM_STAGES))
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def forward(self, x: Tensor) -> FourMaps:
         """[B, K, H, W, D] -> four [B, E, h, w, d] at 1/2, 1/4, 1/8 and 1/16 of the input (rounded up).
 
         Raises:
@@ -113,11 +114,11 @@ class ViTAdapter3d(nn.Module):
         if x.shape[1] != self.num_channels:
             raise ValueError(f"input {tuple(x.shape)}: expected {self.num_channels} channels")
         maps = self.spm(x)
-        levels = [tuple(m.shape[2:]) for m in maps[1:]]
+        levels = [triple(m.shape[2:]) for m in maps[1:]]
         embedded = zip(maps[1:], self.level_embed, strict=True)
         pyramid = torch.cat([m.flatten(2).transpose(1, 2) + e.to(m.dtype) for m, e in embedded], 1)  # [B, S, E]
         each = x.flatten(0, 1)[:, None]  # [B*K, 1, H, W, D]
-        grid = self.backbone.patch_embed.grid(tuple(x.shape[2:]))
+        grid = self.backbone.patch_embed.grid(x.shape[2:])
         layout = make_layout(grid, levels, x.device)
         tokens = self.backbone.prepare_tokens_with_masks(each)  # [B*K, 1 + R + N, E]
         segment = self.backbone.segment(each, tokens)
@@ -147,11 +148,12 @@ class ViTAdapter3d(nn.Module):
     def _mean_patches(self, tokens: Tensor) -> Tensor:
         return self._patches(tokens).unflatten(0, (-1, self.num_channels)).mean(1)  # [B, N, E]
 
-    def _pyramid(self, finest: Tensor, pyramid: Tensor, levels: list, outputs: list[Tensor]) -> tuple[Tensor, ...]:
+    def _pyramid(self, finest: Tensor, pyramid: Tensor, levels: list[Size3], outputs: list[Tensor]) -> FourMaps:
         """The pyramid as maps, each with the tokens of one stage added (resized trilinearly), normalised."""
         parts = pyramid.transpose(1, 2).split([h * w * d for h, w, d in levels], dim=2)
         maps = [part.unflatten(2, size) for part, size in zip(parts, levels, strict=True)]
         crop = tuple(slice(n) for n in finest.shape[2:])  # an odd size was rounded up on the way down
         maps = [finest + self.up(maps[0])[:, :, *crop], *maps]
-        resized = [resize_trilinear(o, tuple(m.shape[2:])) for o, m in zip(outputs, maps, strict=True)]
-        return tuple(norm(m + o) for norm, m, o in zip(self.norms, maps, resized, strict=True))
+        resized = [resize_trilinear(o, triple(m.shape[2:])) for o, m in zip(outputs, maps, strict=True)]
+        half, quarter, eighth, sixteenth = (norm(m + o) for norm, m, o in zip(self.norms, maps, resized, strict=True))
+        return half, quarter, eighth, sixteenth

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Generator
 
 import torch
 from torch import Tensor
@@ -49,7 +49,7 @@ class CropBatches:
         self.order = EndlessOrder(len(cases), seed)
         self.sampler = PositionSampler(batch_size, 1, runtime.rank, runtime.world_size, start_step)
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def __iter__(self) -> Generator[tuple[Tensor, Tensor], None, None]:
         """`images` [n, C, s, s, s] float32 and `labels` [n, 1, s, s, s] int64, n = cases x crops of each."""
         for images, labels in compute_in_order(self._compute, self.sampler, self.num_workers):
             yield images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True).long()

@@ -20,7 +20,7 @@ from dinov2.data.downstream.recipes import Recipe
 from dinov2.distributed.runtime import Runtime
 from dinov2.errors import BadInput
 from dinov2.eval.segmentation_3d.adapter import AdapterOptions
-from dinov2.eval.segmentation_3d.heads import UNETR, Linear, ViTAdapterUNETR
+from dinov2.eval.segmentation_3d.heads import UNETR, Linear, SegmentationNetwork, ViTAdapterUNETR
 from dinov2.layers.attention import resolve_attention
 from dinov2.models import DinoVisionTransformer3d, build_backbone
 from dinov2.streams import Kind, torch_seed
@@ -40,7 +40,7 @@ class Task(NamedTuple):
     resize_scale: float
 
 
-def build_head(backbone: DinoVisionTransformer3d, cfg: DictConfig, task: Task) -> nn.Module:
+def build_head(backbone: DinoVisionTransformer3d, cfg: DictConfig, task: Task) -> SegmentationNetwork:
     """One of the three decoders around a backbone."""
     s, channels, outputs = cfg.segmentation, task.recipe.channels, task.recipe.num_outputs
     if task.head == "Linear":
@@ -53,7 +53,7 @@ def build_head(backbone: DinoVisionTransformer3d, cfg: DictConfig, task: Task) -
 
 def build_segmentation(
     cfg: DictConfig, backbone: DinoVisionTransformer3d, task: Task, train_backbone: bool, runtime: Runtime
-) -> nn.Module:
+) -> SegmentationNetwork:
     """A network to be trained: a backbone with its weights, decoder from the configuration's seed.
 
     Args:
@@ -78,7 +78,7 @@ def build_segmentation(
     return model
 
 
-def choose_trained(model: nn.Module, train_backbone: bool) -> None:
+def choose_trained(model: SegmentationNetwork, train_backbone: bool) -> None:
     """Which parameters get gradients; of a trained backbone all but those that this network never reads."""
     model.backbone.requires_grad_(train_backbone)
     model.backbone.mask_token.requires_grad_(False)
@@ -86,7 +86,7 @@ def choose_trained(model: nn.Module, train_backbone: bool) -> None:
         model.backbone.norm.requires_grad_(False)  # the adapter takes tokens as they leave the blocks
 
 
-def set_training(model: nn.Module, train_backbone: bool) -> None:
+def set_training(model: SegmentationNetwork, train_backbone: bool) -> None:
     """Training mode; a frozen backbone stays as it is used for features."""
     model.train()
     model.backbone.train(train_backbone)
@@ -105,7 +105,7 @@ def save_segmentation(model: nn.Module, cfg: DictConfig, task: Task, path: Path)
     save_atomically({"model": model.state_dict(), "meta": meta}, path)
 
 
-def load_segmentation(path: str | Path, runtime: Runtime) -> tuple[nn.Module, DictConfig, Task]:
+def load_segmentation(path: str | Path, runtime: Runtime) -> tuple[SegmentationNetwork, DictConfig, Task]:
     """A network as it was saved, in evaluation mode.
 
     Raises:

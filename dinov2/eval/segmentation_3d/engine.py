@@ -30,6 +30,7 @@ from dinov2.errors import EXIT_OK, EXIT_RESUMABLE, BadInput
 from dinov2.eval.metrics.segmentation import Score, summarise, write_per_case_csv
 from dinov2.eval.segmentation_3d.batches import CropBatches
 from dinov2.eval.segmentation_3d.build import Task, save_segmentation, set_training
+from dinov2.eval.segmentation_3d.heads import SegmentationNetwork
 from dinov2.eval.segmentation_3d.inference import TEST_OVERLAP, VALIDATION_OVERLAP, predict_masks, score_cases
 from dinov2.eval.segmentation_3d.losses import build_loss
 from dinov2.files import write_json
@@ -63,7 +64,7 @@ class Plan:
 class Run:
     """What changes while training, and what it is written to."""
 
-    model: nn.Module
+    model: SegmentationNetwork
     optimizer: AdamW
     scaler: torch.amp.GradScaler
     output_dir: Path
@@ -104,7 +105,7 @@ class Run:
         return {k: v for k, v in self.model.state_dict(keep_vars=True).items() if id(v) not in frozen}
 
 
-def build_optimizer(model: nn.Module, plan: Plan, decay: float) -> AdamW:
+def build_optimizer(model: SegmentationNetwork, plan: Plan, decay: float) -> AdamW:
     """AdamW with torch's betas and weight decay, as the paper; blocks of a trained backbone learn slower towards the input.
 
     Args:
@@ -122,7 +123,7 @@ def build_optimizer(model: nn.Module, plan: Plan, decay: float) -> AdamW:
     return AdamW([{"params": ps, "lr_scale": scale} for scale, ps in groups.items()], lr=plan.learning_rate)
 
 
-def start_run(model: nn.Module, cfg: DictConfig, plan: Plan, output_dir: Path, runtime: Runtime) -> Run:
+def start_run(model: SegmentationNetwork, cfg: DictConfig, plan: Plan, output_dir: Path, runtime: Runtime) -> Run:
     """A run at its beginning, or where its folder's checkpoint left it."""
     scaler = grad_scaler(runtime.device.type, evaluation_dtype(cfg, runtime.device.type))
     run = Run(model, build_optimizer(model, plan, cfg.segmentation.layerwise_decay), scaler, output_dir)
@@ -135,7 +136,7 @@ def train(run: Run, cfg: DictConfig, task: Task, plan: Plan, cases: dict[str, Ca
     first, total = run.iteration + 1, plan.total_iters
     schedule = CosineSchedule(plan.learning_rate, 0.0, total, plan.warmup_iters)
     loss = build_loss(task.recipe)
-    call = run.model
+    call: nn.Module = run.model
     if runtime.world_size > 1:
         device_ids = [runtime.device.index] if runtime.device.type == "cuda" else None
         call = DistributedDataParallel(run.model, device_ids)

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -170,12 +170,15 @@ class Linear(nn.Module):
         return F.interpolate(self.out(self.norm(torch.cat(maps, 1))), x.shape[2:], mode="trilinear")
 
 
+SegmentationNetwork = Linear | UNETR | ViTAdapterUNETR
+
+
 def _layer_maps(
-    backbone: DinoVisionTransformer3d, x: Tensor, layers: Sequence[int], merges: Sequence[ChannelMerge]
+    backbone: DinoVisionTransformer3d, x: Tensor, layers: Sequence[int], merges: Iterable[nn.Module]
 ) -> list[Tensor]:
     """Normed tokens after each of the blocks, channels merged: [B, E, h, w, d] each."""
     each = x.flatten(0, 1)[:, None]  # [B*K, 1, H, W, D]
-    grid = backbone.patch_embed.grid(tuple(x.shape[2:]))
+    grid = backbone.patch_embed.grid(x.shape[2:])
     with torch.set_grad_enabled(torch.is_grad_enabled() and any(p.requires_grad for p in backbone.parameters())):
         tokens = backbone.get_intermediate_layers(each, layers)
     return [merge(t).transpose(1, 2).unflatten(2, grid) for merge, t in zip(merges, tokens, strict=True)]

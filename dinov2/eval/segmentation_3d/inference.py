@@ -85,7 +85,7 @@ def score_cases(
     for index in tqdm(mine, disable=None, leave=False, desc="cases"):
         case = cases[index]
         masks = predict_masks(model, case, recipe, image_size, overlap, window_batch, dtype)
-        target, tolerance = recipe.masks(case.label), recipe.metrics.nsd_tolerance_mm
+        target, tolerance = recipe.masks(case.truth), recipe.metrics.nsd_tolerance_mm
         own.append((index, score_case(case.name, masks, target, case.spacing_mm, recipe.output_names, tolerance, surfaces)))
     seconds = (time.perf_counter() - start) / max(1, len(mine))
     gathered: Sequence[tuple[int, list[Score]]] = sorted(

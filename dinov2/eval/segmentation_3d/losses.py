@@ -18,7 +18,6 @@ def build_loss(recipe: Recipe) -> Callable[[Tensor, Tensor], Tensor]:
     """
     from monai.losses import DiceCELoss, DiceLoss
 
-    activation = {"sigmoid": True} if recipe.overlapping else {"softmax": True}
     kind = DiceCELoss if recipe.train.loss == "dice_ce" else DiceLoss
-    loss = kind(squared_pred=recipe.train.dice_squared, **activation)
+    loss = kind(squared_pred=recipe.train.dice_squared, sigmoid=recipe.overlapping, softmax=not recipe.overlapping)
     return lambda logits, labels: loss(logits.float(), recipe.masks(labels).float())

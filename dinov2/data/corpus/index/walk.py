@@ -98,7 +98,7 @@ def walk(folders: list[Path]) -> Iterator[Unit]:
             todo += [(path, dataset, (*above, identity)) for path in reversed(below)]
 
 
-def _is_folder(entry: os.DirEntry) -> bool:
+def _is_folder(entry: os.DirEntry[str]) -> bool:
     try:
         return entry.is_dir()
     except OSError:  # a link to itself, which `_units` reports
@@ -113,7 +113,7 @@ def _reason(err: OSError) -> str:
     return {PermissionError: "permission", FileNotFoundError: "missing"}.get(type(err), "unreadable")
 
 
-def _units(folder: str, root: str, dataset: DatasetInfo, entries: list[os.DirEntry]) -> Iterator[Unit]:
+def _units(folder: str, root: str, dataset: DatasetInfo, entries: list[os.DirEntry[str]]) -> Iterator[Unit]:
     """The files of one folder."""
     names, slices = {e.name for e in entries}, []
     for entry in entries:
@@ -140,7 +140,9 @@ def _may_be_a_slice(name: str) -> bool:
     return format_by_name(name) in (None, DICOM) and not name.startswith(".") and not name.lower().endswith(_NOT_IMAGES)
 
 
-def _file_unit(entry: os.DirEntry, stat: os.stat_result, root: str, dataset: DatasetInfo, folder: str, names: set[str]) -> Unit:
+def _file_unit(
+    entry: os.DirEntry[str], stat: os.stat_result, root: str, dataset: DatasetInfo, folder: str, names: set[str]
+) -> Unit:
     parts = [(entry.name, stat.st_size, stat.st_mtime_ns)]
     sidecar = stem(entry.name) + SIDECAR
     others = [Path(folder, sidecar)] if sidecar in names and sidecar not in _MARKERS else []
