@@ -25,7 +25,9 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint import FileSystemReader, TensorStorageMetadata
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict_saver import AsyncSaveResponse
 
 from dinov2.distributed import barrier, gather_objects, get_global_rank, get_global_size, is_enabled, is_main_process
 from dinov2.errors import BadInput
@@ -54,7 +56,7 @@ class Checkpointer:
         self.folder = folder
         self.keep = keep
         self.is_milestone = is_milestone
-        self._writing: tuple[int, Future] | None = None
+        self._writing: tuple[int, Future[Any]] | None = None
         # a group of its own, because the writers talk to each other while the training does
         self._group = dist.new_group(backend="gloo") if is_enabled() else None
 
@@ -65,7 +67,7 @@ class Checkpointer:
 
     def newest(self) -> int | None:
         """The newest complete checkpoint, as rank 0 sees it."""
-        found = [(self.iterations() or [None])[-1] if is_main_process() else None]
+        found: list[int | None] = [max(self.iterations(), default=None) if is_main_process() else None]
         if is_enabled():
             dist.broadcast_object_list(found, src=0, group=self._group)
         return found[0]
@@ -82,7 +84,9 @@ class Checkpointer:
         temporary = self.folder / f".incomplete-{iteration:07d}"
         with _writing_shares(temporary), _quiet():
             if is_enabled():
-                self._writing = iteration, dcp.async_save(state, checkpoint_id=temporary, process_group=self._group)
+                saving = dcp.async_save(state, checkpoint_id=temporary, process_group=self._group)
+                written = saving.upload_completion if isinstance(saving, AsyncSaveResponse) else saving
+                self._writing = iteration, written
             else:
                 dcp.save(state, checkpoint_id=temporary)
                 self._complete(iteration)
@@ -130,10 +134,10 @@ class Checkpointer:
             BadInput: The checkpoint is damaged, or belongs to another architecture; the first differences are named.
         """
         path = self.path(iteration)
-        reader = dcp.FileSystemReader(path)
+        reader = FileSystemReader(path)
         try:
             _require_whole(path)
-            saved = {k: tuple(m.size) for k, m in reader.read_metadata().state_dict_metadata.items()}
+            saved = {k: tuple(m.size) for k, m in saved_tensors(reader, path).items()}
             self._require_same(saved, dict(_flat_shapes(state)), path)
             with _quiet():
                 dcp.load(state, storage_reader=reader)
@@ -152,6 +156,22 @@ class Checkpointer:
                 f"{path}: checkpoint of another architecture, {len(differing)} tensors differ ({examples}): "
                 "use the configuration it was written with, or another --output-dir"
             )
+
+
+def saved_tensors(reader: FileSystemReader, path: Path, prefix: str = "") -> dict[str, TensorStorageMetadata]:
+    """What a checkpoint's index says of its tensors, those whose names begin with `prefix`.
+
+    Raises:
+        BadInput: An entry of such a name is no tensor, so that another program wrote it.
+    """
+    tensors = {}
+    for name, entry in reader.read_metadata().state_dict_metadata.items():
+        if not name.startswith(prefix):
+            continue
+        if not isinstance(entry, TensorStorageMetadata):
+            raise BadInput(f"{path}: its entry {name} is no tensor: use a checkpoint that train3d.py wrote")
+        tensors[name] = entry
+    return tensors
 
 
 def _checksums(folder: Path) -> dict[str, int]:
@@ -206,9 +226,10 @@ def _writing_shares(path: Path) -> Iterator[None]:
             yield
     except CheckpointException as err:  # torch's wrapper: per rank, the error and its trace
         causes = [cause for cause, _trace in err.failures.values()]
-        if not all(isinstance(cause, OSError) for cause in causes):
+        failed = [cause for cause in causes if isinstance(cause, OSError)]
+        if not failed or len(failed) < len(causes):
             raise
-        raise cannot_write(path, causes[0]) from err
+        raise cannot_write(path, failed[0]) from err
 
 
 def _flat_shapes(state: StateDict, prefix: str = "") -> Iterator[tuple[str, tuple[int, ...]]]:

@@ -87,7 +87,7 @@ def describe(path: str | Path) -> list[str]:
     """What weights hold, a line each: modules, blocks, width, dtype, where they came from."""
     teacher = open_trained(path)
     state, meta = teacher.state, teacher.meta
-    modules = Counter()
+    modules: Counter[str] = Counter()
     for name, value in state.items():
         modules[name.split(".")[0]] += value.numel()
     lines = [f"{path}: {len(state)} tensors, {sum(modules.values()) / 1e6:.2f} M numbers"]

@@ -23,6 +23,7 @@ from omegaconf import OmegaConf
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
+from dinov2.checkpointer.checkpointer import saved_tensors
 from dinov2.configs import load_and_merge_config_3d
 from dinov2.errors import BadInput
 from dinov2.models.hub import WEIGHTS_SUFFIXES, fetch, is_repository
@@ -260,12 +261,13 @@ def _from_folder(path: Path) -> StateDict:
     if not (path / ".metadata").is_file():
         raise BadInput(f"weights {path}: no .metadata, not a complete training checkpoint")
     try:
-        saved = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
-        wanted = {k: m for k, m in saved.items() if k.startswith(_PREFIX)}
+        wanted = saved_tensors(dcp.FileSystemReader(path), path, _PREFIX)
         tensors = {k: torch.empty(m.size, dtype=m.properties.dtype) for k, m in wanted.items()}
         with warnings.catch_warnings():  # torch's remark that there is only one process
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
             dcp.load(tensors, checkpoint_id=path, no_dist=True)
+    except BadInput:
+        raise
     except (*_READ_ERRORS, CheckpointException) as err:
         reason = " ".join(str(err).split())[:120]
         raise BadInput(f"weights {path}: damaged checkpoint ({reason}): use the one before, or a {TEACHER_FILE}") from err

@@ -27,7 +27,27 @@ class Fetched(NamedTuple):
 def is_repository(source: str) -> bool:
     """Whether it reads as `owner/name[@revision][:file]` rather than as a path."""
     named = _REPOSITORY.fullmatch(source)
-    return bool(named) and not named["repo"].endswith(WEIGHTS_SUFFIXES)
+    return named is not None and not named["repo"].endswith(WEIGHTS_SUFFIXES)
+
+
+class _Named(NamedTuple):
+    """The parts of `owner/name[@revision][:file]`."""
+
+    repo: str
+    revision: str | None
+    file: str | None
+
+
+def _parse(source: str) -> _Named:
+    """Take a repository's name apart.
+
+    Raises:
+        BadInput: It does not read as one.
+    """
+    named = _REPOSITORY.fullmatch(source)
+    if named is None:
+        raise BadInput(f"{source}: not a repository of the Hugging Face hub: write owner/name[@revision][:file]")
+    return _Named(named["repo"], named["revision"], named["file"])
 
 
 def fetch(source: str, cache_dir: str | Path | None = None) -> Fetched:
@@ -48,38 +68,42 @@ def fetch(source: str, cache_dir: str | Path | None = None) -> Fetched:
         from huggingface_hub.errors import HTTPError
     except ImportError as err:
         raise BadInput(f"{source}: weights from the hub need huggingface-hub: pip install 'huggingface-hub>=1'") from err
-    named = _REPOSITORY.fullmatch(source)
-    place = {"repo_id": named["repo"], "revision": named["revision"]}
+    named = _parse(source)
+
+    def download(name: str) -> Path:
+        return Path(hub.hf_hub_download(repo_id=named.repo, revision=named.revision, filename=name, cache_dir=cache_dir))
+
     try:
-        names = hub.HfApi().list_repo_files(**place)
-        name = named["file"] or _choose(names, source)
-        path = Path(hub.hf_hub_download(filename=name, cache_dir=cache_dir, **place))
-        card = hub.hf_hub_download(filename="README.md", cache_dir=cache_dir, **place) if "README.md" in names else None
+        names = hub.HfApi().list_repo_files(repo_id=named.repo, revision=named.revision)
+        path = download(named.file or _choose(names, source))
+        card = download("README.md") if "README.md" in names else None
     except (OSError, HTTPError, ValueError) as err:
         if isinstance(err, BadInput):
             raise
-        path, card = _cached(hub, place, named["file"], source, cache_dir, err)
+        path, card = _cached(hub, named, source, cache_dir, err)
     _check(path, source)
     facts: dict[str, Any] = (hub.metadata_load(card) if card else None) or {}
     return Fetched(path, facts.get("license_name") or facts.get("license"))
 
 
-def _cached(
-    hub: Any, place: dict[str, Any], file: str | None, source: str, cache_dir: str | Path | None, cause: Exception
-) -> tuple[Path, Path | None]:
+def _cached(hub: Any, named: _Named, source: str, cache_dir: str | Path | None, cause: Exception) -> tuple[Path, Path | None]:
     """Weights and card that an earlier call left."""
     reason = " ".join(str(cause).split())[:100] or type(cause).__name__
     try:
-        folder = Path(hub.snapshot_download(local_files_only=True, cache_dir=cache_dir, **place))
+        folder = Path(
+            hub.snapshot_download(repo_id=named.repo, revision=named.revision, cache_dir=cache_dir, local_files_only=True)
+        )
     except (OSError, ValueError) as err:
         raise BadInput(
             f"{source}: neither a file here nor to be had from the Hugging Face hub ({reason}): check the name and the "
             "connection, or download it elsewhere and give its path"
         ) from err
     names = [p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()]
-    path = folder / (file or _choose(names, source))
+    path = folder / (named.file or _choose(names, source))
     if not path.is_file():
-        raise BadInput(f"{source}: {file} is not in the cache, and the Hugging Face hub gave nothing ({reason})") from cause
+        raise BadInput(
+            f"{source}: {named.file} is not in the cache, and the Hugging Face hub gave nothing ({reason})"
+        ) from cause
     logger.warning("%s: from the cache, the Hugging Face hub gave nothing (%s)", source, reason)
     card = folder / "README.md"
     return path, card if card.is_file() else None

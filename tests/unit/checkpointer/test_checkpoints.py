@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
 from dinov2.checkpointer.checkpointer import Checkpointer, save_atomically
@@ -61,3 +62,9 @@ def test_another_shape_or_a_damaged_index_is_refused_by_name(tmp_path: Path) -> 
     (tmp_path / "0000001" / ".metadata").write_text("not an index")
     with pytest.raises(BadInput, match="0000001: damaged checkpoint"):
         checkpointer.load(state(0.0), 1)
+
+
+def test_a_checkpoint_with_an_entry_that_is_no_tensor_is_refused_by_name(tmp_path: Path) -> None:
+    dcp.save({"model": {"w": torch.zeros(3, 4), "note": "a word"}}, checkpoint_id=tmp_path / "0000001")
+    with pytest.raises(BadInput, match="0000001: its entry model.note is no tensor: use a checkpoint that train3d.py wrote"):
+        Checkpointer(tmp_path, keep=3).load(state(0.0), 1)

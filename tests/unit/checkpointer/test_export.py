@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from omegaconf import DictConfig
 
 from dinov2.checkpointer.checkpointer import Checkpointer
@@ -95,3 +96,14 @@ def test_what_is_no_teacher_is_refused(tmp_path: Path, name: str, words: str, ca
     with pytest.raises(BadInput, match=words):
         read_teacher(path)
     assert main(["checkpoint", "export", str(path), str(tmp_path / "out.pth")]) == 2
+
+
+def test_an_entry_of_a_teacher_that_is_no_tensor_is_refused_by_name(tmp_path: Path) -> None:
+    backbone = {"cls_token": torch.zeros(1, 1, 4), "norm.weight": torch.ones(4)}
+    for name, note in (("ours", {}), ("foreign", {"model.teacher.note": "a word"})):
+        state = {**{f"model.teacher.backbone.{k}": v for k, v in backbone.items()}, "iteration": "7", **note}
+        dcp.save(state, checkpoint_id=tmp_path / name)
+    assert describe(tmp_path / "ours")[0].endswith("ours: 2 tensors, 0.00 M numbers")  # beside the teacher anything may be
+    with pytest.raises(BadInput, match="foreign: its entry model.teacher.note is no tensor: use a checkpoint"):
+        describe(tmp_path / "foreign")
+    assert main(["checkpoint", "inspect", str(tmp_path / "foreign")]) == 2

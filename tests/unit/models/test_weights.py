@@ -23,6 +23,7 @@ from dinov2.configs import default_yaml, load_and_merge_config_3d
 from dinov2.distributed.runtime import Runtime
 from dinov2.errors import BadInput
 from dinov2.features.setup import build_model_for_eval
+from dinov2.models.hub import fetch, is_repository
 from dinov2.models.vision_transformer import vit_tiny_3d
 from dinov2.train.build import build
 from dinov2.train.state import TrainState, save_teacher
@@ -231,6 +232,13 @@ def test_an_unreachable_hub_a_damaged_file_and_a_choice_are_one_line(hub: FakeHu
     with pytest.raises(BadInput, match="neither a file here nor to be had from the Hugging Face hub .cannot reach") as caught:
         load_encoder("group/vit", "cpu")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("source", ["vit", "group/vit/file", "group/vit@", ""])
+def test_what_does_not_read_as_a_repository_is_refused_in_words(source: str) -> None:
+    assert not is_repository(source)
+    with pytest.raises(BadInput, match=r"not a repository of the Hugging Face hub: write owner/name\[@revision\]\[:file\]"):
+        fetch(source)
 
 
 @pytest.mark.slow
