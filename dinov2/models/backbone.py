@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, overload, runtime_checkable
 
 from torch import Tensor, nn
 
@@ -32,16 +32,28 @@ class Backbone(Protocol):
     @property
     def input_size(self) -> int: ...
 
+    @overload
     def get_intermediate_layers(
         self,
         x: Tensor,
         n: int | Sequence[int] = 1,
         reshape: bool = False,
-        return_class_token: bool = False,
+        return_class_token: Literal[False] = False,
         norm: bool = True,
-    ) -> Any:
+    ) -> tuple[Tensor, ...]: ...
+
+    @overload
+    def get_intermediate_layers(
+        self,
+        x: Tensor,
+        n: int | Sequence[int] = 1,
+        reshape: bool = False,
+        *,
+        return_class_token: Literal[True],
+        norm: bool = True,
+    ) -> tuple[tuple[Tensor, Tensor], ...]:
         """As of DINOv2: patch tokens [B, N, E] or [B, E, h, w, d] of the last n layers, or pairs with class tokens [B, E]."""
 
     def parameters(self) -> Iterator[nn.Parameter]: ...
 
-    def state_dict(self) -> dict[str, Tensor]: ...
+    def state_dict(self) -> dict[str, Any]: ...
