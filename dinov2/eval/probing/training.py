@@ -267,7 +267,7 @@ def step(setting: Setting, probe: Probe, plan: Plan, features: Tensor, labels: T
         probe.optimizer.zero_grad(set_to_none=True)
         features.backward(gradient[first : first + len(features)])
         for group in probe.optimizer.param_groups:
-            group["lr"] = probe.optimizer.defaults["lr"] * factor  # of the backbone's rate
+            group["lr"] = probe.optimizer.defaults["lr"] * factor  # the default: plan.backbone_rate
             for p in group["params"]:
                 if p.grad is not None:
                     p.grad = all_reduce_sum(p.grad)

@@ -114,6 +114,13 @@ def test_rotary_scores_depend_on_the_distance_alone() -> None:
     torch.testing.assert_close(turned_q.norm(dim=-1), q.norm().expand(25))
 
 
+def test_what_a_network_does_not_have_is_refused_in_words() -> None:
+    with pytest.raises(ValueError, match="pos_encoding=rope: there are no learned positions"):
+        make_net(pos_encoding="rope").interpolate_pos_encoding((2, 2, 2))
+    with pytest.raises(TypeError, match="a list of batches is for is_training=True"):
+        make_net()([volumes(1, 8, 8, 8)])
+
+
 def test_rope_has_no_position_parameters_but_sees_positions() -> None:
     net = make_net(pos_encoding="rope", init="xavier").eval()
     assert "pos_embed" not in net.state_dict()
