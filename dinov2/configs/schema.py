@@ -14,7 +14,6 @@ from typing import Any
 from dinov2.configs.errors import ConfigError, nearest
 from dinov2.geometry import triple
 
-ARCH_NAMES = ("vit_tiny_3d", "vit_small_3d", "vit_base_3d", "vit_large_3d", "vit_giant2_3d")
 ARCH_SHAPES = {  # embed_dim, depth, num_heads
     "vit_tiny_3d": (192, 12, 3),
     "vit_small_3d": (384, 12, 6),
@@ -22,6 +21,7 @@ ARCH_SHAPES = {  # embed_dim, depth, num_heads
     "vit_large_3d": (1024, 24, 16),
     "vit_giant2_3d": (1536, 40, 24),
 }
+ARCH_NAMES = tuple(ARCH_SHAPES)
 DTYPE_NAMES = ("fp16", "bf16", "fp32", "fp64")
 
 

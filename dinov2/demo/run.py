@@ -30,7 +30,7 @@ from dinov2.features.setup import build_model_for_eval
 from dinov2.files import write_json
 from dinov2.logging import Say, read_metrics, setup_logging
 from dinov2.logging.folder import locked_folder
-from dinov2.models import DinoVisionTransformer3d
+from dinov2.models import Backbone
 from dinov2.streams import Kind, stream
 from dinov2.train import train3d
 from dinov2.visual.cases import draw_patches, pca_colours
@@ -87,14 +87,14 @@ def run_demo(output: Path, data: Path | None, seed: int, overrides: list[str], s
     return EXIT_OK
 
 
-def show_encoder(backbone: DinoVisionTransformer3d, picture: Entry, output: Path, say: Say) -> None:
+def show_encoder(backbone: Backbone, picture: Entry, output: Path, say: Say) -> None:
     """Draw what the demo encoder, which comes trained, makes of a volume."""
     say(f"1/5  features of an unseen volume by the encoder that comes with the package: {output / 'features.png'}")
     volume = VolumeStore([picture], 0).get(0, stream(0, Kind.SAMPLE, 0)).data
     draw_patches(volume[0].numpy(), {"demo encoder": colours(backbone, volume)}, SHIFT, output / "features.png")
 
 
-def colours(backbone: DinoVisionTransformer3d, volume: Tensor) -> np.ndarray:
+def colours(backbone: Backbone, volume: Tensor) -> np.ndarray:
     """[h, w, d, 3] of a volume [1, H, W, D], a cell every SHIFT voxels."""
     features = volume_features(backbone, volume, WINDOW, SHIFT)
     return pca_colours(features.numpy(), _foreground(volume[0], features.shape[:3]).numpy())
@@ -151,8 +151,8 @@ def train_small(output: Path, seed: int, overrides: list[str], say: Say) -> tupl
 
 def measure(
     cfg: DictConfig,
-    demo: DinoVisionTransformer3d,
-    trained: DinoVisionTransformer3d,
+    demo: Backbone,
+    trained: Backbone,
     train: list[Case],
     test: list[Case],
     seed: int,
@@ -184,7 +184,7 @@ def measure(
 def draw(
     output: Path,
     cfg: DictConfig,
-    trained: DinoVisionTransformer3d,
+    trained: Backbone,
     picture: Entry,
     scores: dict[int, dict[str, list[float]]],
     say: Say,

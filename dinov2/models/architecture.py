@@ -11,8 +11,8 @@ from typing import Any
 from omegaconf import DictConfig
 
 from dinov2.configs import load_and_merge_config_3d
+from dinov2.configs.schema import ARCH_SHAPES
 from dinov2.errors import BadInput
-from dinov2.models.vision_transformer import SIZES
 from dinov2.models.weights import StateDict
 
 logger = logging.getLogger(__name__)
@@ -69,9 +69,9 @@ def refuse_other_heads(cfg: DictConfig, meta: dict[str, Any], source: str | Path
         BadInput: They differ.
     """
     student = saved_network(meta) or {}
-    if student.get("arch") not in SIZES:
+    if student.get("arch") not in ARCH_SHAPES:
         return
-    own, given = (s.get("num_heads") or SIZES[s["arch"]][2] for s in (student, cfg.student))
+    own, given = (s.get("num_heads") or ARCH_SHAPES[s["arch"]][2] for s in (student, cfg.student))
     if own != given:
         raise BadInput(
             f"weights {source}: does not fit this network: trained with {own} heads a block, the configuration has {given}: "
@@ -89,7 +89,7 @@ def _told_by_tensors(state: StateDict, source: str | Path) -> tuple[dict[str, An
     if not blocks or width is None:
         raise BadInput(f"weights {source}: no vision transformer's tensors in it (cls_token, norm, blocks.0...)")
     shape = (width, 1 + max(blocks))
-    arch = {(e, depth): name for name, (e, depth, _) in SIZES.items()}.get(shape)
+    arch = {(e, depth): name for name, (e, depth, _) in ARCH_SHAPES.items()}.get(shape)
     if arch is None:
         raise BadInput(
             f"weights {source}: width {shape[0]} and {shape[1]} blocks are of no network known by name, and the file does not "

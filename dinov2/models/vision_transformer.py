@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dinov2.configs.schema import ARCH_SHAPES
 from dinov2.geometry import Size3
 from dinov2.layers import Block, Mlp, PatchEmbed3d, Segment, SwiGLUFFN
 from dinov2.layers.recompute import run_block
@@ -321,19 +322,11 @@ def _factory(embed_dim: int, depth: int, num_heads: int, **defaults: Any) -> Cal
     return build
 
 
-SIZES = {  # embed_dim, depth, num_heads
-    "vit_tiny_3d": (192, 12, 3),
-    "vit_small_3d": (384, 12, 6),
-    "vit_base_3d": (768, 12, 12),
-    "vit_large_3d": (1024, 24, 16),
-    "vit_giant2_3d": (1536, 40, 24),
-}
-
-vit_tiny_3d = _factory(*SIZES["vit_tiny_3d"])
-vit_small_3d = _factory(*SIZES["vit_small_3d"])
-vit_base_3d = _factory(*SIZES["vit_base_3d"])
-vit_large_3d = _factory(*SIZES["vit_large_3d"])
-vit_giant2_3d = _factory(*SIZES["vit_giant2_3d"], ffn_layer="swiglufused")
+vit_tiny_3d = _factory(*ARCH_SHAPES["vit_tiny_3d"])
+vit_small_3d = _factory(*ARCH_SHAPES["vit_small_3d"])
+vit_base_3d = _factory(*ARCH_SHAPES["vit_base_3d"])
+vit_large_3d = _factory(*ARCH_SHAPES["vit_large_3d"])
+vit_giant2_3d = _factory(*ARCH_SHAPES["vit_giant2_3d"], ffn_layer="swiglufused")
 
 FACTORIES = {
     "vit_tiny_3d": vit_tiny_3d,

@@ -136,5 +136,7 @@ def _never_present(shares: Sequence[dict[str, float]]) -> list[str]:
 def draw_prepared(case: Case, recipe: Recipe, path: Path) -> None:
     """A prepared case with the outlines of its label map, if it has one, named by the recipe."""
     names = recipe.output_names if recipe.overlapping else recipe.output_names[1:]
-    masks = [] if case.label is None else recipe.masks(case.label)[-len(names) :].numpy()
-    draw_case(case.image.numpy(), dict(zip(names, masks, strict=False)), case.spacing_mm, path)
+    masks: dict[str, np.ndarray] = {}
+    if case.label is not None:
+        masks = dict(zip(names, recipe.masks(case.label)[-len(names) :].numpy(), strict=True))
+    draw_case(case.image.numpy(), masks, case.spacing_mm, path)

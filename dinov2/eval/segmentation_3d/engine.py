@@ -257,7 +257,9 @@ def test(model: nn.Module, cfg: DictConfig, task: Task, cases: Cases, run: Run, 
     return results
 
 
-def draw_worst(model: nn.Module, cases: Cases, scores: list[Score], window: tuple, task: Task, output_dir: Path) -> None:
+def draw_worst(
+    model: nn.Module, cases: Cases, scores: list[Score], window: tuple[Any, ...], task: Task, output_dir: Path
+) -> None:
     """The test cases with the lowest Dice: the prediction beside the truth, in `worst/`."""
     foreground = task.recipe.output_names if task.recipe.overlapping else task.recipe.output_names[1:]
     by_case: dict[str, list[float]] = {}
