@@ -66,8 +66,18 @@ class ConvFFN(nn.Module):
     def forward(self, x: Tensor, levels: list[Size3]) -> Tensor:
         """[B, S, E] -> [B, S, E]."""
         parts = self.fc1(x).transpose(1, 2).split([h * w * d for h, w, d in levels], dim=2)
-        convolved = [self.dwconv(p.unflatten(2, size)).flatten(2) for p, size in zip(parts, levels, strict=True)]
+        volumes = [for_depthwise(p.unflatten(2, size)) for p, size in zip(parts, levels, strict=True)]  # [B, hidden, H, W, D]
+        convolved = [self.dwconv(v).flatten(2) for v in volumes]
         return self.fc2(self.act(torch.cat(convolved, 2).transpose(1, 2)))
+
+
+def for_depthwise(x: Tensor) -> Tensor:
+    """[B, C, H, W, D] as a depth-wise convolution should get it: on a GPU copied, so that a channel's voxels lie side by side.
+
+    As a linear layer leaves them, with a voxel's channels side by side, torch hands volumes to cuDNN, which makes the weight's
+    gradient by a call for every channel (docs/gpu.md). Torch's own kernels, which do it at once, take the other order only.
+    """
+    return x.contiguous() if x.is_cuda else x
 
 
 class Injector(nn.Module):

@@ -13,7 +13,7 @@ from dinov2.eval.segmentation_3d.build import choose_trained
 from dinov2.eval.segmentation_3d.deformable import MSDeformAttn3d, cell_centres, in_compute_dtype, octant_offsets
 from dinov2.eval.segmentation_3d.engine import Plan, build_optimizer
 from dinov2.eval.segmentation_3d.heads import UNETR, Linear, ViTAdapterUNETR
-from dinov2.eval.segmentation_3d.interaction import Extractor, make_layout
+from dinov2.eval.segmentation_3d.interaction import ConvFFN, Extractor, make_layout
 from dinov2.models import DinoVisionTransformer3d
 
 CPU = Runtime(torch.device("cpu"))
@@ -118,6 +118,39 @@ def test_channels_are_averaged_for_the_adapter_and_told_apart_at_the_end() -> No
     torch.testing.assert_close(given[0][0], tokens.mean(0, keepdim=True))
     assert given[0][1].shape == (1, 512, 32)
     assert (one - other).abs().max() > 1e-3
+
+
+class OnGpu(Tensor):
+    """Says that it is on a GPU."""
+
+    is_cuda = True
+
+
+def test_on_a_gpu_depthwise_convolutions_get_volumes_whose_channels_lie_apart() -> None:
+    """Others torch hands to cuDNN, which is slow there; on a CPU nothing is copied."""
+    ffn, levels, x = ConvFFN(8, 1.0).double(), [(4, 4, 4), (2, 2, 2)], torch.randn(2, 72, 8).double()
+    given: list[Tensor] = []
+    ffn.dwconv.register_forward_pre_hook(lambda _m, args: given.append(args[0]))
+    out, pretended = ffn(x, levels), ffn(x.as_subclass(OnGpu), levels)
+    assert [v.stride(1) for v in given] == [1, 1, 4**3, 2**3]
+    assert given[0].untyped_storage().data_ptr() == given[1].untyped_storage().data_ptr()
+    torch.testing.assert_close(pretended.as_subclass(Tensor), out)
+
+
+@pytest.mark.gpu
+def test_a_gpu_makes_the_gradient_of_a_depthwise_weight_at_once() -> None:
+    levels, hidden = [(12, 12, 12), (6, 6, 6)], 64
+    ffn, x = ConvFFN(hidden, 1.0), torch.randn(2, 12**3 + 6**3, hidden)
+    wanted = torch.autograd.grad(ffn.double()(x.double(), levels).square().mean(), ffn.dwconv.weight)[0]
+    ffn.float().cuda()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        with torch.autocast("cuda", torch.bfloat16):
+            out = ffn(x.cuda(), levels)
+        (got,) = torch.autograd.grad(out.float().square().mean(), ffn.dwconv.weight)
+        torch.cuda.synchronize()
+    kernels = [e.key for e in profile.key_averages()]
+    assert any("conv_depthwise3d" in k for k in kernels) and not any("cudnn" in k for k in kernels), kernels
+    assert (got.cpu() - wanted).norm() < 0.03 * wanted.norm()
 
 
 def test_the_extractors_read_around_each_pyramid_voxels_own_place() -> None:
