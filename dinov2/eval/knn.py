@@ -86,18 +86,18 @@ def knn_probabilities(
 def run(args: argparse.Namespace) -> int:
     request, votes = check_arguments(args)
     with open_run(request, "classification") as setting:
-        parts, views = all_features(setting)
+        parts, choices = all_features(setting)
         fit, num_classes = parts["training"], setting.recipe.num_outputs
 
-        def vote(part: str, view: str, k: int) -> np.ndarray:
-            columns = views[view]
-            return knn_probabilities(fit.view(columns), fit.y, parts[part].view(columns), k, num_classes, votes.temperature)
+        def vote(part: str, taken: str, k: int) -> np.ndarray:
+            columns = choices[taken]
+            return knn_probabilities(fit.x[:, columns], fit.y, parts[part].x[:, columns], k, num_classes, votes.temperature)
 
         numbers = sorted({min(k, len(fit.y)) for k in votes.neighbours})
         validation = parts["validation"]
-        scores = {(v, k): mean_auc(vote("validation", v, k), validation) for v in views for k in numbers}
-        view, k = choose(scores)
-        write_classification(setting, parts, vote("test", view, k), {"features": view, "k": k}, scores)
+        scores = {(v, k): mean_auc(vote("validation", v, k), validation) for v in choices for k in numbers}
+        taken, k = choose(scores)
+        write_classification(setting, parts, vote("test", taken, k), {"features": taken, "k": k}, scores)
         return EXIT_OK
 
 

@@ -39,22 +39,22 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> int:
     with open_run(checked_request(args), "classification") as setting:
-        parts, views = all_features(setting)
+        parts, choices = all_features(setting)
         fit, validation, test = (parts[name] for name in ("training", "validation", "test"))
 
         def fitted(x: np.ndarray, y: np.ndarray, c: float) -> LogisticRegression:
             return make_pipeline(StandardScaler(), LogisticRegression(C=c, max_iter=MAX_ITERATIONS)).fit(x, y)
 
         scores = {}
-        for name, columns in views.items():
+        for name, columns in choices.items():
             for c in C_GRID:
-                model = fitted(fit.view(columns), fit.y, c)
-                scores[name, c] = mean_auc(model.predict_proba(validation.view(columns)), validation)
-        view, c = choose(scores)
-        both = np.concatenate([fit.view(views[view]), validation.view(views[view])])
+                model = fitted(fit.x[:, columns], fit.y, c)
+                scores[name, c] = mean_auc(model.predict_proba(validation.x[:, columns]), validation)
+        taken, c = choose(scores)
+        both = np.concatenate([fit.x[:, choices[taken]], validation.x[:, choices[taken]]])
         model = fitted(both, np.concatenate([fit.y, validation.y]), c)
-        probabilities = model.predict_proba(test.view(views[view]))
-        write_classification(setting, parts, probabilities, {"features": view, "C": c}, scores)
+        probabilities = model.predict_proba(test.x[:, choices[taken]])
+        write_classification(setting, parts, probabilities, {"features": taken, "C": c}, scores)
         return EXIT_OK
 
 

@@ -44,27 +44,27 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> int:
     with open_run(checked_request(args), "regression") as setting:
-        parts, views = all_features(setting)
+        parts, choices = all_features(setting)
         fit, validation, test = (parts[name] for name in ("training", "validation", "test"))
 
         def fitted(x: np.ndarray, y: np.ndarray, penalty: float) -> Pipeline:
             return make_pipeline(StandardScaler(), Ridge(alpha=penalty)).fit(x, y)
 
         scores = {}
-        for name, columns in views.items():
+        for name, columns in choices.items():
             for penalty in PENALTIES:
-                predicted = fitted(fit.view(columns), fit.y, penalty).predict(validation.view(columns))
+                predicted = fitted(fit.x[:, columns], fit.y, penalty).predict(validation.x[:, columns])
                 scores[name, penalty] = -float(np.abs(predicted - validation.y).mean())
-        view, penalty = choose(scores)
-        both = np.concatenate([fit.view(views[view]), validation.view(views[view])])
+        taken, penalty = choose(scores)
+        both = np.concatenate([fit.x[:, choices[taken]], validation.x[:, choices[taken]]])
         values = np.concatenate([fit.y, validation.y])
-        predicted = fitted(both, values, penalty).predict(test.view(views[view]))
+        predicted = fitted(both, values, penalty).predict(test.x[:, choices[taken]])
         if is_main_process():
             cases = [item.case for item in test.items]
             write_predictions(setting.output_dir / "predictions.csv", cases, test.y.tolist(), {"predicted": predicted})
             results = regression_scores(predicted, test.y, groups_of(test.items))
             results["median_mae"] = float(np.abs(np.median(values) - test.y).mean())  # always answering the median
-            write_results(setting, results, parts, {"features": view, "penalty": penalty}, scores)
+            write_results(setting, results, parts, {"features": taken, "penalty": penalty}, scores)
             error, median = results["test_mae"], results["median_mae"]
             logger.info("test: mean absolute error %.3f, by the median %.3f, r %.3f", error, median, results["test_r"])
         return EXIT_OK

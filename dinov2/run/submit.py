@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib
 import logging
 import os
@@ -12,6 +13,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import submitit
@@ -48,6 +50,25 @@ def add_job_arguments(
     return group
 
 
+@dataclass(frozen=True)
+class Job:
+    """What a cluster is asked for: the flags of any job, by their names."""
+
+    cpus_per_task: int
+    mem: str
+    timeout: int
+    signal_delay: int
+    partition: str
+    exclude: str
+    comment: str
+    job_name: str
+
+    @classmethod
+    def asked_for(cls, args: argparse.Namespace) -> Job:
+        """Of a command line with the flags of `add_job_arguments`."""
+        return cls(**{f.name: getattr(args, f.name) for f in dataclasses.fields(cls)})
+
+
 def launch(module: str, flags: argparse.ArgumentParser, argv: Sequence[str] | None, doc: str) -> int:
     """The main function of a launcher: check the program's arguments here, before the job waits in a queue; then submit it.
 
@@ -66,7 +87,8 @@ def launch(module: str, flags: argparse.ArgumentParser, argv: Sequence[str] | No
     try:
         if not own.output_dir:
             raise BadInput("--output-dir is needed: the job's logs and checkpoints go there")
-        job = submit(Program(module, rest), args, Path(own.output_dir).absolute() / "slurm")
+        folder = Path(own.output_dir).absolute() / "slurm"
+        job = submit(Program(module, rest), Job.asked_for(args), folder, args.nodes, args.ngpus, args.cpu)
     except BadInput as err:
         logger.error("%s", err)
         return EXIT_BAD_INPUT
@@ -108,23 +130,21 @@ class Program:
         return submitit.helpers.DelayedSubmission(self)
 
 
-def submit(program: Program, args: argparse.Namespace, folder: Path) -> str:
-    """Submit a job; returns its id. Its logs and submitit's files go to `folder`.
+def submit(program: Program, job: Job, folder: Path, num_nodes: int, ranks_per_node: int, on_cpus: bool) -> str:
+    """Submit a job; returns its id. Its logs and submitit's files go to `folder`. A rank has a GPU, if not `on_cpus`.
 
     Raises:
         BadInput: No SLURM here, or SLURM refuses the job.
     """
-    executor = _executor(args, folder)
-    executor.update_parameters(nodes=args.nodes, tasks_per_node=args.ngpus)
-    if not args.cpu:
-        executor.update_parameters(slurm_gpus_per_node=args.ngpus)
+    executor = _executor(job, folder)
+    executor.update_parameters(nodes=num_nodes, tasks_per_node=ranks_per_node)
+    if not on_cpus:
+        executor.update_parameters(slurm_gpus_per_node=ranks_per_node)
     with _refusals():
         return executor.submit(program).job_id
 
 
-def submit_array(
-    programs: list[Program], last: Program, args: argparse.Namespace, folder: Path, num_gpus: int = 0
-) -> list[str]:
+def submit_array(programs: list[Program], last: Program, job: Job, folder: Path, num_gpus: int = 0) -> list[str]:
     """Submit programs of one task each as an array, and one that starts when all of them are done; returns the ids.
 
     Each gets `num_gpus` GPUs.
@@ -132,29 +152,29 @@ def submit_array(
     Raises:
         BadInput: No SLURM here, or SLURM refuses a job.
     """
-    executor = _executor(args, folder)
+    executor = _executor(job, folder)
     executor.update_parameters(nodes=1, tasks_per_node=1)
     if num_gpus:
         executor.update_parameters(slurm_gpus_per_node=num_gpus)
     with _refusals():
         with executor.batch():
-            jobs = [executor.submit(program) for program in programs]
-        array = jobs[0].job_id.split("_")[0]
+            submitted = [executor.submit(program) for program in programs]
+        array = submitted[0].job_id.split("_")[0]
         executor.update_parameters(slurm_additional_parameters={"dependency": f"afterok:{array}"})
-        return [*(job.job_id for job in jobs), executor.submit(last).job_id]
+        return [*(one.job_id for one in submitted), executor.submit(last).job_id]
 
 
-def _executor(args: argparse.Namespace, folder: Path) -> submitit.AutoExecutor:
+def _executor(job: Job, folder: Path) -> submitit.AutoExecutor:
     if shutil.which("sbatch") is None:
         raise BadInput("sbatch was not found: start this on a machine of the cluster, or use the program without SLURM")
     executor = submitit.AutoExecutor(folder, cluster="slurm", slurm_max_num_timeout=10_000)
-    optional = {"slurm_partition": args.partition, "slurm_exclude": args.exclude, "slurm_comment": args.comment}
-    optional |= {"slurm_mem": args.mem}
+    optional = {"slurm_partition": job.partition, "slurm_exclude": job.exclude, "slurm_comment": job.comment}
+    optional |= {"slurm_mem": job.mem}
     executor.update_parameters(
-        name=args.job_name,
-        cpus_per_task=args.cpus_per_task,
-        timeout_min=args.timeout,
-        slurm_signal_delay_s=args.signal_delay,
+        name=job.job_name,
+        cpus_per_task=job.cpus_per_task,
+        timeout_min=job.timeout,
+        slurm_signal_delay_s=job.signal_delay,
         **{k: v for k, v in optional.items() if v},
     )
     return executor

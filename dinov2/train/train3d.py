@@ -7,10 +7,12 @@ Reading order: `main` -> `run` (what a run needs) -> `do_train` (the loop) -> `t
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import logging
 import sys
 from collections.abc import Sequence
 from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -72,51 +74,70 @@ def get_args_parser() -> argparse.ArgumentParser:
     return parser
 
 
+@dataclass(frozen=True)
+class Request:
+    """What a training is asked for: the flags of the command line, by their names."""
+
+    config_file: str | None
+    stages: str | None
+    output_dir: str | None
+    cache_dir: str | None
+    no_resume: bool
+    allow_changed_data: bool
+    eval_only: bool
+    eval: str
+    opts: list[str]
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse, run, and turn a user's mistake into one line and exit code 2."""
-    args = get_args_parser().parse_intermixed_args(argv)
-    return run_program(run_stages if args.stages else run, args)
+    return run_program(run_request, get_args_parser().parse_intermixed_args(argv))
 
 
-def run(args: argparse.Namespace) -> int:
+def run_request(args: argparse.Namespace) -> int:
+    asked = Request(**{f.name: getattr(args, f.name) for f in dataclasses.fields(Request)})
+    return run_stages(asked) if asked.stages else run(asked)
+
+
+def run(asked: Request) -> int:
     """Everything around the loop: configuration, ranks, folder, data, model, resume."""
-    named = {"train.output_dir": args.output_dir, "train.cache_dir": args.cache_dir}
-    overrides = [*args.opts, *(f"{key}={value}" for key, value in named.items() if value)]
-    cfg = load_and_merge_config_3d(args.config_file, overrides)
+    named = {"train.output_dir": asked.output_dir, "train.cache_dir": asked.cache_dir}
+    overrides = [*asked.opts, *(f"{key}={value}" for key, value in named.items() if value)]
+    cfg = load_and_merge_config_3d(asked.config_file, overrides)
     runtime = start_runtime(cfg.train.num_threads, cfg.train.backend, cfg.train.timeout_s)
     setup_logging(rank=runtime.rank)
     with lost_rank_explained(runtime.rank), run_folder(cfg.train.output_dir, runtime) as output_dir:
         setup_logging(output_dir, runtime.rank)
-        return prepare_and_train(args, cfg, runtime, output_dir)
+        return prepare_and_train(asked, cfg, runtime, output_dir)
 
 
-def run_stages(args: argparse.Namespace) -> int:
+def run_stages(asked: Request) -> int:
     """One training after the other; each resumes by itself, a finished one is passed over."""
-    if args.config_file or not args.output_dir:
+    if asked.config_file or not asked.stages or not asked.output_dir:
         raise BadInput("--stages needs --output-dir, and names the configurations itself: leave out --config-file")
-    for stage in read_stages(args.stages, args.output_dir, args.opts):
+    for stage in read_stages(asked.stages, asked.output_dir, asked.opts):
         logger.info("stage %s", stage.name)
-        own = {"config_file": stage.config, "output_dir": str(stage.output_dir), "opts": stage.overrides}
-        code = run(argparse.Namespace(**{**vars(args), **own}))
+        own = dataclasses.replace(asked, config_file=stage.config, output_dir=str(stage.output_dir), opts=list(stage.overrides))
+        code = run(own)
         if code != EXIT_OK:
             return code
     return EXIT_OK
 
 
-def prepare_and_train(args: argparse.Namespace, cfg: DictConfig, runtime: Runtime, output_dir: Path) -> int:
+def prepare_and_train(asked: Request, cfg: DictConfig, runtime: Runtime, output_dir: Path) -> int:
     """Data, model, resume; then the loop."""
-    say_what_has_no_effect(cfg, args, runtime)
+    say_what_has_no_effect(cfg, asked, runtime)
     datalist = read_datalist(cfg.train.dataset_path).larger_than(cfg.train.data_min_axis_size)
     effective_batch = cfg.train.batch_size_per_gpu * cfg.train.accumulation_steps * runtime.world_size
-    if args.no_resume and is_main_process():
+    if asked.no_resume and is_main_process():
         set_aside(output_dir)
     check_same_on_all_ranks(cfg, datalist)
-    check_same_run(output_dir, datalist.sha256, effective_batch, runtime.world_size, args.allow_changed_data)
+    check_same_run(output_dir, datalist.sha256, effective_batch, runtime.world_size, asked.allow_changed_data)
 
     checkpointer = build_checkpointer(cfg, output_dir)
     state = TrainState(*build(cfg, runtime, load_start=checkpointer.newest() is None))
     state.resume(checkpointer)
-    if args.eval_only:
+    if asked.eval_only:
         return write_teacher_only(state, cfg, output_dir, data_record(datalist, cfg))
     schedules = build_schedules(cfg, runtime.world_size)
     if state.iteration + 1 >= schedules.total_iters:
@@ -283,7 +304,7 @@ def write_teacher_only(state: TrainState, cfg: DictConfig, output_dir: Path, dat
     return EXIT_OK
 
 
-def say_what_has_no_effect(cfg: DictConfig, args: argparse.Namespace, runtime: Runtime) -> None:
+def say_what_has_no_effect(cfg: DictConfig, asked: Request, runtime: Runtime) -> None:
     """Accepted for compatibility, said once."""
     if cfg.train.saveckp_freq != 20:
         logger.info("train.saveckp_freq has no effect: use train.checkpoint_period (iterations)")
@@ -291,7 +312,7 @@ def say_what_has_no_effect(cfg: DictConfig, args: argparse.Namespace, runtime: R
         logger.info(
             "train.cache_dataset has no effect: see train.cache_dir, and train.memory_store_mb=0 to keep none in memory"
         )
-    if args.eval:
+    if asked.eval:
         logger.info("--eval has no effect: evaluate the teacher checkpoints with the programs in dinov2/eval")
     fp16 = cfg.compute_precision.student.backbone.mixed_precision.param_dtype == "fp16"
     if fp16 and runtime.device.type == "cpu":

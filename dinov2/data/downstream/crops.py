@@ -113,12 +113,12 @@ def _change_intensity(image: Tensor, plan: Training, rng: np.random.Generator) -
     return image.contiguous() * scale + shift
 
 
-def central_view(image: Tensor, image_size: int) -> Tensor:
+def central_cube(image: Tensor, image_size: int) -> Tensor:
     """The middle of a classification's image, [C, H, W, D] -> [C, s, s, s]; a smaller one is padded around."""
     return _cut(image, [(n - image_size) // 2 for n in image.shape[1:]], image_size, BACKGROUND)
 
 
-def training_view(image: Tensor, recipe: Recipe, image_size: int, rng: np.random.Generator) -> Tensor:
+def training_cube(image: Tensor, recipe: Recipe, image_size: int, rng: np.random.Generator) -> Tensor:
     """A random, augmented crop of a classification's image, [C, H, W, D] -> [C, s, s, s].
 
     Source: 3DINO paper, Methods, "3DINO classification"; parameter ranges are MONAI's customary ones.

@@ -30,7 +30,7 @@ class Part:
     """Features and labels of a part.
 
     Attributes:
-        x: [n, F] float64, all layers' (`view` takes a head's part).
+        x: [n, F] float64, all layers' (a head takes its columns).
         y: [n], class numbers or values.
         items: The cases.
     """
@@ -39,11 +39,8 @@ class Part:
     y: np.ndarray
     items: Sequence[Item]
 
-    def view(self, columns: slice) -> np.ndarray:
-        return self.x[:, columns]
 
-
-def feature_views(embed_dim: int, num_features: int) -> dict[str, slice]:
+def feature_choices(embed_dim: int, num_features: int) -> dict[str, slice]:
     """Parts of the features by name: class tokens of the last {1, 4} layers, with and without pooled patches."""
     layers = num_features // embed_dim - 1
     counts = sorted({min(n, layers) for n in LAYER_CHOICES})
@@ -52,7 +49,7 @@ def feature_views(embed_dim: int, num_features: int) -> dict[str, slice]:
 
 
 def all_features(setting: Setting) -> tuple[dict[str, Part], dict[str, slice]]:
-    """Every part's features by the frozen backbone, of the training part its share, and the views of them; the run begins.
+    """Every part's features by the frozen backbone, of the training part its share, and the choices of them; the run begins.
 
     Raises:
         BadInput: A class is absent from a part, or a case cannot be used.
@@ -68,7 +65,7 @@ def all_features(setting: Setting) -> tuple[dict[str, Part], dict[str, slice]]:
         features = part_features(setting, setting.backbone, cases[part], part)
         parts[part] = Part(features.double().numpy(), labels_of(cases[part].items).numpy(), cases[part].items)
     setting.begin()  # every case could be used
-    return parts, feature_views(setting.backbone.embed_dim, features.shape[1])
+    return parts, feature_choices(setting.backbone.embed_dim, features.shape[1])
 
 
 def choose(scores: dict[Any, float]) -> Any:

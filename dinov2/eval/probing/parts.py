@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dinov2.data.downstream.cases import Cases
-from dinov2.data.downstream.crops import central_view
+from dinov2.data.downstream.crops import central_cube
 from dinov2.data.downstream.lists import Item, select_percent
 from dinov2.data.downstream.recipes import Recipe
 from dinov2.data.workers import compute_in_order
@@ -59,7 +59,7 @@ def part_features(setting: Setting, backbone: Backbone, cases: Cases, part: str)
     mine = list(range(setting.runtime.rank, len(cases), setting.runtime.world_size))
     endless = (mine[i % len(mine)] for i in range(10**12)) if mine else iter(())
     num_workers = min(request.num_workers, len(mine))
-    views = compute_in_order(lambda i: central_view(cases[i].image, request.image_size), endless, num_workers)
+    views = compute_in_order(lambda i: central_cube(cases[i].image, request.image_size), endless, num_workers)
     rows: dict[int, Tensor] = {}
     for first in tqdm(range(0, len(mine), request.batch_size), desc=f"{part} features", disable=None):
         chosen = mine[first : first + request.batch_size]

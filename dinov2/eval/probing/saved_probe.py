@@ -14,7 +14,7 @@ from dinov2.checkpointer.checkpointer import save_atomically
 from dinov2.checkpointer.teacher import RANDOM, open_teacher, open_weights
 from dinov2.configs.loader import typed_from
 from dinov2.data.downstream.cases import prepare_case
-from dinov2.data.downstream.crops import central_view
+from dinov2.data.downstream.crops import central_cube
 from dinov2.data.downstream.lists import Item, stem
 from dinov2.data.downstream.recipes import Recipe
 from dinov2.distributed.precision import evaluation_autocast
@@ -87,7 +87,7 @@ class SavedProbe:
             BadInput: A file cannot be used.
         """
         case = prepare_case(Item(tuple(map(str, images)), None, stem(images[0])), self.recipe)
-        view = central_view(case.image, self.image_size)[None].to(self.runtime.device)
+        view = central_cube(case.image, self.image_size)[None].to(self.runtime.device)
         with evaluation_autocast(self.cfg, self.runtime.device.type):
             features = class_features(self.backbone, view, self.layers)[:, self.columns]
         return (features @ self.weight.T + self.bias)[0].double().softmax(-1).cpu()

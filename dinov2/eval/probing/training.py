@@ -24,7 +24,7 @@ from tqdm import tqdm
 from dinov2.checkpointer.checkpointer import save_atomically
 from dinov2.checkpointer.teacher import open_weights
 from dinov2.data.downstream.cases import Cases
-from dinov2.data.downstream.crops import training_view
+from dinov2.data.downstream.crops import training_cube
 from dinov2.data.samplers import EndlessOrder, PositionSampler
 from dinov2.data.workers import compute_in_order
 from dinov2.distributed import all_reduce_sum, any_rank, barrier, gather_objects, gather_rows, is_main_process
@@ -186,7 +186,7 @@ class Inputs:
     def _view(self, index: int, number: int) -> Tensor:
         """The view of a case that stands at a place of the sample sequence."""
         image = self.cases[index].image
-        return training_view(image, self.cases.recipe, self.request.image_size, stream(self.seed, Kind.SAMPLE, number))
+        return training_cube(image, self.cases.recipe, self.request.image_size, stream(self.seed, Kind.SAMPLE, number))
 
     def _views(self, positions: list[int]) -> tuple[list[int], Tensor]:
         return positions, torch.stack([self._view(self.order(p), p) for p in positions])

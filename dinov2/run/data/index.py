@@ -19,7 +19,7 @@ if __package__ in (None, ""):  # started as a file: the repository, not this fol
 from dinov2.cli import build_parser
 from dinov2.errors import EXIT_BAD_INPUT, EXIT_OK, BadInput
 from dinov2.logging import setup_logging
-from dinov2.run.submit import Program, add_job_arguments, submit_array
+from dinov2.run.submit import Job, Program, add_job_arguments, submit_array
 
 logger = logging.getLogger("dinov2.run.data")
 
@@ -78,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         shards, merge = shard_commands(rest, args.shards, args.cpus_per_task)
         folder = shard_folder(Path(merge[merge.index("--output") + 1]))
         programs = [Program("dinov2.cli", command) for command in shards]
-        jobs = submit_array(programs, Program("dinov2.cli", merge), args, folder)
+        jobs = submit_array(programs, Program("dinov2.cli", merge), Job.asked_for(args), folder)
     except BadInput as err:
         logger.error("%s", err)
         return EXIT_BAD_INPUT

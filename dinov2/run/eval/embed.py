@@ -19,7 +19,7 @@ if __package__ in (None, ""):  # started as a file: the repository, not this fol
 from dinov2.cli import build_parser
 from dinov2.errors import EXIT_BAD_INPUT, EXIT_OK, BadInput
 from dinov2.logging import setup_logging
-from dinov2.run.submit import Program, add_job_arguments, submit_array
+from dinov2.run.submit import Job, Program, add_job_arguments, submit_array
 
 logger = logging.getLogger("dinov2.run.eval")
 
@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise BadInput(f"--shards {args.shards}: at least 1")
         shards, last, folder = shard_commands(rest, args.shards, args.cpus_per_task)
         programs = [Program("dinov2.cli", command) for command in shards]
-        jobs = submit_array(programs, Program("dinov2.cli", last), args, folder, args.gpus)
+        jobs = submit_array(programs, Program("dinov2.cli", last), Job.asked_for(args), folder, args.gpus)
     except BadInput as err:
         logger.error("%s", err)
         return EXIT_BAD_INPUT

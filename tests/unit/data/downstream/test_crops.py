@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from dinov2.data.downstream.cases import Case
-from dinov2.data.downstream.crops import BACKGROUND, central_view, is_smaller, training_crops, training_view
+from dinov2.data.downstream.crops import BACKGROUND, central_cube, is_smaller, training_crops, training_cube
 from dinov2.data.downstream.lists import Item
 from dinov2.data.downstream.recipes import ONE_OF, Recipe, Training, load_recipe
 from dinov2.data.volumes.grids import GridMap
@@ -163,7 +163,7 @@ def test_every_shipped_recipe_makes_its_crops(name: str) -> None:
 
 def test_the_middle_is_cut_or_padded_around() -> None:
     image = torch.arange(2 * 7 * 4 * 5.0).reshape(2, 7, 4, 5)
-    view = central_view(image, 5)
+    view = central_cube(image, 5)
     assert torch.equal(view[:, :, 1:], image[:, 1:6]) and (view[:, :, 0] == BACKGROUND).all()
 
 
@@ -172,9 +172,9 @@ def test_each_change_of_a_view_is_drawn_from_its_stream_and_changes_it(name: str
     recipe = Recipe(task="classification", classes={0: "a", 1: "b"}, train=Training(one_of=[name], one_of_p=1.0))
     g = torch.Generator().manual_seed(0)
     image = F.avg_pool3d(torch.rand(2, 14, 13, 12, generator=g), 3, 1, 1) * 2 - 1
-    one, same, other = (training_view(image, recipe, 8, np.random.default_rng(s)) for s in (0, 0, 1))
+    one, same, other = (training_cube(image, recipe, 8, np.random.default_rng(s)) for s in (0, 0, 1))
     assert torch.equal(one, same) and not torch.equal(one, other) and one.shape == (2, 8, 8, 8)
-    plain = training_view(image, dataclasses.replace(recipe, train=Training()), 8, np.random.default_rng(0))
+    plain = training_cube(image, dataclasses.replace(recipe, train=Training()), 8, np.random.default_rng(0))
     assert not torch.allclose(one, plain) and one.isfinite().all()
 
 
@@ -183,7 +183,7 @@ def test_an_affine_view_turns_about_the_middle_and_brings_in_background() -> Non
     axes = torch.stack(torch.meshgrid(*[torch.linspace(-1, 1, 21)] * 3, indexing="ij"))
     ball = torch.where(axes.norm(dim=0) < 0.5, 1.0, BACKGROUND)[None]
     recipe = Recipe(task="classification", classes={0: "a", 1: "b"}, train=Training(one_of=["affine"], one_of_p=1.0))
-    views = [training_view(ball, recipe, 21, np.random.default_rng(s)) for s in range(40)]
+    views = [training_cube(ball, recipe, 21, np.random.default_rng(s)) for s in range(40)]
     volumes = torch.stack([(v > 0).sum() / (ball > 0).sum() for v in views])
     assert 0.75**3 < volumes.min() < 0.7 and 1.4 < volumes.max() < 1.3**3
     middles = torch.stack([(axes * (v[0] > 0)).sum((1, 2, 3)) / (v > 0).sum() for v in views])
