@@ -54,11 +54,11 @@ def plain_torch(work: Callable[[], object]) -> Callable[[], object]:
     """The same work without the compiled operators."""
 
     def run() -> None:
-        is_compiled, ops._is_compiled = ops._is_compiled, lambda: False
+        compiled_for, ops.COMPILED_FOR = ops.COMPILED_FOR, frozenset()
         try:
             work()
         finally:
-            ops._is_compiled = is_compiled
+            ops.COMPILED_FOR = compiled_for
 
     return run
 

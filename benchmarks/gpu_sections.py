@@ -52,6 +52,7 @@ from dinov2.eval.segmentation_3d.losses import build_loss
 from dinov2.features.setup import build_model_for_eval
 from dinov2.models.vision_transformer import vit_tiny_3d
 from dinov2.ops import cuda_kernels
+from dinov2.signals import die_with_parent
 
 ROOT = Path(__file__).resolve().parents[1]
 LARGE = ["student.arch=vit_large_3d", "dino.head_n_prototypes=65536", "ibot.head_n_prototypes=65536"]
@@ -278,7 +279,9 @@ def run_training(words: list[str], output: Path, iterations: tuple[int, int]) ->
     """The lines of metrics after the first of these iterations; the program is ended at the second."""
     program = [sys.executable, str(ROOT / "dinov2/train/train3d.py"), "--output-dir", str(output), *words]
     with (output.parent / f"{output.name}.log").open("w") as log:
-        process = subprocess.Popen(program, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+        process = subprocess.Popen(
+            program, stdout=log, stderr=subprocess.STDOUT, start_new_session=True, preexec_fn=die_with_parent
+        )  # and where this section is ended for its time, the training is too
         try:
             metrics = output / "training_metrics.json"
             rows: list[dict[str, float]] = []

@@ -22,6 +22,7 @@ ARCH_SHAPES = {  # embed_dim, depth, num_heads
     "vit_giant2_3d": (1536, 40, 24),
 }
 ARCH_NAMES = tuple(ARCH_SHAPES)
+NUM_GLOBAL_CROPS = 2  # of a volume, as in DINOv2: each is what the other one is predicted from
 DTYPE_NAMES = ("fp16", "bf16", "fp32", "fp64")
 
 

@@ -8,10 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dinov2.configs.schema import NUM_GLOBAL_CROPS
 from dinov2.data.augmentation import plan as ap
 from dinov2.geometry import pair, triple
-
-NUM_GLOBAL_CROPS = 2
 
 
 class DataAugmentationDINO3d:

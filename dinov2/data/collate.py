@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dinov2.data.augmentations import NUM_GLOBAL_CROPS
+from dinov2.configs.schema import NUM_GLOBAL_CROPS
 from dinov2.data.dataset import Sample
 from dinov2.data.masking import plan_masks
 

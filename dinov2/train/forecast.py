@@ -14,11 +14,9 @@ from contextlib import contextmanager
 from itertools import pairwise
 from typing import NamedTuple
 
-import torch
 from omegaconf import DictConfig, OmegaConf
 
-from dinov2.configs.schema import StudentConfig, memory_budget
-from dinov2.data.augmentations import NUM_GLOBAL_CROPS
+from dinov2.configs.schema import NUM_GLOBAL_CROPS, StudentConfig, memory_budget
 from dinov2.errors import BadInput
 
 GIB = 2**30
@@ -121,6 +119,8 @@ def out_of_memory_explained(cfg: DictConfig, compiled: bool, shards: int = 1) ->
     Raises:
         BadInput: Instead of `torch.OutOfMemoryError`.
     """
+    import torch  # here: a forecast needs none
+
     try:
         yield
     except torch.OutOfMemoryError as err:

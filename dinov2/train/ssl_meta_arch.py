@@ -16,6 +16,7 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from dinov2.configs.schema import NUM_GLOBAL_CROPS
 from dinov2.distributed import all_reduce_sum
 from dinov2.distributed.precision import HALF, autocast, training_dtype
 from dinov2.fsdp.tensors import own_part
@@ -28,7 +29,6 @@ from dinov2.train.param_groups import fuse_groups, param_groups_with_decay
 
 logger = logging.getLogger(__name__)
 
-NUM_GLOBAL_CROPS = 2
 Batch = dict[str, Any]
 
 
