@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal, Protocol, overload, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
@@ -32,26 +32,14 @@ class Backbone(Protocol):
     @property
     def input_size(self) -> int: ...
 
-    @overload
     def get_intermediate_layers(
         self,
         x: Tensor,
         n: int | Sequence[int] = 1,
         reshape: bool = False,
-        return_class_token: Literal[False] = False,
+        return_class_token: bool = False,
         norm: bool = True,
-    ) -> tuple[Tensor, ...]: ...
-
-    @overload
-    def get_intermediate_layers(
-        self,
-        x: Tensor,
-        n: int | Sequence[int] = 1,
-        reshape: bool = False,
-        *,
-        return_class_token: Literal[True],
-        norm: bool = True,
-    ) -> tuple[tuple[Tensor, Tensor], ...]:
+    ) -> tuple[Any, ...]:
         """As of DINOv2: patch tokens [B, N, E] or [B, E, h, w, d] of the last n layers, or pairs with class tokens [B, E]."""
 
     def parameters(self) -> Iterator[nn.Parameter]: ...

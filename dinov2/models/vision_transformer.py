@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Literal, overload
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -219,27 +219,6 @@ class DinoVisionTransformer3d(nn.Module):
             )
         return out if isinstance(x, list) else out[0]
 
-    @overload
-    def get_intermediate_layers(
-        self,
-        x: Tensor,
-        n: int | Sequence[int] = 1,
-        reshape: bool = False,
-        return_class_token: Literal[False] = False,
-        norm: bool = True,
-    ) -> tuple[Tensor, ...]: ...
-
-    @overload
-    def get_intermediate_layers(
-        self,
-        x: Tensor,
-        n: int | Sequence[int] = 1,
-        reshape: bool = False,
-        *,
-        return_class_token: Literal[True],
-        norm: bool = True,
-    ) -> tuple[tuple[Tensor, Tensor], ...]: ...
-
     def get_intermediate_layers(
         self,
         x: Tensor,
@@ -247,7 +226,7 @@ class DinoVisionTransformer3d(nn.Module):
         reshape: bool = False,
         return_class_token: bool = False,
         norm: bool = True,
-    ) -> tuple[Tensor, ...] | tuple[tuple[Tensor, Tensor], ...]:
+    ) -> tuple[Any, ...]:
         """Patch tokens after chosen blocks.
 
         Args:
