@@ -36,7 +36,7 @@ from dinov2.files import cannot_write, replacing, write_json, writing
 logger = logging.getLogger(__name__)
 
 # what reading a truncated or foreign checkpoint raises
-_DAMAGED = (OSError, JSONDecodeError, EOFError, CheckpointException, UnpicklingError, AttributeError, ImportError, RuntimeError)
+DAMAGED = (OSError, JSONDecodeError, EOFError, CheckpointException, UnpicklingError, AttributeError, ImportError, RuntimeError)
 CHECKSUMS = "checksums.json"
 StateDict = dict[str, Any]  # nested, tensors only: nothing has to be unpickled but torch's own index
 
@@ -141,7 +141,7 @@ class Checkpointer:
             self._require_same(saved, dict(_flat_shapes(state)), path)
             with _quiet():
                 dcp.load(state, storage_reader=reader)
-        except _DAMAGED as err:
+        except DAMAGED as err:
             raise BadInput(
                 f"{path}: damaged checkpoint ({str(err).splitlines()[0][:120]}): "
                 "delete this folder to resume from the one before"

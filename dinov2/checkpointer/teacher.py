@@ -21,9 +21,8 @@ import torch
 import torch.distributed.checkpoint as dcp
 from omegaconf import OmegaConf
 from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
 
-from dinov2.checkpointer.checkpointer import saved_tensors
+from dinov2.checkpointer.checkpointer import DAMAGED, saved_tensors
 from dinov2.configs import load_and_merge_config_3d
 from dinov2.errors import BadInput
 from dinov2.models.hub import WEIGHTS_SUFFIXES, fetch, is_repository
@@ -266,9 +265,7 @@ def _from_folder(path: Path) -> StateDict:
         with warnings.catch_warnings():  # torch's remark that there is only one process
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
             dcp.load(tensors, checkpoint_id=path, no_dist=True)
-    except BadInput:
-        raise
-    except (*_READ_ERRORS, CheckpointException) as err:
+    except DAMAGED as err:
         reason = " ".join(str(err).split())[:120]
         raise BadInput(f"weights {path}: damaged checkpoint ({reason}): use the one before, or a {TEACHER_FILE}") from err
     if not wanted:

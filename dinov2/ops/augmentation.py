@@ -20,7 +20,6 @@ from dinov2.ops.extension import compiled_operators
 Size3 = tuple[int, int, int]
 Sigma = tuple[float, float, float]
 
-INT16_SCALE = 1 / 32767
 TRUNCATED = 4.0  # standard deviations at which a Gaussian kernel is cut, MONAI's default
 
 
@@ -32,6 +31,7 @@ def crop_resize(
     source_axes: Size3,
     flipped: Size3,
     angles: tuple[float, float, float] = (0.0, 0.0, 0.0),
+    scale: float = 1.0,
 ) -> Tensor:
     """Cut a box, resize it trilinearly to a cube (align_corners=False), flip and turn it.
 
@@ -43,6 +43,7 @@ def crop_resize(
         flipped: Per axis of the result, 1 where it runs backwards.
         angles: Radians about the three axes, applied in this order, of the resized cube about its centre, before flips and
             turns. What lies beside the box is read from the volume, and beyond that its border (plain PyTorch only).
+        scale: What voxels are multiplied by.
 
     Returns:
         [1, size, size, size] float32.
@@ -51,7 +52,6 @@ def crop_resize(
         ValueError: Wrong shape, dtype or memory order, an empty box or one that leaves the volume, no permutation.
     """
     _check_crop_resize(volume, start, stop, size, source_axes, flipped)
-    scale = INT16_SCALE if volume.dtype == torch.int16 else 1.0
     if any(angles):
         x = _crop_rotated(volume, start, stop, size, angles, scale)
         return _permuted(x, source_axes, flipped)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from dinov2.data.augmentation import plan as ap
+from dinov2.data.preprocess import INT16_SCALE
 from dinov2.geometry import triple
 from dinov2.ops import augmentation as ops
 
@@ -12,7 +13,8 @@ from dinov2.ops import augmentation as ops
 def apply_crop(volume: Tensor, plan: ap.CropPlan) -> Tensor:
     """One crop, [1, H, W, D] int16 or float32 -> [1, s, s, s] float32."""
     source_axes, flipped = fold_turns(plan)
-    x = ops.crop_resize(volume, plan.box.start, plan.box.stop, plan.size, source_axes, flipped, plan.angles)
+    scale = 1.0 if volume.is_floating_point() else INT16_SCALE
+    x = ops.crop_resize(volume, plan.box.start, plan.box.stop, plan.size, source_axes, flipped, plan.angles, scale)
     for step in plan.intensity:
         apply_intensity_(x, step)
     return x

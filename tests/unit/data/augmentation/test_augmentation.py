@@ -23,6 +23,7 @@ from dinov2.data import DataAugmentationDINO3d
 from dinov2.data.augmentation import fast as apply_fast
 from dinov2.data.augmentation import monai as apply_monai
 from dinov2.data.augmentation import plan as ap
+from dinov2.data.preprocess import INT16_SCALE
 from dinov2.ops import augmentation as ops
 from dinov2.ops import compiled_operators
 from tests.conftest import ROOT
@@ -266,7 +267,7 @@ def test_the_compiled_operators_check_for_themselves() -> None:
 def test_opcheck() -> None:
     """Schemas, fake kernels and functionalisation, as torch.compile needs them."""
     volume = voxels(9, 8, 7)
-    geometry = ((1, 0, 2), (8, 8, 7), 6, (2, 0, 1), (0, 1, 0), ops.INT16_SCALE)
+    geometry = ((1, 0, 2), (8, 8, 7), 6, (2, 0, 1), (0, 1, 0), INT16_SCALE)
     torch.library.opcheck(torch.ops.dinov2.crop_resize.default, (volume, *geometry))
     torch.library.opcheck(torch.ops.dinov2.crop_resize.default, (volume.float(), *geometry))
     for name, arguments in {
