@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import matplotlib
 import numpy as np
+import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 
+from dinov2.visual import figures
 from dinov2.visual.cases import draw_case, draw_patches, pca_colours
 from dinov2.visual.figures import STYLE, draw_bars
 from dinov2.visual.page import MAX_ROWS, histogram, page, picture, table
@@ -39,15 +43,22 @@ def test_principal_components_are_of_the_masked_cells_alone() -> None:
     assert abs(strongest) > 0.95
 
 
-def test_patches_and_bars_are_drawn_without_a_trace_in_the_style_of_others(tmp_path: Path) -> None:
-    import matplotlib
-
+def test_bars_have_the_style_and_leave_others_theirs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = {key: matplotlib.rcParams[key] for key in STYLE}
-    volume = np.zeros((8, 8, 8), np.float32)
-    draw_patches(volume, {"trained": np.ones((2, 2, 2, 3), np.float32)}, 4, tmp_path / "patches.png")
+    drawn: list[Figure] = []
+    monkeypatch.setattr(figures, "save", lambda figure, path: drawn.append(figure))
     draw_bars({1: {"trained": [0.2, 0.4], "another": [0.1]}}, "agreement", tmp_path / "bars.png")
-    assert {p.name for p in tmp_path.iterdir()} == {"patches.png", "bars.png"}
+    (axis,) = drawn[0].axes
+    assert not axis.spines["top"].get_visible() and axis.get_ylabel() == "agreement"
+    assert [bar.get_height() for bar in axis.patches] == pytest.approx([0.3, 0.1])
     assert {key: matplotlib.rcParams[key] for key in STYLE} == before
+
+
+def test_patches_are_drawn_under_their_volume(tmp_path: Path) -> None:
+    red = np.zeros((2, 2, 2, 3), np.float32)
+    red[..., 0] = 1
+    draw_patches(np.full((8, 8, 8), -1, np.float32), {"trained": red}, 4, tmp_path / "patches.png")
+    assert (255, 0, 0) in colours_in(tmp_path / "patches.png") and [p.name for p in tmp_path.iterdir()] == ["patches.png"]
 
 
 def test_a_page_escapes_what_it_is_given_and_counts_what_it_leaves_out() -> None:
