@@ -49,8 +49,8 @@ NOT_DECISIVE = {  # flags that a resume may change
 }  # fmt: skip
 KEPT = ("checkpoint.pth", "best_model.pth", "probe.pth", "results.json")  # what a run goes on from, or came to
 LEFT = (
-    *KEPT, IDENTITY, "config.yaml", RUN_FILE, "predictions.csv", "per_case.csv", "worst", "validation_case.png",
-    "training_metrics.json", "tensorboard", "seed_*",
+    *KEPT, IDENTITY, "config.yaml", "predictions.csv", "per_case.csv", "worst", "validation_case.png",
+    "training_metrics.json", "tensorboard", "seed_*", RUN_FILE,  # last: what is left by a kill is still known for ours
 )  # fmt: skip
 
 

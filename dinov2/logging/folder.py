@@ -16,6 +16,31 @@ from dinov2.logging.provenance import RUN_FILE
 logger = logging.getLogger(__name__)
 
 
+ANOTHER_PROGRAMS = (  # what 3DINO's and DINOv2's programs leave in a run's folder
+    "last_checkpoint.rank_*", "model_*.rank_*.pth", "training_metrics.json", "eval/*/teacher_checkpoint.pth",
+    "last_checkpoint", "best_model.pth", "results.json", "results_eval_linear.json", "running_checkpoint_linear_eval.pth",
+)  # fmt: skip
+
+
+def refuse_another_programs_run(folder: Path) -> None:
+    """Leave a folder alone that a program without our `run.json` has written a run to.
+
+    Raises:
+        BadInput: There is one; what shows it, and how to go on from its weights.
+    """
+    if (folder / RUN_FILE).exists():
+        return
+    found = [path for pattern in ANOTHER_PROGRAMS for path in sorted(folder.glob(pattern))]
+    if not found:
+        return
+    teachers = sorted(folder.glob("eval/*/teacher_checkpoint.pth"), key=lambda path: path.stat().st_mtime)
+    teacher = teachers[-1] if teachers else "<its eval/.../teacher_checkpoint.pth>"
+    raise BadInput(
+        f"output folder {folder}: holds another program's run ({found[0].relative_to(folder)}, no {RUN_FILE}): choose another "
+        f"--output-dir; to go on from that run's weights, pretrain with student.full_pretrained_weights={teacher}"
+    )
+
+
 @contextmanager
 def locked_folder(path: str | Path) -> Iterator[Path]:
     """An output folder that only one run uses at a time; the lock goes with the process, however it ends.
@@ -39,7 +64,12 @@ def locked_folder(path: str | Path) -> Iterator[Path]:
 
 @contextmanager
 def run_folder(path: str, runtime: Runtime) -> Iterator[Path]:
-    """The output folder; rank 0 holds its lock, the others wait until it does."""
+    """The output folder; rank 0 holds its lock, the others wait until it does.
+
+    Raises:
+        BadInput: As `locked_folder`, or it holds another program's run; nothing is written to it then.
+    """
+    refuse_another_programs_run(Path(path))  # on every rank: a run of ours has its run.json before any of these
     if runtime.rank == 0:
         with locked_folder(path) as folder:
             barrier()
@@ -49,7 +79,8 @@ def run_folder(path: str, runtime: Runtime) -> Iterator[Path]:
         yield Path(path)
 
 
-PRETRAINING = ("checkpoints", "eval", "tensorboard", "training_metrics.json", "config.yaml", RUN_FILE)  # what it writes
+# what it writes; RUN_FILE last, so that what a kill leaves is still known for ours
+PRETRAINING = ("checkpoints", "eval", "tensorboard", "training_metrics.json", "config.yaml", RUN_FILE)
 
 
 def set_aside(output_dir: Path, patterns: Sequence[str] = PRETRAINING) -> None:

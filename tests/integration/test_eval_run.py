@@ -278,3 +278,14 @@ def test_a_segmentation_begins_when_every_case_is_prepared(data: Path, tmp_path:
     monkeypatch.setattr(program, "prepare_all", prepare_all)
     assert start("segmentation3d", data, tmp_path, "random", opts=NETWORK) == EXIT_OK
     assert seen == [False] * 3 and (tmp_path / "decisive.json").exists()
+
+
+@pytest.mark.parametrize("program, name", [("segmentation3d", "best_model.pth"), ("linear3d", "results_eval_linear.json")])
+def test_another_programs_results_are_left_as_they_are(
+    data: Path, tmp_path: Path, program: str, name: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / name).write_text("theirs")
+    for extra in ([], ["--no-resume"]):
+        assert start(program, data, tmp_path, "demo", *extra) == EXIT_BAD_INPUT
+        assert f"another program's run ({name}" in last_line(capfd)
+    assert [p.name for p in tmp_path.iterdir()] == [name] and (tmp_path / name).read_text() == "theirs"
