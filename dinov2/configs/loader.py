@@ -39,10 +39,14 @@ def find_config(name_or_path: str | Path) -> Path:
     return known[name]
 
 
+def _default(f: dataclasses.Field[Any]) -> Any:
+    return f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default
+
+
 def config_keys(node: Any = Config, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field[Any]]]:
     """All (dotted key, dataclass field) pairs of the schema, leaves only, in order."""
     for f in dataclasses.fields(node):
-        default = f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default
+        default = _default(f)
         if dataclasses.is_dataclass(default):
             yield from config_keys(default, f"{prefix}{f.name}.")
         else:
@@ -92,12 +96,37 @@ def _read_overrides(overrides: Sequence[str]) -> DictConfig:
         raise ConfigError(f"overrides {list(overrides)}: {' '.join(str(err).split())}") from err
 
 
+def _without_nothing(content: Any, schema: type) -> Any:
+    """A layer's content with null as the key's default, where the key cannot be null itself; an empty section is left out.
+
+    Null is written `key=` or `key: null`; Python's `None` means it too, where it cannot be a word of the key's own.
+    """
+    if not isinstance(content, dict):
+        return content
+    fields = {f.name: f for f in dataclasses.fields(schema)}
+    kept = {}
+    for name, value in content.items():
+        f = fields.get(name)
+        default = _default(f) if f else None
+        if f and value == "None" and (f.type != "str" or default == "" or f.metadata.get("is_path")):
+            value = None
+        if dataclasses.is_dataclass(default):
+            if value is None:
+                continue
+            value = _without_nothing(value, type(default))
+        elif f and value is None and "None" not in str(f.type) and default is not dataclasses.MISSING:
+            value = default
+        kept[name] = value
+    return kept
+
+
 def _merge(schema: type, layers: Sequence[tuple[str, DictConfig]]) -> DictConfig:
     """A schema's defaults, and over them each (source, content) in turn; a mistake is named with its source."""
     cfg = OmegaConf.structured(schema)
     for source, layer in layers:
         try:
-            cfg = OmegaConf.merge(cfg, layer)
+            plain = OmegaConf.to_container(layer)
+            cfg = OmegaConf.merge(cfg, OmegaConf.create(_without_nothing(plain, schema)))
             OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)  # finds bad interpolations
         except OmegaConfBaseException as err:
             raise _explain(err, source, schema) from err
@@ -164,7 +193,7 @@ def default_yaml(cfg: DictConfig | None = None) -> str:
 
     def write(node: Any, values: Any, depth: int) -> None:
         for f in dataclasses.fields(node):
-            default = f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default
+            default = _default(f)
             value, meaning = values[f.name], f.metadata.get("meaning", "")
             comment = f"  # {meaning}" if meaning else ""
             if dataclasses.is_dataclass(default):

@@ -26,11 +26,19 @@ NUM_GLOBAL_CROPS = 2  # of a volume, as in DINOv2: each is what the other one is
 DTYPE_NAMES = ("fp16", "bf16", "fp32", "fp64")
 
 
-def key(default: Any, meaning: str) -> Any:
-    """A configuration key with its default and one line of meaning, which the generated YAML repeats as a comment."""
+def key(default: Any, meaning: str, is_path: bool = False, is_decisive: bool = True) -> Any:
+    """A configuration key.
+
+    Args:
+        default: Its default.
+        meaning: One line, which the generated YAML repeats as a comment.
+        is_path: A text that `None` is no value of.
+        is_decisive: False for a key of a recipe that changes no result, only whether there is one.
+    """
+    metadata = {"meaning": meaning, "is_path": is_path}
     if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata={"meaning": meaning})
-    return field(default=default, metadata={"meaning": meaning})
+        return field(default_factory=lambda: list(default), metadata=metadata, repr=is_decisive)
+    return field(default=default, metadata=metadata, repr=is_decisive)
 
 
 def section(cls: type, meaning: str = "", **values: Any) -> Any:
@@ -165,7 +173,7 @@ class TrainConfig:
     accumulation_steps: int = key(1, "passes per update; the effective batch is batch_size_per_gpu x ranks x this")
     data_min_axis_size: int = key(24, "keep only volumes whose smallest axis is greater than this (voxels)")
     dataset_path: str = key("", "datalist (JSON) of the volumes to train on")
-    output_dir: str = key("./output_test", "folder for checkpoints, metrics and logs; --output-dir overrides it")
+    output_dir: str = key("./output_test", "folder for checkpoints, metrics and logs; --output-dir overrides it", is_path=True)
     saveckp_freq: int = key(20, "accepted for old files, no effect: use train.checkpoint_period")
     checkpoint_period: int = key(3750, "iterations between two training checkpoints")
     checkpoint_keep: int = key(3, "training checkpoints kept; those at evaluation periods are kept besides")
@@ -179,7 +187,9 @@ class TrainConfig:
     cache_dataset: bool = key(True, "accepted for old files, no effect: see train.cache_dir and train.memory_store_mb")
     cache_dir: str = key("", "folder of preprocessed volumes on disk, filled as they are used; empty: none; --cache-dir")
     cache_max_gb: float | None = key(None, "the cache folder stops growing at about this size (GiB); null: no limit")
-    memory_store_mb: int = key(1024, "preprocessed volumes kept in memory, MiB per loader process; 0 keeps none")
+    memory_store_mb: int = key(
+        1024, "preprocessed volumes kept in memory, MiB of a rank, shared by its loader processes; 0 keeps none"
+    )
     augmentation: str = key("auto", "monai (the reference), fast (the same crops sooner), auto: fast")
     compile: Any = key(
         "auto", "torch.compile for each block (a minute of compiling): true, false, or auto: on GPUs with Triton"
@@ -286,12 +296,12 @@ class OptimConfig:
     weight_decay: float = key(0.04, "AdamW weight decay at the start")
     weight_decay_end: float = key(0.4, "AdamW weight decay at the end (cosine)")
     base_lr: float = key(0.002, "learning rate at the reference batch of 1024, scaled by optim.scaling_rule")
-    lr: float = key(0.0, "learning rate used as it is, without scaling; 0 computes it from optim.base_lr")
+    lr: float = key(0.0, "computed from optim.base_lr by optim.scaling_rule and written here; what a file says has no effect")
     warmup_epochs: int = key(10, "epochs of the linear learning-rate warm-up")
     min_lr: float = key(1e-06, "learning rate at the end of the cosine")
     clip_grad: float = key(3.0, "largest gradient norm of each of backbone, dino_head, ibot_head; 0 does not clip")
     freeze_last_layer_epochs: int = key(1, "epochs during which the prototypes do not move")
-    scaling_rule: str = key("sqrt_wrt_1024", "learning rate against batch: sqrt_wrt_1024, linear_wrt_256 or none")
+    scaling_rule: str = key("sqrt_wrt_1024", "base_lr against batch: sqrt_wrt_1024, linear_wrt_256, or none: as it is")
     patch_embed_lr_mult: float = key(0.2, "learning-rate factor of the patch embedding")
     layerwise_decay: float = key(0.9, "learning-rate factor per block, from the last to the first")
     adamw_beta1: float = key(0.9, "AdamW's first moment decay")

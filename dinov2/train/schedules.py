@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -71,13 +71,27 @@ class Schedules:
 
 
 def scaled_lr(cfg: DictConfig, world_size: int) -> float:
-    """The peak learning rate: `optim.lr` if set, else `optim.base_lr` scaled by the effective batch size."""
+    """The peak learning rate: `optim.base_lr` scaled by the effective batch size, as DINOv2; `optim.lr` is not read."""
     o = cfg.optim
-    if o.lr > 0:
-        return o.lr
     batch = cfg.train.batch_size_per_gpu * world_size * cfg.train.accumulation_steps
     factor = {"sqrt_wrt_1024": math.sqrt(batch / 1024), "linear_wrt_256": batch / 256, "none": 1.0}
     return o.base_lr * factor[o.scaling_rule]
+
+
+def with_derived_lr(cfg: DictConfig, world_size: int) -> DictConfig:
+    """The configuration with the run's rate as `optim.lr`, as DINOv2 keeps it in a run's `config.yaml`.
+
+    A value that was given, such as that of another run's file, is said where it is another one.
+    """
+    lr, given = scaled_lr(cfg, world_size), cfg.optim.lr
+    if given and not math.isclose(given, lr):
+        what = "optim.lr=%g has no effect: it is %g, optim.base_lr=%g by optim.scaling_rule=%s (none: base_lr as it is)"
+        logger.info(what, given, lr, cfg.optim.base_lr, cfg.optim.scaling_rule)
+    derived = cfg.copy()
+    OmegaConf.set_readonly(derived, False)
+    derived.optim.lr = lr
+    OmegaConf.set_readonly(derived, True)
+    return derived
 
 
 def _warmup_within(run_iters: int, warmup_iters: int, name: str) -> int:

@@ -38,7 +38,7 @@ from dinov2.files import write_json, write_text
 from dinov2.fsdp.parallel import num_shards, resolve_strategy
 from dinov2.fsdp.tensors import whole
 from dinov2.logging import MetricWriter, setup_logging
-from dinov2.logging.folder import run_folder, set_aside
+from dinov2.logging.folder import refuse_another_programs_run, run_folder, set_aside
 from dinov2.logging.provenance import RUN_FILE, run_record
 from dinov2.program import run_program
 from dinov2.signals import stop_requests
@@ -48,7 +48,7 @@ from dinov2.train.compiling import first_compiled
 from dinov2.train.flops import step_flops
 from dinov2.train.forecast import out_of_memory_explained
 from dinov2.train.progress import Progress, progress_line
-from dinov2.train.schedules import Schedules, StepParams, apply_schedules, build_schedules
+from dinov2.train.schedules import Schedules, StepParams, apply_schedules, build_schedules, with_derived_lr
 from dinov2.train.ssl_meta_arch import SSLMetaArch
 from dinov2.train.stages import read_stages
 from dinov2.train.state import TrainState, check_same_on_all_ranks, check_same_run, save_teacher
@@ -115,6 +115,7 @@ def run_stages(asked: Request) -> int:
     """One training after the other; each resumes by itself, a finished one is passed over."""
     if asked.config_file or not asked.stages or not asked.output_dir:
         raise BadInput("--stages needs --output-dir, and names the configurations itself: leave out --config-file")
+    refuse_another_programs_run(Path(asked.output_dir))
     for stage in read_stages(asked.stages, asked.output_dir, asked.opts):
         logger.info("stage %s", stage.name)
         own = dataclasses.replace(asked, config_file=stage.config, output_dir=str(stage.output_dir), opts=list(stage.overrides))
@@ -127,6 +128,7 @@ def run_stages(asked: Request) -> int:
 def prepare_and_train(asked: Request, cfg: DictConfig, runtime: Runtime, output_dir: Path) -> int:
     """Data, model, resume; then the loop."""
     say_what_has_no_effect(cfg, asked, runtime)
+    cfg = with_derived_lr(cfg, runtime.world_size)
     datalist = read_datalist(cfg.train.dataset_path).larger_than(cfg.train.data_min_axis_size)
     effective_batch = cfg.train.batch_size_per_gpu * cfg.train.accumulation_steps * runtime.world_size
     if asked.no_resume and is_main_process():

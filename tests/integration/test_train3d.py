@@ -17,7 +17,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from dinov2.data import TrainLoader, read_datalist
 from dinov2.data.cache.commands import verify
@@ -84,6 +84,44 @@ def test_a_run_on_real_volumes_leaves_everything_that_decided_it(trainer: Traine
     saved = torch.load(out / "eval" / "manual_11" / "teacher_checkpoint.pth", weights_only=True)
     assert_same_weights(saved["teacher"], teacher(out, 11))
     assert saved["meta"]["trained_on"] == {"scans": [], "patients": [], "num_unknown": 2}  # a list without hashes
+
+
+@pytest.mark.parametrize("lr, is_said", [("0.0014", True), ("0.0", False), ("None", False)])
+def test_an_old_configuration_trains_at_the_rules_rate(trainer: Trainer, tmp_path: Path, lr: str, is_said: bool) -> None:
+    """A 3DINO run's `config.yaml` holds the rate that its own batch gave."""
+    (tmp_path / "old.yaml").write_text(f"optim: {{lr: {lr}, scaling_rule: sqrt_wrt_1024}}\n")
+    out = tmp_path / "run"
+    words = ["--config-file", str(tmp_path / "old.yaml"), "optim.base_lr=0.002", "optim.warmup_epochs=0"]
+    result = trainer.run(out, *words)
+    assert result.returncode == 0, result.stderr
+    rate = 0.002 * (3 / 1024) ** 0.5  # three volumes a step
+    assert metrics(out)[0]["lr"] == pytest.approx(rate, rel=1e-12)
+    assert OmegaConf.load(out / "config.yaml").optim.lr == pytest.approx(rate, rel=1e-12)
+    assert ("optim.lr=0.0014 has no effect" in result.stderr) == is_said
+
+
+OLD_RUNS = {  # as 3DINO and DINOv2 leave them
+    "checkpoints": ["last_checkpoint.rank_0", "model_0124999.rank_0.pth"],
+    "metrics": ["training_metrics.json", "config.yaml"],
+    "teacher": ["eval/training_124999/teacher_checkpoint.pth", "config.yaml", "logs/log.txt"],
+}
+
+
+@pytest.mark.parametrize("files", OLD_RUNS.values(), ids=OLD_RUNS)
+@pytest.mark.parametrize("flags", [[], ["--no-resume"], ["--eval-only"], ["--stages", "pretrain/two_stage"]], ids=str)
+def test_another_programs_run_is_left_as_it_is(
+    tmp_path: Path, files: list[str], flags: list[str], capfd: pytest.CaptureFixture[str]
+) -> None:
+    old = tmp_path / "old"
+    for name in files:
+        (old / name).parent.mkdir(parents=True, exist_ok=True)
+        (old / name).write_bytes(name.encode())
+    before = {p: (p.read_bytes() if p.is_file() else None, p.stat().st_mtime_ns) for p in [old, *old.rglob("*")]}
+    assert main(["--output-dir", str(old), *flags, *([] if "--stages" in flags else SMALL)]) == EXIT_BAD_INPUT
+    errors = [line for line in capfd.readouterr().err.splitlines() if " E " in line]
+    assert len(errors) == 1 and "another --output-dir" in errors[0] and "student.full_pretrained_weights=" in errors[0]
+    assert ("teacher_checkpoint.pth" in files[0]) == (str(old / "eval/training_124999/teacher_checkpoint.pth") in errors[0])
+    assert before == {p: (p.read_bytes() if p.is_file() else None, p.stat().st_mtime_ns) for p in [old, *old.rglob("*")]}
 
 
 @pytest.mark.slow

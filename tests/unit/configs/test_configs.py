@@ -64,7 +64,8 @@ def test_every_key_has_a_meaning_and_is_read_by_code() -> None:
         ("optim.scaling_rule=sqrt", ["sqrt_wrt_1024"]),
         ("compute_precision.student.backbone.mixed_precision.param_dtype=half", ["fp16"]),
         ("compute_precision.student.backbone.mixed_precision.param_dtype=fp64", ["fp64", "all six"]),
-        ("dino.loss_weight=null", ["dino.loss_weight", "None"]),
+        ("train.strategy=None", ["train.strategy='None'", "auto"]),
+        ("optim.scaling_rule=None", ["optim.scaling_rule='None'", "none"]),
         ("train.seed=${nowhere}", ["train.seed", "nowhere"]),
     ],
 )
@@ -75,6 +76,21 @@ def test_a_wrong_key_or_value_is_explained_in_one_line(override: str, words: lis
     assert "\n" not in message
     for word in words:
         assert word in message
+
+
+@pytest.mark.parametrize("nothing", ["", "null", "None"])
+def test_nothing_is_null_or_the_default(nothing: str, tmp_path: Path) -> None:
+    (tmp_path / "old.yaml").write_text(
+        "MODEL: {WEIGHTS: None}\ntrain: {cache_dir: None, output_dir: None, seed: 4}\nteacher:\n"
+        "student: {pretrained_weights: None, layerscale: 0.1}\noptim: {lr: 0.0014}\ncrops: {sharpen_alpha: [1, 2]}\n"
+    )
+    keys = ("optim.lr", "student.layerscale", "train.num_threads", "crops.sharpen_alpha", "train.cache_dir", "teacher")
+    cfg = load_and_merge_config_3d(tmp_path / "old.yaml", [f"{key}={nothing}" for key in keys])
+    assert (cfg.MODEL.WEIGHTS, cfg.train.cache_dir, cfg.student.pretrained_weights) == ("", "", "")  # no folder named None
+    assert (cfg.train.output_dir, cfg.train.seed) == ("./output_test", 4)
+    assert (cfg.optim.lr, cfg.crops.sharpen_alpha) == (0.0, [10, 30])
+    assert (cfg.student.layerscale, cfg.train.num_threads) == (None, None)  # these can be null themselves
+    assert cfg.teacher == load_and_merge_config_3d().teacher
 
 
 def test_two_start_weights_are_refused() -> None:
