@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -26,6 +27,9 @@ from dinov2.errors import BadInput
 
 logger = logging.getLogger(__name__)
 
+
+VOXEL_BYTES = 2  # of a preprocessed volume
+MIN_KEPT = 0.1  # share of the list that a process must be able to keep
 
 Take = Callable[[bool], Batch | None]  # the next batch; with False, None where it would have to be waited for
 
@@ -71,8 +75,9 @@ class TrainLoader:
         masked = cfg.ibot.mask_sample_probability, tuple(cfg.ibot.mask_ratio_min_max)
         self._masking = Masking(t.seed, sampler.effective_batch, *masked)
         cache = VolumeCache(t.cache_dir, t.cache_max_gb) if t.cache_dir else None
-        self._dataset = PretrainDataset(datalist, build_augmentation(cfg), t.seed, t.memory_store_mb * 2**20, cache)
         self._num_workers = count_workers(t.num_workers, len(os.sched_getaffinity(0)))
+        store_bytes = store_share(t.memory_store_mb * 2**20, self._num_workers, datalist)
+        self._dataset = PretrainDataset(datalist, build_augmentation(cfg), t.seed, store_bytes, cache)
 
     def __iter__(self) -> Generator[list[Batch], None, None]:
         if self._sampler.rank == 0:
@@ -125,6 +130,23 @@ def count_workers(asked: int, num_cores: int) -> int:
     """Loader processes of this rank; for -1 its share of the machine's cores, less the one that training runs on."""
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     return asked if asked >= 0 else max(1, num_cores // ranks - 1)
+
+
+def store_share(rank_bytes: int, num_workers: int, datalist: Datalist) -> int:
+    """What each loader process of a rank may keep of preprocessed volumes: its share, or 0 where that is of no use.
+
+    Volumes come to processes at random, so a process finds a volume kept about as often as its share is of the whole list.
+    """
+    share = rank_bytes // max(1, num_workers)
+    of_list = share / sum(VOXEL_BYTES * math.prod(entry.shape) for entry in datalist.entries)
+    if of_list >= MIN_KEPT:
+        return share
+    if rank_bytes:
+        what = (
+            "train.memory_store_mb: %.0f MiB for each of %d loader processes is %.1f %% of the list: nothing is kept in memory"
+        )
+        logger.info(what, share / 2**20, max(1, num_workers), 100 * of_list)
+    return 0
 
 
 def load_line(load: float, num_cores: int, num_workers: int) -> str:

@@ -25,7 +25,8 @@ from omegaconf import DictConfig
 from dinov2.data import DataAugmentationDINO3d, TrainLoader, read_datalist, write_datalist
 from dinov2.data.augmentation import plan as ap
 from dinov2.data.cache.store import VolumeStore
-from dinov2.data.datalist import Entry
+from dinov2.data.datalist import Datalist, Entry
+from dinov2.data.loaders import store_share
 from dinov2.data.masking import plan_masks
 from dinov2.data.preprocess import preprocess, slice_axis
 from dinov2.data.samplers import EndlessOrder, PositionSampler
@@ -445,6 +446,19 @@ def test_a_loader_process_that_ignores_signals_ends_with_the_program() -> None:
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert run.returncode == 0, run.stderr
     assert not [pid for pid in run.stdout.split() if Path(f"/proc/{pid}").exists()]
+
+
+def test_what_is_kept_in_memory_is_shared_by_the_processes_of_a_rank(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    entries = [Entry(f"{i}.nii", (64, 64, 32)) for i in range(40)] + [Entry("film.nii", (64, 64, 32, 10))]
+    listed = Datalist(entries, "", "list.json")  # 50 volumes of 0.25 MiB
+    assert store_share(10 * 2**20, 0, listed) == 10 * 2**20
+    assert store_share(10 * 2**20, 5, listed) == 2 * 2**20
+    assert not caplog.messages
+    assert store_share(10 * 2**20, 10, listed) == 0  # a process would find one volume in 12
+    assert "1 MiB for each of 10 loader processes is 8.0 % of the list" in caplog.text
+    caplog.clear()
+    assert store_share(0, 10, listed) == 0 and not caplog.messages
 
 
 def test_the_store_keeps_to_its_size(tmp_path: Path) -> None:
