@@ -69,8 +69,8 @@ def all_features(setting: Setting) -> tuple[dict[str, Part], dict[str, slice]]:
 
 
 def choose(scores: dict[Any, float]) -> Any:
-    """The setting with the highest validation score, the first of equals."""
-    return max(scores, key=lambda setting: scores[setting])
+    """The setting with the highest validation score, the first of equals; one whose score is not finite only if all are."""
+    return max(scores, key=lambda setting: scores[setting] if np.isfinite(scores[setting]) else -np.inf)
 
 
 def mean_auc(probabilities: np.ndarray, part: Part) -> float:

@@ -6,6 +6,7 @@ Reading order: `train` (the loop) -> `step` -> `validate`; `test` afterwards.
 from __future__ import annotations
 
 import logging
+import math
 import time
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -43,6 +44,7 @@ logger = logging.getLogger(__name__)
 
 CHECKPOINT, BEST = "checkpoint.pth", "best_model.pth"
 MAX_SKIPPED_IN_ROW = 5
+NONE_YET = -1.0  # best Dice while no validation had one: before the first, or where no class counted (NaN)
 NUM_WORST = 3  # test cases drawn
 
 
@@ -70,7 +72,7 @@ class Run:
     output_dir: Path
     iteration: int = -1  # the last finished one
     skipped_in_row: int = 0
-    best: float = -1.0
+    best: float = NONE_YET
     history: dict[str, list[Any]] = field(
         default_factory=lambda: {"iters_list": [], "train_loss_list": [], "val_dice_list": [], "val_per_cls_dice_list": []}
     )
@@ -97,7 +99,8 @@ class Run:
             self.scaler.load_state_dict(saved["scaler"])
         except (RuntimeError, ValueError, KeyError) as err:
             raise BadInput(f"{path}: of another network ({str(err).splitlines()[0][:120]}): use another --output-dir") from err
-        self.iteration, self.best = saved["iteration"], saved["best"]
+        self.iteration = saved["iteration"]
+        self.best = saved["best"] if math.isfinite(saved["best"]) else NONE_YET
         self.history, self.skipped_in_row = saved["history"], saved["skipped"]
 
     def _own_weights(self) -> dict[str, Tensor]:
@@ -216,8 +219,8 @@ def validate(run: Run, cfg: DictConfig, task: Task, cases: Cases, loss: float, m
     logger.info("iteration %d: loss %.4f, validation Dice %.4f (best %.4f)", run.iteration, loss, mean, max(mean, run.best))
     if not is_main_process():
         return
-    if mean > run.best or run.best < 0:
-        run.best = mean
+    if mean > run.best or run.best == NONE_YET:
+        run.best = mean if math.isfinite(mean) else NONE_YET
         save_segmentation(run.model, cfg, task, run.output_dir / BEST)
     masks = predict_masks(run.model, cases[0], task.recipe, *window)
     picture = run.output_dir / "validation_case.png"

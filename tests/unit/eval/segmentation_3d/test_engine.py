@@ -1,0 +1,59 @@
+"""Which network a segmentation keeps as its best one."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from dinov2.configs import load_and_merge_config_3d
+from dinov2.data.downstream.recipes import Recipe
+from dinov2.distributed.runtime import Runtime
+from dinov2.eval.probing.choice import choose
+from dinov2.eval.segmentation_3d import engine
+
+NAN = math.nan
+
+
+@pytest.mark.parametrize(
+    "scores, kept",
+    [
+        ([0.2, 0.1, 0.3], [0, 2]),
+        ([NAN, 0.1, NAN, 0.2, 0.2], [0, 1, 3]),  # no class of the validation part counted at first
+        ([NAN, NAN, 0.0], [0, 1, 2]),  # the newest, while nothing tells them apart
+        ([0.2, NAN, 0.1], [0]),
+    ],
+)
+def test_the_best_network_is_kept_whatever_the_first_validation_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scores: list[float], kept: list[int]
+) -> None:
+    saved: list[int] = []
+    model = torch.nn.Linear(1, 1)
+    recipe = Recipe(classes={0: "background", 1: "organ"})
+    task = SimpleNamespace(recipe=recipe, image_size=16)
+    measures = {"dice": NAN}
+    optimizer = torch.optim.AdamW(model.parameters())
+    run = engine.Run(model, optimizer, torch.amp.GradScaler("cpu", enabled=False), tmp_path)
+    monkeypatch.setattr(engine, "score_cases", lambda *_, **__: ([], 0.0))
+    monkeypatch.setattr(engine, "predict_masks", lambda *_, **__: None)
+    monkeypatch.setattr(engine, "as_predicted", lambda *_, **__: None)
+    monkeypatch.setattr(engine, "draw_prepared", lambda *_, **__: None)
+    monkeypatch.setattr(engine, "save_segmentation", lambda *_, **__: saved.append(run.iteration))
+    metrics = SimpleNamespace(write_image=lambda *_: None)
+    for i, score in enumerate(scores):
+        mean = {"mean": {"dice": score}, "per_class": {"organ": measures}}
+        monkeypatch.setattr(engine, "summarise", lambda *_, mean=mean, **__: mean)
+        run.iteration = i
+        engine.validate(run, load_and_merge_config_3d(), task, [None], 0.5, metrics, Runtime(torch.device("cpu")))
+        run.save()
+        run = engine.Run(model, optimizer, run.scaler, tmp_path)  # as a resume finds it
+        run.resume()
+    assert saved == kept
+
+
+def test_a_setting_without_a_score_is_chosen_last() -> None:
+    assert choose({"a": NAN, "b": 0.1, "c": 0.4}) == "c" and choose({"a": 0.2, "b": NAN}) == "a"
+    assert choose({"a": NAN, "b": NAN}) == "a"
