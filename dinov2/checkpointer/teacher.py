@@ -13,6 +13,7 @@ import struct
 import warnings
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -27,7 +28,7 @@ from dinov2.configs import load_and_merge_config_3d
 from dinov2.errors import BadInput
 from dinov2.models.hub import WEIGHTS_SUFFIXES, fetch, is_repository
 from dinov2.models.vision_transformer import FACTORIES
-from dinov2.models.weights import StateDict, plain_names
+from dinov2.models.weights import StateDict, plain_names, unwrapped
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +37,7 @@ RANDOM = "random"
 TEACHER_FILE = "teacher_checkpoint.pth"
 _PREFIX = "model.teacher."
 _RANK_FILE = re.compile(r"\.rank_\d+\.pth$")
+_ESCAPES = re.compile("\x1b\\[[0-9;]*m")  # torch's bold type
 _LFS_POINTER = b"version https://git-lfs"
 # what torch raises for files of other kinds: its unpickler runs whatever the first bytes happen to say
 _READ_ERRORS = (
@@ -67,6 +69,15 @@ class Teacher:
     @property
     def is_untrained(self) -> bool:
         return self.path is None
+
+    @cached_property
+    def weights(self) -> StateDict:
+        """The tensors by plain names, blocks flat, without wrappers' prefixes.
+
+        Raises:
+            BadInput: Several networks, or a 2D one.
+        """
+        return unwrapped(plain_names(self.state), self.source)
 
     def identity(self) -> str:
         """What tells these weights from others: SHA-256 of the file, or of a checkpoint's list of checksums.
@@ -179,9 +190,9 @@ def read_weights(source: str | Path) -> StateDict:
     """The tensors of weights, without wrappers' prefixes, blocks named flat.
 
     Raises:
-        BadInput: As `open_trained`.
+        BadInput: As `open_trained` and `Teacher.weights`.
     """
-    return plain_names(open_trained(source).state)
+    return open_trained(source).weights
 
 
 def read_meta(source: str | Path) -> dict[str, Any]:
@@ -221,8 +232,20 @@ def open_weights(path: str | Path) -> Any:
     except FileNotFoundError as err:
         raise BadInput(f"weights {path}: no such file") from err
     except _READ_ERRORS as err:
-        reason = " ".join(str(err).split())[:120]
+        if others := _other_objects(path):
+            raise BadInput(
+                f"weights {path}: beside tensors it holds {', '.join(others)}, and opening objects can run code: if you trust "
+                "it, load it with weights_only=False and save its tensors alone: torch.save({'teacher': state_dict}, NEW)"
+            ) from err
+        reason = " ".join(_ESCAPES.sub("", str(err)).split())[:120]
         raise BadInput(f"weights {path}: not a checkpoint of tensors that is safe to open ({reason})") from err
+
+
+def _other_objects(path: str | Path) -> list[str]:
+    """Kinds of objects in a file of `torch.save` that are no tensors or plain values; nothing of it is run."""
+    with suppress(*_READ_ERRORS):
+        return torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    return []
 
 
 def refuse_pointer(path: str | Path) -> None:

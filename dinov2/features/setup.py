@@ -15,7 +15,7 @@ from dinov2.errors import BadInput
 from dinov2.layers.attention import resolve_attention
 from dinov2.models import DinoVisionTransformer3d, build_backbone
 from dinov2.models.architecture import config_of_name, config_of_weights, refuse_other_heads
-from dinov2.models.weights import load_backbone, plain_names
+from dinov2.models.weights import load_backbone
 from dinov2.streams import Kind, torch_seed
 
 
@@ -35,7 +35,7 @@ def config_for(teacher: Teacher, config: str | Path | None, overrides: Sequence[
     if teacher.is_untrained:
         return config_of_name(teacher.source, overrides)
     try:
-        return config_of_weights(plain_names(teacher.state), teacher.meta, teacher.source, overrides)
+        return config_of_weights(teacher.weights, teacher.meta, teacher.source, overrides)
     except BadInput:
         if not any(word.startswith("student.") for word in overrides):
             raise
@@ -69,5 +69,5 @@ def build_model_for_eval(
     backbone = build_backbone(cfg, teacher=True, attention=resolve_attention(cfg.student.attention, runtime.device.type))
     if not teacher.is_untrained:
         refuse_other_heads(cfg, teacher.meta, teacher.source)
-        load_backbone(backbone, plain_names(teacher.state), teacher.source)
+        load_backbone(backbone, teacher.weights, teacher.source)
     return backbone.to(runtime.device).eval().requires_grad_(False)

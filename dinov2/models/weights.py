@@ -30,6 +30,35 @@ def _plain_name(name: str) -> str:
     return re.sub(r"\bblocks\.\d+\.(\d+)\.", r"blocks.\1.", name)
 
 
+_EMBEDDING = "patch_embed.proj.weight"  # what every backbone has
+
+
+def unwrapped(weights: StateDict, source: str | Path) -> StateDict:
+    """Weights without the one name that stands before a backbone (`student.`, `model.`, `encoder.`, ...), which is said.
+
+    Args:
+        weights: By plain names (`plain_names`).
+        source: Named in messages.
+
+    Raises:
+        BadInput: There are several such names, or the network is a 2D one.
+    """
+    found = sorted({k.removesuffix(_EMBEDDING).removesuffix("backbone.") for k in weights if k.endswith(_EMBEDDING)})
+    if len(found) > 1 and "" not in found:
+        raise BadInput(f"weights {source}: hold {len(found)} networks ({', '.join(found)}): save the tensors of one of them")
+    prefix = "" if "" in found or not found else found[0]
+    if prefix:
+        logger.info("weights %s: those of its entries whose names begin with %s", source, prefix)
+        weights = {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
+    embedding = weights.get(_EMBEDDING, weights.get(f"backbone.{_EMBEDDING}"))
+    if embedding is not None and embedding.ndim == 4:
+        raise BadInput(
+            f"weights {source}: of a 2D network (its patches are {tuple(embedding.shape[2:])} pixels of "
+            f"{embedding.shape[1]} channels): this package's networks are 3D, 2D weights cannot start them"
+        )
+    return weights
+
+
 def load_backbone(backbone: DinoVisionTransformer3d, weights: StateDict, source: str | Path) -> None:
     """Load a backbone; learned positions of another grid are interpolated, which is logged.
 
@@ -48,7 +77,15 @@ def load_backbone(backbone: DinoVisionTransformer3d, weights: StateDict, source:
 
 
 def load_heads(heads: dict[str, nn.Module], weights: StateDict, source: str | Path) -> None:
-    """Load projection heads (`dino_head`, `ibot_head`) by name, strictly."""
+    """Load projection heads (`dino_head`, `ibot_head`) by name, strictly.
+
+    Raises:
+        BadInput: There are none, or they do not fit.
+    """
+    if not any(key.startswith(f"{name}.") for key in weights for name in heads):
+        raise BadInput(
+            f"weights {source}: hold no heads ({', '.join(heads)}): use student.pretrained_weights (the backbone alone)"
+        )
     for name, head in heads.items():
         state = {k.removeprefix(f"{name}."): v for k, v in weights.items() if k.startswith(f"{name}.")}
         _load_strictly(head, state, f"weights {source}, {name}")

@@ -20,7 +20,7 @@ from torch.nn.functional import interpolate
 from dinov2.data.cache.folder import VolumeCache, key_of
 from dinov2.data.datalist import Entry
 from dinov2.data.downstream.lists import Item
-from dinov2.data.downstream.recipes import Recipe
+from dinov2.data.downstream.recipes import Recipe, scheme_hint
 from dinov2.data.preprocess import INT16_SCALE, Volume, foreground_box
 from dinov2.data.volumes.formats import NIFTI, PAIR, format_by_name
 from dinov2.data.volumes.grids import GridMap
@@ -193,7 +193,8 @@ def _read_label(raw: RawVolume, recipe: Recipe) -> np.ndarray:
     if unknown:
         shown = ", ".join(f"{v:g}" for v in unknown[:8]) + (", ..." if len(unknown) > 8 else "")
         what = f"label values {shown} are not among {recipe.name}'s {', '.join(map(str, known))}"
-        raise BadInput(f"{raw.path}: {what}: correct the recipe (classes, regions, label_map) or the file")
+        remedy = scheme_hint(recipe, values.tolist()) or "correct the recipe (classes, regions, label_map) or the file"
+        raise BadInput(f"{raw.path}: {what}: {remedy}")
     meaning = np.array([known[v] for v in values.tolist()], dtype=np.int16)
     return meaning[np.searchsorted(values, stored)]
 

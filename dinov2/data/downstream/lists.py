@@ -73,6 +73,8 @@ def read_downstream_datalist(base_data_dir: str | Path, recipe: Recipe) -> dict[
     """
     path = datalist_path(base_data_dir, recipe)
     content = _load(path)
+    if recipe.outside_bins == "leave_out":
+        content = _within_bins(content, recipe, path)
     if "shuffle_seed" not in content:
         what = "%s does not say that its training list was shuffled (shuffle_seed): its first items may not be a random subset"
         logger.warning(what, path)
@@ -96,9 +98,7 @@ def _load(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as err:
-        raise BadInput(
-            f"datalist {path}: {err.strerror}: make it (docs/downstream.md) or give its folder as --base-data-dir"
-        ) from err
+        raise BadInput(f"datalist {path}: {err.strerror}: {_instead_of(path)}") from err
     except ValueError as err:
         raise BadInput(f"datalist {path} is not valid JSON, perhaps half-written: {err}: make it again") from err
     if not isinstance(content, dict):
@@ -116,6 +116,16 @@ def _load(path: Path) -> dict[str, Any]:
         found = ", ".join(f"{n} {split}" for split, n in counts.items())
         raise BadInput(f"datalist {path} has {found}: each part needs a case, so one case only cannot be evaluated")
     return content
+
+
+def _instead_of(path: Path) -> str:
+    """What to do about a list that is not there; one of the other kind may be what was meant."""
+    other = "_100_" if "_cls_" in path.name else "_cls_"
+    beside = path.with_name(path.name.replace("_cls_" if other == "_100_" else "_100_", other))
+    if beside.is_file():
+        task = "segmentation" if other == "_100_" else "classification"
+        return f"beside it is {beside.name}, the name of a {task}'s list: rename it, or give a recipe of that task"
+    return "make it (docs/downstream.md) or give its folder as --base-data-dir"
 
 
 def _images(item: dict[str, Any], recipe: Recipe, folder: Path, where: str) -> tuple[str, ...]:
@@ -155,6 +165,28 @@ def _label(item: dict[str, Any], recipe: Recipe, folder: Path, where: str) -> st
         classes = recipe.bins or recipe.classes or {}
         raise BadInput(f"{where} ({_brief(item)}): label {json.dumps(value)[:80]} is in none of the recipe's {dict(classes)}")
     return inside.index(True)
+
+
+def _within_bins(content: dict[str, Any], recipe: Recipe, path: Path) -> dict[str, Any]:
+    """A list without the cases whose number is in none of the bins; how many there were is said.
+
+    Raises:
+        BadInput: A part has no other cases.
+    """
+
+    def is_outside(item: dict[str, Any]) -> bool:
+        value = item.get("label")
+        return _is_number(value) and not any(low <= value < high for low, high in recipe.bins.values())
+
+    kept = {split: [item for item in content[split] if not is_outside(item)] for split in SPLITS}
+    left_out = {split: len(content[split]) - len(kept[split]) for split in SPLITS}
+    if any(left_out.values()):
+        counts = ", ".join(f"{n} of {len(content[split])} {split}" for split, n in left_out.items())
+        logger.warning("%s: left out %s cases, whose labels are in none of %s's bins", path, counts, recipe.name)
+    empty = [split for split in SPLITS if not kept[split]]
+    if empty:
+        raise BadInput(f"datalist {path}: no case of its {empty[0]} part has a label in the recipe's bins {dict(recipe.bins)}")
+    return {**content, **kept}
 
 
 def _is_number(value: Any) -> bool:

@@ -6,7 +6,7 @@ R outputs: classes (background included), regions or bins.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -131,6 +131,9 @@ class Recipe:
     classes: dict[int, str] | None = key(None, "name of each label value from 0, 0 being the background in a segmentation")
     regions: Any = key(None, "label values that make up each of several overlapping regions, or the name of a label scheme")
     bins: Any = key(None, "[from, to) of each class of a number, such as an age, or tertiles: thirds of the training labels")
+    outside_bins: str = key(
+        "refuse", "a number in none of the bins is refused, or its case left out and counted (leave_out)", is_decisive=False
+    )
     label_map: dict[int, int] | None = key(None, "stored label value: the value it is read as")
     space: Space = section(Space)
     intensity: Intensity = section(Intensity)
@@ -155,6 +158,10 @@ class Recipe:
             object.__setattr__(self, "regions", _regions(self.regions))
         if self.bins and self.bins != TERTILES:
             _check_bins(self.bins)
+        require_choice("outside_bins", self.outside_bins, ("refuse", "leave_out"))
+        require(
+            bool(self.bins) or self.outside_bins == "refuse", f"outside_bins={self.outside_bins} without bins: leave it out"
+        )
         shape = self.resize
         require(shape is None or (len(shape) == 3 and min(shape) > 0), f"resize={shape} must be three positive voxel counts")
         segmentation, plan = self.task == "segmentation", self.train
@@ -268,6 +275,18 @@ def _regions(given: Any) -> dict[str, list[int]]:
         ok = isinstance(group, list) and len(group) > 0 and all(type(v) is int and 0 < v <= MAX_LABEL for v in group)
         require(ok, f"regions.{name}={group!r} must be a list of label values above 0")
     return {str(name): list(group) for name, group in given.items()}
+
+
+def scheme_hint(recipe: Recipe, labels: Iterable[int]) -> str:
+    """What to do about a BraTS file of another year: the label schemes that have its values; empty where none has."""
+    fitting = [name for name, regions in LABEL_SCHEMES.items() if {0}.union(*regions.values()) >= {0, *labels}]
+    if recipe.regions not in LABEL_SCHEMES.values() or not fitting:
+        return ""
+    newest = sorted(fitting, key=lambda name: name != "brats2023")
+    others = f" (or {', '.join(newest[1:])})" if newest[1:] else ""
+    return (
+        f"for files of another year make a recipe of two lines, `base: eval/datasets/BraTS` and `regions: {newest[0]}`{others}"
+    )
 
 
 def load_recipe(name_or_path: str | Path) -> Recipe:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from omegaconf import DictConfig
@@ -51,6 +53,65 @@ def whole_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def cls_of(source: str | Path) -> float:
     return float(read_weights(source)["backbone.cls_token"].mean())
+
+
+@pytest.mark.parametrize(
+    "prefix",
+    ["student.backbone.", "model.", "encoder.", "ema.", "model.teacher.backbone.", "net.teacher.", "module.ema_model."],
+)
+def test_one_prefix_that_makes_all_names_fit_is_taken_and_said(
+    whole_run: Path, tmp_path: Path, prefix: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Beside it entries that are no part of the network, such as a trainer's."""
+    caplog.set_level("INFO")
+    teacher = open_teacher(whole_run / "eval" / "training_7")
+    state = {k.removeprefix("backbone."): v for k, v in teacher.state.items() if k.startswith("backbone.")}
+    torch.save({**{prefix + k: v for k, v in state.items()}, "steps": torch.zeros(1)}, tmp_path / "w.pth")
+    loaded = build_model_for_eval(load_and_merge_config_3d(whole_run / "config.yaml"), tmp_path / "w.pth", CPU)
+    assert float(loaded.cls_token.mean()) == 7
+    assert "whose names begin with" in caplog.text
+
+
+def test_heads_are_found_behind_the_prefix_too(whole_run: Path, tmp_path: Path) -> None:
+    teacher = open_teacher(whole_run / "eval" / "training_7")
+    torch.save({f"model.ema.{k}": v for k, v in teacher.state.items()}, tmp_path / "w.pth")
+    assert read_weights(tmp_path / "w.pth").keys() == teacher.weights.keys()
+
+
+def _several(path: Path) -> object:
+    names = [f"{net}.{k}" for net in ("ema", "student") for k in ("cls_token", "patch_embed.proj.weight")]
+    return torch.save({name: torch.zeros(1, 1, 8, 4, 4) for name in names}, path)
+
+
+def _metas_2d(path: Path) -> object:
+    shapes = {"cls_token": (1, 1, 384), "patch_embed.proj.weight": (384, 3, 14, 14), "norm.weight": (384,)}
+    blocks = {f"blocks.{i}.norm1.weight": (384,) for i in range(12)}
+    return torch.save({k: torch.zeros(shape) for k, shape in {**shapes, **blocks}.items()}, path)
+
+
+def _objects(path: Path) -> object:
+    return torch.save({"model": {"a": torch.zeros(1)}, "args": argparse.Namespace(lr=1), "best": np.float64(0.5)}, path)
+
+
+@pytest.mark.parametrize(
+    "write, words",
+    [
+        (_several, ["hold 2 networks (ema., student.)", "one of them"]),
+        (_metas_2d, ["of a 2D network", "(14, 14) pixels", "3D"]),
+        (_objects, ["argparse.Namespace", "numpy", "scalar", "save its tensors alone"]),
+    ],
+    ids=["several", "2D", "objects"],
+)
+def test_weights_of_another_kind_are_told_with_the_remedy(
+    tmp_path: Path, write: Callable[[Path], object], words: list[str]
+) -> None:
+    write(tmp_path / "w.pth")
+    for use in (lambda: read_weights(tmp_path / "w.pth"), lambda: load_encoder(tmp_path / "w.pth", "cpu")):
+        with pytest.raises(BadInput) as caught:
+            use()
+        message = str(caught.value)
+        assert not [w for w in [*words, "w.pth"] if w not in message], message
+        assert message.isprintable()  # one line, no escape codes
 
 
 def test_a_runs_folder_is_its_newest_teacher_or_checkpoint(whole_run: Path, tmp_path: Path) -> None:

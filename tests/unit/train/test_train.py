@@ -356,6 +356,14 @@ def test_a_run_starts_from_another_ones_weights(teacher_file: Path, small_config
     )
 
 
+def test_weights_without_heads_are_no_full_start(small_config: SmallConfig, teacher_file: Path, tmp_path: Path) -> None:
+    state = {k: v for k, v in read_weights(teacher_file).items() if k.startswith("backbone.")}
+    torch.save({"teacher": state}, tmp_path / "backbone.pth")
+    model, _ = build(small_config(f"student.full_pretrained_weights={tmp_path / 'backbone.pth'}"), CPU)
+    with pytest.raises(BadInput, match="backbone.pth: hold no heads .dino_head, ibot_head.: use student.pretrained_weights"):
+        load_start_weights(model, model.cfg)
+
+
 def test_a_larger_grid_and_chunked_names_load(teacher_file: Path, small_config: SmallConfig, tmp_path: Path) -> None:
     cfg = small_config("crops.global_crops_size=20", "student.block_chunks=2")
     model, _ = build(cfg, CPU)
@@ -383,7 +391,7 @@ class _Evil:
         (lambda p: None, "no such file"),
         (lambda p: p.write_text("weights"), "not a checkpoint"),
         (lambda p: p.write_bytes(b""), "not a checkpoint"),
-        (lambda p: torch.save({"teacher": _Evil()}, p), "not a checkpoint of tensors that is safe to open"),
+        (lambda p: torch.save({"teacher": _Evil()}, p), "holds builtins.print, and opening objects can run code"),
         (lambda p: torch.save({"epoch": 3}, p), "holds no state dict"),
         (lambda p: torch.save({"cls_token": torch.zeros(1, 1, 7)}, p), "missing .* of another shape"),
     ],

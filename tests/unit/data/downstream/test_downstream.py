@@ -353,7 +353,32 @@ def test_a_list_that_cannot_be_used_is_named_with_the_item(
     assert "\n" not in message and not [w for w in [*words, str(path)] if w not in message], message
 
 
-def test_class_values_and_bins_become_class_numbers(tmp_path: Path) -> None:
+def test_a_list_of_the_other_kind_beside_a_missing_one_is_named(tmp_path: Path) -> None:
+    for there, task in (("_100_", "segmentation"), ("_cls_", "classification")):
+        folder = tmp_path / task
+        folder.mkdir()
+        (folder / f"ages{there}datalist.json").write_text("{}")
+        recipe = Recipe(task="classification", bins={"all": [0, 99]}, name="ages")
+        if task == "classification":
+            recipe = Recipe(classes={0: "background", 1: "liver"}, name="ages")
+        with pytest.raises(BadInput, match=f"beside it is ages{there}datalist.json, the name of a {task}'s list"):
+            read_downstream_datalist(folder, recipe)
+
+
+def test_a_brats_file_of_another_year_is_told_by_its_labels(tmp_path: Path) -> None:
+    voxels, label = scene()
+    label = (label == 2) * 3 + (label == 1)  # 3: the enhancing tumour of 2023
+    paths = save(tmp_path / "t1.nii.gz", voxels), save(tmp_path / "seg.nii.gz", label.astype(np.uint8))
+    recipe = dataclasses.replace(load_recipe("BraTS"), channels=1)
+    with pytest.raises(
+        BadInput, match="a recipe of two lines, `base: eval/datasets/BraTS` and `regions: brats2023` .or brats2013"
+    ):
+        prepare_case(Item((str(paths[0]),), str(paths[1]), "case"), recipe)
+    (tmp_path / "mine.yaml").write_text("base: eval/datasets/BraTS\nregions: brats2023\nchannels: 1\n")
+    prepare_case(Item((str(paths[0]),), str(paths[1]), "case"), load_recipe(tmp_path / "mine.yaml"))
+
+
+def test_class_values_and_bins_become_class_numbers(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     content: dict[str, Any] = {"shuffle_seed": 1}
     for i, (split, age) in enumerate(zip(SPLITS, (20, 29.5, 30), strict=True)):
         content[split] = [{"image": save(tmp_path / f"{i}.nii.gz", scene()[0]), "label": age}]
@@ -362,6 +387,16 @@ def test_class_values_and_bins_become_class_numbers(tmp_path: Path) -> None:
     assert [read_downstream_datalist(tmp_path, ages)[s][0].label for s in SPLITS] == [0, 0, 1]
     with pytest.raises(BadInput, match="label 30 is in none of"):
         read_downstream_datalist(tmp_path, dataclasses.replace(ages, bins={"20-29": [20, 30]}))
+    outside = dataclasses.replace(ages, bins={"20-29": [20, 30]}, outside_bins="leave_out")
+    with pytest.raises(BadInput, match="no case of its test part"):
+        read_downstream_datalist(tmp_path, outside)
+    content["test"].append({"image": save(tmp_path / "young.nii.gz", scene()[0]), "label": 21})
+    (tmp_path / "ages_cls_datalist.json").write_text(json.dumps(content))
+    assert [len(read_downstream_datalist(tmp_path, outside)[s]) for s in SPLITS] == [1, 1, 1]
+    assert "left out 0 of 1 training, 0 of 1 validation, 1 of 2 test cases" in caplog.text
+    assert repr(outside) == repr(dataclasses.replace(outside, outside_bins="refuse")), "runs begun without the key go on"
+    assert load_recipe("ICBM").outside_bins == "leave_out"
+    content["test"].pop()
     named = Recipe(task="classification", bins=None, classes={0: "healthy", 1: "ill"}, name="ages")
     for split, value in zip(SPLITS, ("ill", 0, "healthy"), strict=True):
         content[split][0]["label"] = value
