@@ -25,10 +25,10 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemReader, TensorStorageMetadata
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_saver import AsyncSaveResponse
 
+from dinov2.checkpointer.index import SafeReader, saved_tensors
 from dinov2.distributed import barrier, gather_objects, get_global_rank, get_global_size, is_enabled, is_main_process
 from dinov2.errors import BadInput
 from dinov2.files import cannot_write, replacing, write_json, writing
@@ -134,7 +134,7 @@ class Checkpointer:
             BadInput: The checkpoint is damaged, or belongs to another architecture; the first differences are named.
         """
         path = self.path(iteration)
-        reader = FileSystemReader(path)
+        reader = SafeReader(path)
         try:
             _require_whole(path)
             saved = {k: tuple(m.size) for k, m in saved_tensors(reader, path).items()}
@@ -158,22 +158,6 @@ class Checkpointer:
             )
 
 
-def saved_tensors(reader: FileSystemReader, path: Path, prefix: str = "") -> dict[str, TensorStorageMetadata]:
-    """What a checkpoint's index says of its tensors, those whose names begin with `prefix`.
-
-    Raises:
-        BadInput: An entry of such a name is no tensor, so that another program wrote it.
-    """
-    tensors = {}
-    for name, entry in reader.read_metadata().state_dict_metadata.items():
-        if not name.startswith(prefix):
-            continue
-        if not isinstance(entry, TensorStorageMetadata):
-            raise BadInput(f"{path}: its entry {name} is no tensor: use a checkpoint that train3d.py wrote")
-        tensors[name] = entry
-    return tensors
-
-
 def _checksums(folder: Path) -> dict[str, int]:
     """CRC-32 of every file of a checkpoint."""
     return {p.name: _crc32(p) for p in sorted(folder.iterdir()) if p.name != CHECKSUMS}
@@ -187,21 +171,29 @@ def _crc32(path: Path) -> int:
     return value
 
 
-def _require_whole(folder: Path) -> None:
-    """Raise `EOFError` naming the first file that is missing or not what was written; each rank looks at its share."""
-    listed = folder / CHECKSUMS
-    if not listed.exists():
-        return  # written before there were checksums
-    rank, ranks = get_global_rank(), get_global_size()
-    wanted = sorted(json.loads(listed.read_text()).items())
+def problems_of(folder: Path, rank: int = 0, ranks: int = 1) -> list[str]:
+    """What of a checkpoint's files is not as it was written; each of `ranks` looks at its share."""
+    try:
+        listed = json.loads((folder / CHECKSUMS).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return [f"{CHECKSUMS} is missing or not readable"]
+    needed = {".metadata", *(p.name for p in folder.glob("*.distcp"))}
+    if not isinstance(listed, dict) or not needed <= listed.keys():
+        return [f"{CHECKSUMS} does not list its files"]
     problems = []
-    for name, checksum in wanted[rank::ranks]:
+    for name, checksum in sorted(listed.items())[rank::ranks]:
         path = folder / name
-        if not path.exists():
+        if not path.is_file():
             problems.append(f"{name} is missing")
         elif _crc32(path) != checksum:
             problems.append(f"{name} does not match its checksum")
-    problems = [p for of_rank in gather_objects(problems) for p in of_rank]
+    return problems
+
+
+def _require_whole(folder: Path) -> None:
+    """Raise `EOFError` naming the first file that is not what was written; all ranks call it."""
+    found = problems_of(folder, get_global_rank(), get_global_size())
+    problems = [p for of_rank in gather_objects(found) for p in of_rank]
     if problems:
         raise EOFError(problems[0])
 

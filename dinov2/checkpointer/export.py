@@ -4,7 +4,6 @@ What `dinov2 checkpoint inspect|export` calls."""
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from pathlib import Path
@@ -13,9 +12,9 @@ from typing import Any
 from torch import Tensor
 
 from dinov2.checkpointer.checkpointer import save_atomically
+from dinov2.checkpointer.sealed import write_safetensors
 from dinov2.checkpointer.teacher import open_trained
 from dinov2.errors import BadInput
-from dinov2.files import replacing, writing
 
 PATH_KEYS = (
     ("train", "dataset_path"),
@@ -70,12 +69,7 @@ def export(source: str | Path, target: Path, chunks: int | None, with_heads: boo
         state = {k: v for k, v in state.items() if not k.split(".")[0].endswith("_head")}
     state = {k: v.contiguous().clone() for k, v in state.items()}
     if target.suffix == ".safetensors":
-        from safetensors.torch import save
-
-        with writing(target):
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with replacing(target) as temporary:
-                temporary.write_bytes(save(state, {"meta": json.dumps(meta)}))
+        write_safetensors(target, state, meta)
     elif target.suffix in (".pth", ".pt"):
         save_atomically({"teacher": state, "meta": meta}, target)
     else:

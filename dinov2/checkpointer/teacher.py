@@ -6,11 +6,12 @@ Reading order: `open_teacher` -> `_find` (which file or folder) -> `read_teacher
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import re
 import struct
 import warnings
+import zipfile
+import zlib
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,7 +24,9 @@ import torch.distributed.checkpoint as dcp
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from dinov2.checkpointer.checkpointer import DAMAGED, saved_tensors
+from dinov2.checkpointer.checkpointer import CHECKSUMS, DAMAGED, problems_of
+from dinov2.checkpointer.index import SafeReader, saved_tensors
+from dinov2.checkpointer.sealed import read_safetensors
 from dinov2.configs import load_and_merge_config_3d
 from dinov2.errors import BadInput
 from dinov2.models.hub import WEIGHTS_SUFFIXES, fetch, is_repository
@@ -33,6 +36,7 @@ from dinov2.models.weights import StateDict, plain_names, unwrapped
 logger = logging.getLogger(__name__)
 
 DEMO = Path(__file__).resolve().parents[1] / "weights" / "demo.safetensors"
+DEMO_SHA256 = "a4efd0e7a894c998eff84e60c72fd94b7a900915bb87e8f7cefcb9c6b6ac8ec7"
 RANDOM = "random"
 TEACHER_FILE = "teacher_checkpoint.pth"
 _PREFIX = "model.teacher."
@@ -89,11 +93,7 @@ class Teacher:
         if self.path.is_file():
             with self.path.open("rb") as file:
                 return hashlib.file_digest(file, "sha256").hexdigest()
-        listed = self.path / "checksums.json"
-        digest = hashlib.sha256((listed if listed.is_file() else self.path / ".metadata").read_bytes())
-        if not listed.is_file():  # written before there were checksums
-            digest.update(repr(sorted((p.name, p.stat().st_size) for p in self.path.iterdir())).encode())
-        return digest.hexdigest()
+        return hashlib.sha256((self.path / CHECKSUMS).read_bytes()).hexdigest()
 
 
 def open_teacher(source: str | Path, cache_dir: str | Path | None = None) -> Teacher:
@@ -138,6 +138,8 @@ def _find(source: str | Path, cache_dir: str | Path | None) -> tuple[Path, str |
                 "demo: this installation has no demo weights (dinov2/weights/demo.safetensors): install a release "
                 "or checkout that has them, or give a path, a hub id or the name of a network"
             )
+        if hashlib.sha256(DEMO.read_bytes()).hexdigest() != DEMO_SHA256:
+            raise BadInput(f"demo: {DEMO} is damaged or another file: install the package again")
         return DEMO, None, name
     if path.is_dir():
         path = _in_folder(path)
@@ -213,7 +215,8 @@ def read_teacher(path: Path) -> tuple[StateDict, dict[str, Any]]:
     if path.is_dir():
         return _from_folder(path), _config_of_run(path)
     if path.suffix == ".safetensors":
-        return _from_safetensors(path)
+        refuse_pointer(path)
+        return read_safetensors(path)
     content = open_weights(path)
     return state_of(content, path), _meta_of(content)
 
@@ -228,6 +231,7 @@ def open_weights(path: str | Path) -> Any:
         raise BadInput(f"weights {path}: one rank's share of an FSDP1 run: use its {TEACHER_FILE}")
     refuse_pointer(path)
     try:
+        refuse_damaged(path)
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as err:
         raise BadInput(f"weights {path}: no such file") from err
@@ -239,6 +243,23 @@ def open_weights(path: str | Path) -> Any:
             ) from err
         reason = " ".join(_ESCAPES.sub("", str(err)).split())[:120]
         raise BadInput(f"weights {path}: not a checkpoint of tensors that is safe to open ({reason})") from err
+
+
+def refuse_damaged(path: str | Path) -> None:
+    """Hold a file of `torch.save` against the checksums that it carries, which torch does not look at.
+
+    Raises:
+        BadInput: One does not match.
+    """
+    if not zipfile.is_zipfile(path):  # torch's older form has none
+        return
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except (zipfile.BadZipFile, NotImplementedError, zlib.error) as err:
+        raise BadInput(f"weights {path}: damaged ({str(err)[:120]}): copy or write it again") from err
+    if damaged is not None:
+        raise BadInput(f"weights {path}: damaged, its part {damaged} does not match its checksum: copy or write it again")
 
 
 def _other_objects(path: str | Path) -> list[str]:
@@ -283,11 +304,13 @@ def _from_folder(path: Path) -> StateDict:
     if not (path / ".metadata").is_file():
         raise BadInput(f"weights {path}: no .metadata, not a complete training checkpoint")
     try:
-        wanted = saved_tensors(dcp.FileSystemReader(path), path, _PREFIX)
+        if problems := problems_of(path):
+            raise EOFError(problems[0])
+        wanted = saved_tensors(SafeReader(path), path, _PREFIX)
         tensors = {k: torch.empty(m.size, dtype=m.properties.dtype) for k, m in wanted.items()}
         with warnings.catch_warnings():  # torch's remark that there is only one process
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-            dcp.load(tensors, checkpoint_id=path, no_dist=True)
+            dcp.load(tensors, storage_reader=SafeReader(path), no_dist=True)
     except DAMAGED as err:
         reason = " ".join(str(err).split())[:120]
         raise BadInput(f"weights {path}: damaged checkpoint ({reason}): use the one before, or a {TEACHER_FILE}") from err
@@ -300,17 +323,3 @@ def _config_of_run(checkpoint: Path) -> dict[str, Any]:
     """What a teacher's file would say of its network, from the output folder that a checkpoint lies in."""
     file = checkpoint.absolute().parent.parent / "config.yaml"
     return {"config": OmegaConf.to_container(load_and_merge_config_3d(file))} if file.is_file() else {}
-
-
-def _from_safetensors(path: Path) -> tuple[StateDict, dict[str, Any]]:
-    from safetensors import SafetensorError, safe_open
-
-    refuse_pointer(path)
-    try:
-        with safe_open(path, "pt") as file:
-            meta = json.loads((file.metadata() or {}).get("meta", "{}"))
-            return {name: file.get_tensor(name) for name in file.keys()}, _meta_of({"meta": meta})  # noqa: SIM118
-    except FileNotFoundError as err:
-        raise BadInput(f"weights {path}: no such file") from err
-    except (OSError, SafetensorError, ValueError) as err:
-        raise BadInput(f"{path}: not a readable safetensors file ({str(err).splitlines()[0][:120]})") from err

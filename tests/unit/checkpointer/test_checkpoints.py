@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import pickle
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,10 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
-from dinov2.checkpointer.checkpointer import Checkpointer, save_atomically
+from dinov2 import load_encoder
+from dinov2.checkpointer.checkpointer import Checkpointer, _checksums, save_atomically
+from dinov2.checkpointer.export import describe
+from dinov2.checkpointer.teacher import open_teacher
 from dinov2.errors import BadInput
 
 
@@ -66,5 +71,63 @@ def test_another_shape_or_a_damaged_index_is_refused_by_name(tmp_path: Path) -> 
 
 def test_a_checkpoint_with_an_entry_that_is_no_tensor_is_refused_by_name(tmp_path: Path) -> None:
     dcp.save({"model": {"w": torch.zeros(3, 4), "note": "a word"}}, checkpoint_id=tmp_path / "0000001")
+    write_checksums(tmp_path / "0000001")
     with pytest.raises(BadInput, match="0000001: its entry model.note is no tensor: use a checkpoint that train3d.py wrote"):
         Checkpointer(tmp_path, keep=3).load(state(0.0), 1)
+
+
+def write_checksums(folder: Path) -> None:
+    """As whoever made the folder can."""
+    (folder / "checksums.json").write_text(json.dumps(_checksums(folder)))
+
+
+def call(module: str, name: str, argument: str) -> bytes:
+    """A pickle that calls a function by name; the fourth protocol follows dots in names."""
+    words = [pickle.SHORT_BINUNICODE + bytes([len(word)]) + word.encode() for word in (module, name, argument)]
+    begin = pickle.PROTO + bytes([4]) + words[0] + words[1] + pickle.STACK_GLOBAL
+    return begin + words[2] + pickle.TUPLE1 + pickle.REDUCE + pickle.STOP
+
+
+@pytest.mark.parametrize(
+    "module, name",
+    [("os", "mkdir"), ("torch.distributed.checkpoint.filesystem", "os.mkdir"), ("torch.serialization", "os.mkdir")],
+)
+def test_nothing_that_a_checkpoints_index_names_is_run(tmp_path: Path, module: str, name: str) -> None:
+    folder = tmp_path / "0000001"
+    Checkpointer(tmp_path, keep=3).save({"model": {"teacher": {"w": torch.zeros(2)}}}, 1)
+    (folder / ".metadata").write_bytes(call(module, name, str(tmp_path / "ran")))
+    write_checksums(folder)
+    doors = [
+        lambda: Checkpointer(tmp_path, keep=3).load({"model": {"teacher": {"w": torch.zeros(2)}}}, 1),
+        lambda: open_teacher(folder),
+        lambda: describe(folder),
+        lambda: load_encoder(folder, "cpu"),
+    ]
+    for door in doors:
+        with pytest.raises(BadInput, match="damaged checkpoint .its index names .*mkdir, which no checkpoint needs"):
+            door()
+    assert not (tmp_path / "ran").exists()
+    pickle.loads((folder / ".metadata").read_bytes())
+    assert (tmp_path / "ran").exists(), "it would have run"
+
+
+def test_an_index_that_claims_more_than_its_files_hold_builds_nothing(tmp_path: Path) -> None:
+    folder = tmp_path / "0000001"
+    Checkpointer(tmp_path, keep=3).save({"model": {"teacher": {"w": torch.zeros(2)}}}, 1)
+    index = pickle.loads((folder / ".metadata").read_bytes())
+    index.state_dict_metadata["model.teacher.w"].size = torch.Size([10**12])
+    (folder / ".metadata").write_bytes(pickle.dumps(index))
+    write_checksums(folder)
+    with pytest.raises(BadInput, match="its index names tensors of 4000000000000 bytes, its files have"):
+        open_teacher(folder)
+
+
+@pytest.mark.parametrize("content", [None, "{}", "[]", "text", '{"a": 1}'])
+def test_a_checkpoint_without_its_checksums_is_refused(tmp_path: Path, content: str | None) -> None:
+    tensors = {"model": {"teacher": {"w": torch.zeros(2)}}}
+    Checkpointer(tmp_path, keep=3).save(tensors, 1)
+    listed = tmp_path / "0000001" / "checksums.json"
+    listed.unlink() if content is None else listed.write_text(content)
+    for door in (lambda: Checkpointer(tmp_path, keep=3).load(tensors, 1), lambda: open_teacher(tmp_path / "0000001")):
+        with pytest.raises(BadInput, match="0000001: damaged checkpoint .checksums.json"):
+            door()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from omegaconf import DictConfig
 
-from dinov2.checkpointer.checkpointer import Checkpointer
+from dinov2.checkpointer.checkpointer import Checkpointer, _checksums
 from dinov2.checkpointer.export import describe, export, renamed
 from dinov2.checkpointer.teacher import read_meta, read_teacher, read_weights
 from dinov2.cli import main
@@ -103,6 +104,7 @@ def test_an_entry_of_a_teacher_that_is_no_tensor_is_refused_by_name(tmp_path: Pa
     for name, note in (("ours", {}), ("foreign", {"model.teacher.note": "a word"})):
         state = {**{f"model.teacher.backbone.{k}": v for k, v in backbone.items()}, "iteration": "7", **note}
         dcp.save(state, checkpoint_id=tmp_path / name)
+        (tmp_path / name / "checksums.json").write_text(json.dumps(_checksums(tmp_path / name)))
     assert describe(tmp_path / "ours")[0].endswith("ours: 2 tensors, 0.00 M numbers")  # beside the teacher anything may be
     with pytest.raises(BadInput, match="foreign: its entry model.teacher.note is no tensor: use a checkpoint"):
         describe(tmp_path / "foreign")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,7 @@ from omegaconf import DictConfig
 from dinov2 import load_encoder
 from dinov2.checkpointer import teacher as teacher_module
 from dinov2.checkpointer.checkpointer import Checkpointer
+from dinov2.checkpointer.export import export
 from dinov2.checkpointer.teacher import DEMO, names_weights, open_teacher, read_weights
 from dinov2.cli import main
 from dinov2.configs import default_yaml, load_and_merge_config_3d
@@ -136,10 +138,6 @@ def test_identity_is_of_the_content_and_the_reference_of_any_folder(
     assert first.identity() != second.identity()
     moved = shutil.copytree(second.path, tmp_path / "moved")
     assert open_teacher(moved).identity() == second.identity() == open_teacher(whole_run).identity()
-    (moved / "checksums.json").write_text(json.dumps({"__0_0.distcp": 1}))
-    assert open_teacher(moved).identity() != second.identity(), "the same tensors' names and shapes, other values"
-    (moved / "checksums.json").unlink()  # of a version without checksums
-    assert open_teacher(moved).identity() not in (first.identity(), second.identity())
     assert [open_teacher(word).identity() for word in ("random", "vit_tiny_3d")] == ["random", "vit_tiny_3d"]
     assert open_teacher("demo").identity() == open_teacher(DEMO).identity(), "another demo is another network"
     monkeypatch.chdir(whole_run)
@@ -199,6 +197,36 @@ def test_a_configuration_that_contradicts_the_weights_is_refused_where_no_tensor
         load_encoder("demo", "cpu", config=other)
     with pytest.raises(BadInput, match="weights demo, backbone: does not fit this network"):
         load_encoder("demo", "cpu", config=load_and_merge_config_3d("pretrain/demo_weights", ["student.depth=3"]))
+
+
+@pytest.mark.parametrize("form", ["w.pth", "w.safetensors", "demo"])
+def test_no_flipped_bit_of_weights_is_taken_silently(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str) -> None:
+    """300 flips in what `export` writes and in the demo's file; what they change is said to be damaged."""
+    small = {"teacher": {f"blocks.{i}.norm1.weight": torch.rand(30) for i in range(4)}, "meta": {"note": "a" * 200}}
+    torch.save(small, tmp_path / "small.pth")
+    target = tmp_path / ("demo.safetensors" if form == "demo" else form)
+    if form == "demo":
+        target.write_bytes(DEMO.read_bytes())
+        monkeypatch.setattr(teacher_module, "DEMO", target)
+    else:
+        export(tmp_path / "small.pth", target, None, True)
+    source = "demo" if form == "demo" else target
+    whole, rng, accepted = open_teacher(source), random.Random(3), 0
+    content = target.read_bytes()
+    for _ in range(20 if form == "demo" else 300):
+        bit = rng.randrange(8 * len(content))
+        flipped = bytearray(content)
+        flipped[bit // 8] ^= 1 << bit % 8
+        target.write_bytes(flipped)
+        try:
+            found = open_teacher(source)
+        except BadInput as err:
+            assert "\n" not in str(err)
+            continue
+        accepted += 1  # in padding, or in a field that nothing reads
+        assert found.meta == whole.meta and found.state.keys() == whole.state.keys()
+        assert all(torch.equal(v, whole.state[k]) for k, v in found.state.items()), bit
+    assert accepted < 200
 
 
 def test_damaged_checkpoints_and_other_folders_are_one_line(whole_run: Path, tmp_path: Path) -> None:
