@@ -59,5 +59,5 @@ def _checksum(state: StateDict, text: str) -> str:
     value = zlib.crc32(text.encode())
     for name, tensor in sorted(state.items()):
         value = zlib.crc32(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(), value)
-        value = zlib.crc32(tensor.contiguous().reshape(-1).view(torch.uint8).numpy(), value)
+        value = zlib.crc32(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data, value)
     return f"{value:08x}"

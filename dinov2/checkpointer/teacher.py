@@ -27,7 +27,7 @@ from torch import Tensor
 from dinov2.checkpointer.checkpointer import CHECKSUMS, DAMAGED, problems_of
 from dinov2.checkpointer.index import SafeReader, saved_tensors
 from dinov2.checkpointer.sealed import read_safetensors
-from dinov2.configs import load_and_merge_config_3d
+from dinov2.configs.loader import read_saved_config
 from dinov2.errors import BadInput
 from dinov2.models.hub import WEIGHTS_SUFFIXES, fetch, is_repository
 from dinov2.models.vision_transformer import FACTORIES
@@ -322,4 +322,4 @@ def _from_folder(path: Path) -> StateDict:
 def _config_of_run(checkpoint: Path) -> dict[str, Any]:
     """What a teacher's file would say of its network, from the output folder that a checkpoint lies in."""
     file = checkpoint.absolute().parent.parent / "config.yaml"
-    return {"config": OmegaConf.to_container(load_and_merge_config_3d(file))} if file.is_file() else {}
+    return {"config": OmegaConf.to_container(read_saved_config(file))} if file.is_file() else {}

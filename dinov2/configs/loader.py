@@ -13,7 +13,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dinov2.configs.errors import ConfigError, nearest
-from dinov2.configs.schema import Config
+from dinov2.configs.schema import Config, StudentConfig
 
 _HERE = Path(__file__).resolve().parent  # dinov2/configs
 
@@ -152,13 +152,42 @@ def load_typed(schema: type, path: Path) -> Any:
 
 
 def typed_from(schema: type, content: dict[Any, Any], source: str) -> Any:
-    """A plain dictionary, such as weights carry, as an object of a dataclass schema, as strict as a file.
+    """A plain dictionary, such as weights carry, as an object of a dataclass schema, as strict as a file; `${...}` is text.
 
     Raises:
         ConfigError: As `load_typed`.
     """
-    layers = [(source, OmegaConf.create(content))]
+    layers = [(source, OmegaConf.create(_as_text(content)))]
     return _build(_merge(schema, layers), layers)
+
+
+def _as_text(content: Any) -> Any:
+    """Foreign content in which `${...}` is text: what a resolver would fill in is none of its business."""
+    if isinstance(content, dict):
+        return {key: _as_text(value) for key, value in content.items()}
+    if isinstance(content, list):
+        return [_as_text(value) for value in content]
+    return content.replace("${", "\\${") if isinstance(content, str) else content
+
+
+def saved_config(content: Any, source: str, overrides: Sequence[str] = ()) -> DictConfig:
+    """As `load_and_merge_config_3d`, from plain types that weights or a run carry; `${...}` in them is text.
+
+    Raises:
+        ConfigError: It is no configuration.
+    """
+    if not isinstance(content, dict):
+        raise ConfigError(f"{source}: its configuration is a {type(content).__name__}, expected keys and values")
+    return _checked([(source, OmegaConf.create(_as_text(content)))], overrides)
+
+
+def read_saved_config(path: Path) -> DictConfig:
+    """The `config.yaml` of a run, as `saved_config`.
+
+    Raises:
+        ConfigError: As `saved_config`, or no readable YAML.
+    """
+    return saved_config(OmegaConf.to_container(_read_yaml(path)), str(path))
 
 
 def load_and_merge_config_3d(name_or_path: str | Path | None = None, overrides: Sequence[str] | None = None) -> DictConfig:
@@ -172,15 +201,24 @@ def load_and_merge_config_3d(name_or_path: str | Path | None = None, overrides: 
     Raises:
         ConfigError: Unknown file, key or value, wrong type, or keys that do not go together; one line.
     """
-    layers = []
-    if name_or_path is not None:
-        layers += _file_layers(find_config(name_or_path))
+    return _checked([] if name_or_path is None else _file_layers(find_config(name_or_path)), overrides or ())
+
+
+def _checked(layers: list[tuple[str, DictConfig]], overrides: Sequence[str]) -> DictConfig:
+    """The configuration of some layers and of what the command line adds, read-only."""
     if overrides:
-        layers.append(("command line", _read_overrides(overrides)))
+        layers = [*layers, ("command line", _read_overrides(overrides))]
     cfg = _merge(Config, layers)
     _build(cfg, layers)
     OmegaConf.set_readonly(cfg, True)
     return cfg
+
+
+def network_shape(cfg: DictConfig) -> tuple[int, int, int]:
+    """(embed_dim, depth, num_heads) of a merged configuration's student."""
+    student = OmegaConf.to_object(cfg.student)
+    assert isinstance(student, StudentConfig)  # of a merged configuration it is
+    return student.shape()
 
 
 def _yaml_value(value: Any) -> str:

@@ -125,6 +125,10 @@ def percentiles_of(preprocessing: Mapping[str, Any]) -> Range:
     Raises:
         BadInput: Another difference, by name.
     """
+    if not isinstance(preprocessing, Mapping):
+        raise BadInput(
+            f"the weights' preprocessing is {preprocessing!r}, expected keys and values: use the version that wrote them"
+        )
     other = [k for k, v in preprocessing.items() if k != "percentiles" and PREPROCESSING.get(k) != v]
     if other:
         raise BadInput(

@@ -11,6 +11,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from dinov2.configs import load_and_merge_config_3d
+from dinov2.configs.loader import network_shape, saved_config
 from dinov2.configs.schema import ARCH_SHAPES
 from dinov2.errors import BadInput
 from dinov2.models.weights import StateDict
@@ -40,8 +41,9 @@ def config_of_weights(state: StateDict, meta: dict[str, Any], source: str | Path
         size = meta["config"]["crops"].get("global_crops_size", 96)
     else:
         student, size = _told_by_tensors({k.removeprefix("backbone."): v for k, v in state.items()}, source)
-    words = [f"student.{k}={'null' if v is None else v}" for k, v in student.items()]
-    return load_and_merge_config_3d(None, [*words, *_shape_words(size), *overrides])
+    cfg = saved_config({"student": student}, f"weights {source}", [*_shape_words(size), *overrides])
+    refuse_other_sizes(cfg, state, source)
+    return cfg
 
 
 def config_of_name(arch: str, overrides: Sequence[str] = ()) -> DictConfig:
@@ -60,6 +62,36 @@ def saved_network(meta: dict[str, Any]) -> dict[str, Any] | None:
     if isinstance(saved, dict) and isinstance(saved.get("student"), dict) and isinstance(saved.get("crops"), dict):
         return {k: saved["student"][k] for k in _STUDENT_KEYS if k in saved["student"]}
     return None
+
+
+def refuse_other_sizes(cfg: DictConfig, state: StateDict, source: str | Path) -> None:
+    """Hold what weights say of their network against their tensors, before anything of a size they name is built.
+
+    Args:
+        cfg: Of the weights.
+        state: Plain names, behind any prefix; what is not there is the strict loader's business.
+
+    Raises:
+        BadInput: They differ.
+    """
+    tensor = lambda ending: next((v for k, v in state.items() if k.endswith(ending)), None)  # noqa: E731
+    cls, patch, positions, registers = (
+        tensor(name) for name in ("cls_token", "patch_embed.proj.weight", "pos_embed", "register_tokens")
+    )
+    blocks = [int(m[1]) for m in (re.search(r"\bblocks\.(\d+)\.", k) for k in state) if m]
+    student, (embed_dim, depth, _) = cfg.student, network_shape(cfg)
+    grid = cfg.crops.global_crops_size // student.patch_size
+    learned = positions if student.pos_encoding == "learned" else None
+    said_and_held = {
+        "embed_dim": (embed_dim, None if cls is None else cls.shape[-1]),
+        "depth": (depth, 1 + max(blocks) if blocks else None),
+        "patch_size": (student.patch_size, None if patch is None else patch.shape[-1]),
+        "num_register_tokens": (student.num_register_tokens, 0 if registers is None else registers.shape[1]),
+        "positions": (1 + grid**3, None if learned is None or learned.ndim != 3 else learned.shape[1]),
+    }
+    for name, (said, held) in said_and_held.items():
+        if held is not None and said != held:
+            raise BadInput(f"weights {source}: say {name} {said} of their network, and hold tensors of {held}: another file's")
 
 
 def refuse_other_heads(cfg: DictConfig, meta: dict[str, Any], source: str | Path) -> None:

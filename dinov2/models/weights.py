@@ -103,6 +103,14 @@ def _fit_positions(backbone: DinoVisionTransformer3d, state: StateDict, source: 
     return {**state, "pos_embed": new}
 
 
+def refuse_non_finite(state: StateDict, what: str) -> None:
+    """Raise `BadInput` naming the tensors that hold NaN or infinity: what is computed with them means nothing."""
+    bad = [k for k, v in state.items() if v.is_floating_point() and not bool(v.isfinite().all())]
+    if bad:
+        shown = ", ".join(bad[:3]) + (", ..." if len(bad) > 3 else "")
+        raise BadInput(f"{what}: {len(bad)} tensors hold NaN or infinity ({shown}): use weights of an earlier iteration")
+
+
 def _load_strictly(module: nn.Module, state: StateDict, what: str) -> None:
     own = {_plain_name(k): k for k in module.state_dict()}
     shapes = {plain: tuple(v.shape) for plain, v in zip(own, module.state_dict().values(), strict=True)}
@@ -117,4 +125,5 @@ def _load_strictly(module: nn.Module, state: StateDict, what: str) -> None:
     ]
     if problems:
         raise BadInput(f"{what}: does not fit this network: {'; '.join(problems)}: check student.arch and patch_size")
+    refuse_non_finite(state, what)
     module.load_state_dict({own[k]: v for k, v in state.items()})

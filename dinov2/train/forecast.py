@@ -14,9 +14,10 @@ from contextlib import contextmanager
 from itertools import pairwise
 from typing import NamedTuple
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
-from dinov2.configs.schema import NUM_GLOBAL_CROPS, StudentConfig, memory_budget
+from dinov2.configs.loader import network_shape
+from dinov2.configs.schema import NUM_GLOBAL_CROPS, memory_budget
 from dinov2.errors import BadInput
 
 GIB = 2**30
@@ -57,7 +58,7 @@ def forecast_gib(cfg: DictConfig, batch: int, compiled: bool, shards: int = 1) -
     """
     f = COMPILED if compiled else EAGER
     s, c = cfg.student, cfg.crops
-    embed_dim, depth = _shape(cfg)[:2]
+    embed_dim, depth = network_shape(cfg)[:2]
     patches = (c.global_crops_size // s.patch_size) ** 3
     lengths = [1 + s.num_register_tokens + (size // s.patch_size) ** 3 for size in (c.global_crops_size, c.local_crops_size)]
     tokens = batch * (NUM_GLOBAL_CROPS * lengths[0] + c.local_crops_number * lengths[1])
@@ -77,25 +78,19 @@ def forecast_gib(cfg: DictConfig, batch: int, compiled: bool, shards: int = 1) -
     return (WEIGHTS * num_parameters(cfg) / shards + activations * (1 if is_half else 2)) / GIB
 
 
-def _shape(cfg: DictConfig) -> tuple[int, int, int]:
-    student = OmegaConf.to_object(cfg.student)
-    assert isinstance(student, StudentConfig)  # of a merged configuration it is
-    return student.shape()
-
-
 def _patch_head(cfg: DictConfig) -> DictConfig:
     return cfg.ibot if cfg.ibot.separate_head else cfg.dino
 
 
 def _hidden_channels(cfg: DictConfig) -> float:
     """Channels that an MLP keeps two values of, as a plain one of four times the width does."""
-    embed_dim = _shape(cfg)[0]
+    embed_dim = network_shape(cfg)[0]
     return 4.0 * embed_dim if cfg.student.ffn_layer == "mlp" else 2 * 8 / 3 * embed_dim
 
 
 def num_parameters(cfg: DictConfig) -> int:
     """Of the student: products' weights, positions and prototypes (biases and norms are left out)."""
-    embed_dim, depth, _ = _shape(cfg)
+    embed_dim, depth, _ = network_shape(cfg)
     patches = (cfg.crops.global_crops_size // cfg.student.patch_size) ** 3
     backbone = 12 * depth * embed_dim**2 + embed_dim * (cfg.student.patch_size**3 + patches)
     heads = [cfg.dino, *([cfg.ibot] if cfg.ibot.separate_head else [])]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dinov2.checkpointer.checkpointer import save_atomically
 from dinov2.checkpointer.teacher import RANDOM, open_teacher, open_weights
-from dinov2.configs.loader import typed_from
+from dinov2.configs.loader import saved_config, typed_from
 from dinov2.data.downstream.cases import prepare_case
 from dinov2.data.downstream.crops import central_cube
 from dinov2.data.downstream.lists import Item, stem
@@ -28,6 +28,8 @@ from dinov2.eval.run import Setting
 from dinov2.features.features import class_features
 from dinov2.features.setup import build_model_for_eval
 from dinov2.logging import Say
+from dinov2.models.architecture import refuse_other_sizes
+from dinov2.models.weights import plain_names, refuse_non_finite
 
 PROBE = "probe.pth"
 
@@ -65,10 +67,13 @@ class SavedProbe:
         if not isinstance(content, dict) or not {"weight", "bias", "meta"} <= content.keys():
             raise BadInput(f"{path}: no saved probe: give the probe.pth that linear3d.py wrote")
         meta = content["meta"]
-        self.recipe, self.image_size = typed_from(Recipe, meta["recipe"], str(path)), meta["image_size"]
-        self.cfg = OmegaConf.create(meta["config"])
-        self.runtime = start_runtime(self.cfg.train.num_threads)
         trained = content.get("backbone")
+        refuse_non_finite({**{k: content[k] for k in ("weight", "bias")}, **(trained or {})}, str(path))
+        self.recipe, self.image_size = typed_from(Recipe, meta["recipe"], str(path)), meta["image_size"]
+        self.cfg = saved_config(meta["config"], str(path))
+        if trained:
+            refuse_other_sizes(self.cfg, plain_names(trained), path)
+        self.runtime = start_runtime(self.cfg.train.num_threads)
         teacher = open_teacher(RANDOM if trained else weights or meta["weights"])
         if not trained and teacher.identity() != meta["weights_sha256"]:
             raise BadInput(f"{teacher.source}: not the weights that {path} was made with: give them as --pretrained-weights")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+from json import JSONDecodeError
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,8 +15,7 @@ from torch import nn
 
 from dinov2.checkpointer.checkpointer import save_atomically
 from dinov2.checkpointer.teacher import open_weights
-from dinov2.configs.loader import typed_from
-from dinov2.configs.schema import Config
+from dinov2.configs.loader import saved_config, typed_from
 from dinov2.data.downstream.recipes import Recipe
 from dinov2.distributed.runtime import Runtime
 from dinov2.errors import BadInput
@@ -23,6 +23,8 @@ from dinov2.eval.segmentation_3d.adapter import AdapterOptions
 from dinov2.eval.segmentation_3d.heads import UNETR, Linear, SegmentationNetwork, ViTAdapterUNETR
 from dinov2.layers.attention import resolve_attention
 from dinov2.models import DinoVisionTransformer3d, build_backbone
+from dinov2.models.architecture import refuse_other_sizes
+from dinov2.models.weights import plain_names, refuse_non_finite
 from dinov2.streams import Kind, torch_seed
 
 logger = logging.getLogger(__name__)
@@ -113,18 +115,31 @@ def load_segmentation(path: str | Path, runtime: Runtime) -> tuple[SegmentationN
     """
     content = open_weights(path)
     meta = content.get("meta") if isinstance(content, dict) else None
-    if not isinstance(meta, dict) or meta.get("kind") != KIND:
+    state = content.get("model") if isinstance(content, dict) else None
+    if not isinstance(meta, dict) or meta.get("kind") != KIND or not isinstance(state, dict):
         raise BadInput(f"weights {path}: not a segmentation network: use the best_model.pth that segmentation3d.py wrote")
-    cfg = OmegaConf.create(dataclasses.asdict(typed_from(Config, meta["config"], str(path))))
-    recipe: Recipe = typed_from(Recipe, _plain(json.loads(meta["recipe"])), str(path))
-    task = Task(recipe, meta["head"], meta["image_size"], meta["resize_scale"])
-    attention = resolve_attention(cfg.student.attention, runtime.device.type)
-    model = build_head(build_backbone(cfg, teacher=True, attention=attention), cfg, task)
     try:
-        model.load_state_dict(content["model"])
+        cfg = saved_config(meta["config"], str(path))
+        recipe: Recipe = typed_from(Recipe, _plain(json.loads(meta["recipe"])), str(path))
+        task = Task(recipe, meta["head"], int(meta["image_size"]), float(meta["resize_scale"]))
+        refuse_other_sizes(cfg, plain_names(state), path)
+    except (KeyError, TypeError, AttributeError, RecursionError, JSONDecodeError) as err:
+        raise BadInput(f"weights {path}: do not say what network they are of ({type(err).__name__}: {err})") from err
+    with torch.device("meta"):  # what it would take, before it is taken
+        claimed = sum(p.numel() for p in _network(cfg, task, "sdpa").parameters())
+    if claimed > sum(v.numel() for v in state.values()):
+        raise BadInput(f"weights {path}: say a network of {claimed} numbers, and hold fewer: another file's description")
+    model = _network(cfg, task, resolve_attention(cfg.student.attention, runtime.device.type))
+    refuse_non_finite(state, f"weights {path}")
+    try:
+        model.load_state_dict(state)
     except RuntimeError as err:
         raise BadInput(f"weights {path}: do not fit the network that they name ({str(err).splitlines()[0][:120]})") from err
     return model.to(runtime.device).eval(), cfg, task
+
+
+def _network(cfg: DictConfig, task: Task, attention: str) -> SegmentationNetwork:
+    return build_head(build_backbone(cfg, teacher=True, attention=attention), cfg, task)
 
 
 def _plain(recipe: dict[str, Any]) -> dict[str, Any]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import math
+import os
 import random
 import shutil
 from collections.abc import Callable
@@ -197,6 +199,56 @@ def test_a_configuration_that_contradicts_the_weights_is_refused_where_no_tensor
         load_encoder("demo", "cpu", config=other)
     with pytest.raises(BadInput, match="weights demo, backbone: does not fit this network"):
         load_encoder("demo", "cpu", config=load_and_merge_config_3d("pretrain/demo_weights", ["student.depth=3"]))
+
+
+def _say(key: str, value: object) -> Callable[[dict], object]:
+    def change(meta: dict) -> None:
+        section, leaf = key.split(".")
+        meta["config"][section][leaf] = value
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (_say("student.depth", 10**6), "say depth 1000000 of their network, and hold tensors of 2"),
+        (_say("student.embed_dim", 10**7), "say embed_dim 10000000"),
+        (_say("student.patch_size", 16), "say patch_size 16"),
+        (_say("student.num_register_tokens", 10**9), "say num_register_tokens 1000000000"),
+        (_say("crops.global_crops_size", 4 * 10**5), "say positions"),
+        (_say("student.arch", "${oc.env:HOME}"), "[$]{oc.env:HOME}"),
+        (lambda meta: meta.update(preprocessing=None), "preprocessing is None"),
+        (lambda meta: meta.update(preprocessing=[1]), "preprocessing is .1."),
+    ],
+)
+def test_what_weights_say_is_held_against_what_they_hold(
+    whole_run: Path, tmp_path: Path, change: Callable[[dict], object], words: str
+) -> None:
+    content = torch.load(whole_run / "eval" / "training_7" / "teacher_checkpoint.pth", weights_only=True)
+    change(content["meta"])
+    torch.save(content, tmp_path / "w.pth")
+    with pytest.raises(BadInput, match=words) as caught:
+        load_encoder(tmp_path / "w.pth", "cpu")
+    assert os.environ["HOME"] not in str(caught.value).replace(str(tmp_path), "")
+
+
+def test_a_resolver_in_a_runs_configuration_is_text(whole_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SECRET", "a password")
+    copied = shutil.copytree(whole_run, tmp_path / "run")
+    text = (copied / "config.yaml").read_text()
+    (copied / "config.yaml").write_text(text.replace('cache_dir: ""', 'cache_dir: "${oc.env:SECRET}"'))
+    meta = open_teacher(copied / "checkpoints" / "0000003").meta
+    assert "SECRET" in meta["config"]["train"]["cache_dir"] and "a password" not in str(meta)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_weights_that_are_not_finite_are_refused_by_name(whole_run: Path, tmp_path: Path, value: float) -> None:
+    content = torch.load(whole_run / "eval" / "training_7" / "teacher_checkpoint.pth", weights_only=True)
+    content["teacher"]["backbone.blocks.1.mlp.fc1.bias"][3] = value
+    torch.save(content, tmp_path / "w.pth")
+    with pytest.raises(BadInput, match="w.pth, backbone: 1 tensors hold NaN or infinity .blocks.1.mlp.fc1.bias."):
+        load_encoder(tmp_path / "w.pth", "cpu")
 
 
 @pytest.mark.parametrize("form", ["w.pth", "w.safetensors", "demo"])
