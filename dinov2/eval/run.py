@@ -22,7 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from dinov2.checkpointer.teacher import Teacher, open_teacher
 from dinov2.configs import Config, ConfigError, default_yaml, load_and_merge_config_3d
-from dinov2.configs.loader import typed_from
+from dinov2.configs.loader import config_keys, typed_from
 from dinov2.data.corpus.overlap import warn_of_overlap
 from dinov2.data.datalist import Entry
 from dinov2.data.downstream.cases import Cases, check_headers
@@ -47,6 +47,7 @@ IDENTITY = "decisive.json"
 NOT_DECISIVE = {  # flags that a resume may change
     "output_dir", "cache_dir", "num_workers", "local_rank", "base_data_dir", "no_resume",
 }  # fmt: skip
+MAX_WORDS = 6  # of another configuration that a refusal names
 KEPT = ("checkpoint.pth", "best_model.pth", "probe.pth", "results.json")  # what a run goes on from, or came to
 LEFT = (
     *KEPT, IDENTITY, "config.yaml", "predictions.csv", "per_case.csv", "worst", "validation_case.png",
@@ -196,7 +197,7 @@ def open_run(request: Request, task: str, resize_scale: float = 1.0) -> Iterator
     if task == "segmentation":  # its share is the list's first cases; that of features is drawn by each seed
         splits["training"] = select_percent(splits["training"], request.dataset_percent)
     teacher = open_teacher(request.weights)
-    cfg = _config_of(request, teacher)
+    cfg = _config_of(request, teacher, task)
     require_whole_patches(request.image_size, cfg.student.patch_size)
     runtime = start_runtime(cfg.train.num_threads, cfg.train.backend, cfg.train.timeout_s)
     setup_logging(rank=runtime.rank)
@@ -205,7 +206,7 @@ def open_run(request: Request, task: str, resize_scale: float = 1.0) -> Iterator
         with run_folder(request.output_dir, runtime) as output_dir:
             setup_logging(output_dir, runtime.rank)
             decisive = _decisive(request, cfg, recipe, teacher, runtime)
-            _check_same_run(decisive, request.no_resume, output_dir)
+            _check_same_run(decisive, request.no_resume, output_dir, task)
             cases = _checked_cases(request, splits, recipe, resize_scale, output_dir)
             if not teacher.is_untrained and is_main_process():
                 warn_of_overlap([Entry(path, ()) for item in splits["test"] for path in item.images], teacher)
@@ -231,7 +232,7 @@ def _recipe_of(request: Request, task: str) -> Recipe:
     return recipe if recipe.resize is not None else dataclasses.replace(recipe, resize=[request.image_size] * 3)
 
 
-def _config_of(request: Request, teacher: Teacher) -> DictConfig:
+def _config_of(request: Request, teacher: Teacher, task: str) -> DictConfig:
     """The configuration: a file's, or what the weights tell.
 
     A run that was begun without a file when weights were not asked, on the published defaults, goes on with these.
@@ -240,7 +241,7 @@ def _config_of(request: Request, teacher: Teacher) -> DictConfig:
         before = _identity_of(Path(request.output_dir))
         if before and before.get("config_file") is None:
             defaults = load_and_merge_config_3d(None, request.overrides)
-            if before["config"] == default_yaml(defaults):
+            if _other_words(before["config"], defaults, task) == []:
                 return defaults
     return config_for(teacher, request.config_file, request.overrides)
 
@@ -269,8 +270,10 @@ def _decisive(request: Request, cfg: DictConfig, recipe: Recipe, teacher: Teache
     }
 
 
-def _check_same_run(decisive: dict[str, Any], is_new: bool, output_dir: Path) -> None:
+def _check_same_run(decisive: dict[str, Any], is_new: bool, output_dir: Path, task: str) -> None:
     """Refuse a folder whose run was decided otherwise; all ranks call it.
+
+    A default that changed since the run began refuses it too, and the refusal names the overrides that continue it.
 
     Raises:
         BadInput: It is another run, what differs is named; or the ranks were given different things.
@@ -281,16 +284,38 @@ def _check_same_run(decisive: dict[str, Any], is_new: bool, output_dir: Path) ->
         raise BadInput("the ranks of this job see different weights or data: start all with the same command and files")
     if before is None:
         return
-    differing = sorted(k for k in before.keys() | decisive.keys() if before.get(k) != decisive.get(k))
+    words = _other_words(before["config"], _in_todays_schema(decisive["config"]), task)
+    told = {"config", "opts"}  # what the overrides did is in the configuration
+    differing = sorted(k for k in (before.keys() | decisive.keys()) - told if before.get(k) != decisive.get(k))
+    differing += [] if words == [] else ["config"]
     if differing:
+        back = f"add to --opts, to continue it: {' '.join(words)}; or " if words and len(words) <= MAX_WORDS else ""
         raise BadInput(
-            f"{output_dir}: holds a run with another {', '.join(differing)}: use another --output-dir, or --no-resume, which "
-            "moves that run aside"
+            f"{output_dir}: holds a run with another {', '.join(differing)}: {back}use another --output-dir, or --no-resume, "
+            "which moves that run aside"
         )
 
 
+def _other_words(saved: DictConfig | None, given: DictConfig | None, task: str) -> list[str] | None:
+    """What gives a configuration the values of a saved one, as `key=value`; None where that cannot be told.
+
+    Only a segmentation reads the section of that name.
+    """
+    if saved is None or given is None:
+        return None
+    read = [name for name, _ in config_keys() if task == "segmentation" or not name.startswith("segmentation.")]
+    differing = [name for name in read if OmegaConf.select(saved, name) != OmegaConf.select(given, name)]
+    return [f"{name}={_word(OmegaConf.select(saved, name))}" for name in differing]
+
+
+def _word(value: Any) -> str:
+    """A value as an override spells it, without spaces."""
+    plain = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
+    return plain if isinstance(plain, str) and plain else json.dumps(plain, separators=(",", ":"))
+
+
 def _identity_of(output_dir: Path) -> dict[str, Any] | None:
-    """What decided the folder's run; None where there is none, or none that has saved anything.
+    """What decided the folder's run, its configuration in today's schema; None where no run has saved anything.
 
     Raises:
         BadInput: It cannot be read.
@@ -300,20 +325,18 @@ def _identity_of(output_dir: Path) -> dict[str, Any] | None:
         return None
     try:
         before = json.loads(path.read_text())
-        return {**before, "config": _as_written_today(before["config"])}
+        return {**before, "config": _in_todays_schema(before["config"])}
     except (ValueError, KeyError, TypeError) as err:
         raise BadInput(f"{path}: not readable ({err}): use another --output-dir, or --no-resume") from err
 
 
-def _as_written_today(config: str) -> str:
-    """A saved configuration as this version writes it: a key that came later has its default, comments are today's."""
+def _in_todays_schema(config: str) -> DictConfig | None:
+    """A saved configuration, a key that came later with its default; None where it has one that is gone."""
     try:
         content = OmegaConf.to_container(OmegaConf.create(config))
-        if not isinstance(content, dict):
-            return config
-        return default_yaml(OmegaConf.structured(typed_from(Config, content, IDENTITY)))
-    except (ConfigError, yaml.YAMLError, OmegaConfBaseException):  # of a key that is gone: it differs, and is named as config
-        return config
+        return OmegaConf.structured(typed_from(Config, content, IDENTITY)) if isinstance(content, dict) else None
+    except (ConfigError, yaml.YAMLError, OmegaConfBaseException):
+        return None
 
 
 def _has_saved(output_dir: Path) -> bool:

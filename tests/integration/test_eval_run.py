@@ -254,17 +254,50 @@ def test_runs_of_versions_that_did_not_ask_the_weights_go_on(
     assert "finished already" in capfd.readouterr().err
 
 
-def test_a_configuration_that_differs_is_named_and_one_of_removed_keys_too() -> None:
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_a_default_that_changed_refuses_a_run_that_reads_it_and_says_how_to_continue(
+    data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], program: str
+) -> None:
+    """The run was begun with other values of the segmentation's keys, which no other evaluation reads."""
+    assert start(program, data, tmp_path, "random", opts=NETWORK) == EXIT_OK
+    kept = json.loads((tmp_path / "decisive.json").read_text())
+    before = kept["config"]
+    for name, value in (
+        ("window_batch: 4", "window_batch: 3"),
+        ("decoder_channels: [256, 128, 64, 32]", "decoder_channels: [8, 6, 4, 2]"),
+    ):
+        assert name in before
+        before = before.replace(name, value)
+    (tmp_path / "decisive.json").write_text(json.dumps({**kept, "config": before}))
+    code = start(program, data, tmp_path, "random", opts=NETWORK)
+    if program != "segmentation3d":
+        assert code == EXIT_OK
+        return
+    assert code == EXIT_BAD_INPUT
+    words = "segmentation.decoder_channels=[8,6,4,2] segmentation.window_batch=3"
+    told = (
+        f"holds a run with another config: add to --opts, to continue it: {words}; or use another --output-dir, or --no-resume"
+    )
+    assert told in last_line(capfd)
+    assert start(program, data, tmp_path, "random", opts=[*NETWORK, *words.split()]) == EXIT_OK
+    assert "finished already" in capfd.readouterr().err
+
+
+def test_a_configuration_that_differs_is_named_and_one_of_removed_keys_too(tmp_path: Path) -> None:
     now = default_yaml(load_and_merge_config_3d(None, NETWORK))
-    assert evaluation._as_written_today(now) == now
-    assert evaluation._as_written_today(default_yaml()) != now
-    assert evaluation._as_written_today("student: {gone: 1}\n") == "student: {gone: 1}\n"
+    (tmp_path / "results.json").touch()
+    for before in (default_yaml(), "student: {gone: 1}\n", "- 1\n"):
+        (tmp_path / "decisive.json").write_text(json.dumps({"config": before}))
+        with pytest.raises(BadInput, match="holds a run with another config: use another --output-dir"):
+            evaluation._check_same_run({"config": now}, False, tmp_path, "classification")
+    (tmp_path / "decisive.json").write_text(json.dumps({"config": now}))
+    evaluation._check_same_run({"config": now}, False, tmp_path, "classification")
 
 
 def test_ranks_that_see_other_weights_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(evaluation, "gather_objects", lambda own: [own, {**own, "pretrained_weights": "other"}])
     with pytest.raises(BadInput, match="the ranks of this job see different weights or data"):
-        evaluation._check_same_run({"pretrained_weights": "one"}, is_new=True, output_dir=tmp_path)
+        evaluation._check_same_run({"pretrained_weights": "one"}, is_new=True, output_dir=tmp_path, task="")
 
 
 def test_a_segmentation_begins_when_every_case_is_prepared(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
