@@ -365,7 +365,7 @@ class SegmentationConfig:
     drop_path_rate: float = key(0.0, "stochastic depth of the extractors")
     checkpointing: bool = key(False, "compute each of the adapter's stages again in the backward pass instead of keeping it")
     linear_batch_norm: bool = key(False, "a BatchNorm between the two layers of the Linear head")
-    layerwise_decay: float = key(0.9, "learning rate of each block over that of the one above (--train-feature-model)")
+    layerwise_decay: float = key(1.0, "learning rate of a block over the one above (--train-feature-model); 1: one for all")
     window_batch: int = key(4, "windows a pass of the sliding window")
 
     def __post_init__(self) -> None:

@@ -109,10 +109,10 @@ class Run:
 
 
 def build_optimizer(model: SegmentationNetwork, plan: Plan, decay: float) -> AdamW:
-    """AdamW with torch's betas and weight decay, as the paper; blocks of a trained backbone learn slower towards the input.
+    """AdamW with torch's betas and weight decay, as the paper.
 
     Args:
-        decay: Learning rate of each block over that of the one above.
+        decay: Learning rate of each block of a trained backbone over that of the one above; 1, the paper's: one for all.
     """
     backbone = model.backbone
     depth = len(backbone.block_list)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from dinov2.configs.schema import SegmentationConfig
 from dinov2.distributed.runtime import Runtime
 from dinov2.errors import BadInput
 from dinov2.eval.segmentation_3d.adapter import AdapterOptions, ViTAdapter3d, resize_trilinear
@@ -19,6 +20,7 @@ from dinov2.models import DinoVisionTransformer3d
 CPU = Runtime(torch.device("cpu"))
 OPTIONS = AdapterOptions(inplanes=4)
 WIDTHS = [12, 8, 6, 4]
+PLAN = Plan(10, 1, 5, 1, 0.1, True, 0)
 
 
 def backbone(patch_size: int = 4, depth: int = 4, **more: object) -> DinoVisionTransformer3d:
@@ -217,11 +219,20 @@ def test_checkpointing_changes_no_gradient() -> None:
         torch.testing.assert_close(grads[1][name], grad, msg=name)
 
 
-def test_a_trained_backbone_learns_slower_towards_its_input() -> None:
+def test_random_trains_everything_at_one_rate() -> None:
+    """The paper's baseline: UNETR end to end, default settings."""
+    model = head("UNETR", backbone(8, 4))
+    choose_trained(model, True)
+    groups = build_optimizer(model, PLAN, SegmentationConfig().layerwise_decay).param_groups
+    assert {g["lr_scale"] for g in groups} == {1.0}
+    trained = {id(p) for p in model.parameters()} - {id(model.backbone.mask_token)}
+    assert {id(p) for g in groups for p in g["params"]} == trained
+
+
+def test_a_trained_backbone_can_learn_slower_towards_its_input() -> None:
     net = backbone(8, 4).requires_grad_(True)
     model = head("UNETR", net)
-    plan = Plan(10, 1, 5, 1, 0.1, True, 0)
-    optimizer = build_optimizer(model, plan, 0.5)
+    optimizer = build_optimizer(model, PLAN, 0.5)
     scale = {id(p): g["lr_scale"] for g in optimizer.param_groups for p in g["params"]}
     assert scale[id(model.out.weight)] == scale[id(net.norm.weight)] == 1
     assert scale[id(net.block_list[3].attn.qkv.weight)] == 0.5
