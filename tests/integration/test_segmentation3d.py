@@ -18,9 +18,12 @@ import pytest
 import torch
 
 from dinov2.cli import main as dinov2
+from dinov2.data.downstream.cases import Case
 from dinov2.data.downstream.lists import write_downstream_datalist
+from dinov2.data.downstream.recipes import Recipe
 from dinov2.errors import EXIT_BAD_INPUT, EXIT_OK, EXIT_RESUMABLE
 from dinov2.eval.segmentation3d import main
+from dinov2.eval.segmentation_3d import engine, inference
 from tests.conftest import ROOT, SMALL
 
 NETWORK = [w for w in SMALL if w.startswith("student.")] + [
@@ -109,6 +112,60 @@ def test_a_segmentation_learns_is_tested_and_predicts_on_the_files_own_grid(
         dice = 2 * ((found == value) & (truth == value)).sum() / ((found == value).sum() + (truth == value).sum())
         row = next(r for r in rows if r["case"].startswith("image9") and r["class"] == name)
         assert dice == pytest.approx(float(row["dice"]), abs=1e-6)
+
+
+OUTPUTS = {
+    "classes": "classes: {0: background, 1: left, 2: right, 3: nowhere}",
+    "regions": "regions: {both: [1, 2], right: [2], nowhere: [3]}",
+}
+
+
+@pytest.mark.parametrize("kind", OUTPUTS)
+def test_every_published_key_counts_as_monais_dice_metric_where_classes_are_absent(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """Of a part's two cases the first has no `right`, none has `nowhere`; predicted are both in the first, one in the other."""
+    from monai.metrics import DiceMetric
+
+    listed = json.loads((data / "balls_100_datalist.json").read_text())
+    for part in ("training", "validation", "test"):
+        files = [{kind: str(data / name) for kind, name in row.items()} for row in listed[part]]
+        listed[part] = [{**row, "case": f"{part} {i}"} for i, row in enumerate(files)]
+    for part in ("validation", "test"):
+        source = nib.load(listed[part][0]["label"])
+        listed[part][0]["label"] = str(tmp_path / f"{part}.nii.gz")
+        without = np.asarray(source.dataobj) % 2  # 2 becomes background
+        nib.save(nib.Nifti1Image(without.astype(np.uint8), source.affine), listed[part][0]["label"])
+    (tmp_path / "balls_100_datalist.json").write_text(json.dumps(listed))
+    (tmp_path / "balls.yaml").write_text(OUTPUTS[kind] + RECIPE[RECIPE.index("}") + 1 :])
+    seen: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def predict(_: object, case: Case, recipe: Recipe, *rest: object) -> torch.Tensor:
+        labels = torch.randint(0, 4, case.truth.shape, generator=torch.Generator().manual_seed(len(seen)))
+        labels[(labels == 3) & (case.truth == 2).any()] = 0
+        seen[case.name] = recipe.masks(labels), recipe.masks(case.truth)
+        return seen[case.name][0]
+
+    def monai(part: str, reduction: str) -> list[float]:
+        metric = DiceMetric(include_background=True, reduction=reduction)
+        for i in range(2):
+            masks, truth = seen[f"{part} {i}"]
+            assert truth.flatten(1).any(1)[-2:].tolist() == [i == 1, False]
+            assert masks.flatten(1).any(1)[-2:].tolist() == [True, i == 0]
+            metric(masks[None].float(), truth[None].float())
+        return metric.aggregate().tolist()
+
+    monkeypatch.setattr(inference, "predict_masks", predict)
+    monkeypatch.setattr(engine, "predict_masks", lambda _, case, *rest: seen[case.name][0])  # of the pictures
+    given = {"dataset_name": tmp_path / "balls.yaml", "base_data_dir": tmp_path, "cache_dir": tmp_path / "cache"}
+    assert main(words(data, tmp_path / "out", "Linear", epochs=1, epoch_length=2, eval_iters=2, **given)) == EXIT_OK
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["val_dice_list"] == pytest.approx(monai("validation", "mean"))
+    assert results["val_per_cls_dice_list"] == [pytest.approx(monai("validation", "mean_batch"))]
+    assert [results["test_dice"]] == pytest.approx(monai("test", "mean"))
+    assert results["test_per_cls_dice"] == pytest.approx(monai("test", "mean_batch"))
+    ours = results["test"]["mean_with_background" if kind == "classes" else "mean"]["dice"]
+    assert ours < results["test_dice"], "what is predicted and is not there costs by our rule"
 
 
 @pytest.mark.slow

@@ -142,8 +142,8 @@ def summarise(scores: Sequence[Score], names: Sequence[str], background: bool) -
         background: Whether the first is the background (a recipe with classes).
 
     Returns:
-        JSON types: `mean` of each measure, without the background; with one also `mean_with_background`, the published way;
-        `per_class`; `num_cases`; `absent_in_both` (not counted) and `absent_in_one`, cases by class.
+        JSON types: `mean` of each measure, without the background; with one also `mean_with_background`; `per_class`;
+        `num_cases`; `absent_in_both` (not counted) and `absent_in_one`, cases by class.
     """
     by_case: dict[str, list[Score]] = {}
     for score in scores:
@@ -164,6 +164,28 @@ def summarise(scores: Sequence[Score], names: Sequence[str], background: bool) -
         "absent_in_both": {n: count for n, count in both.items() if count},
         "absent_in_one": {n: count for n, count in one.items() if count},
     }
+
+
+def published_dice(scores: Sequence[Score], names: Sequence[str]) -> tuple[float, list[float]]:
+    """Mean Dice and the Dice of each output as the published results count them; `summarise` has ours.
+
+    The background counts, where there is one; what a case's truth does not have does not count there, whatever was predicted; 0
+    where nothing counts.
+
+    Args:
+        scores: Of all cases and classes.
+        names: Of the outputs, in order.
+
+    Source: MONAI's `DiceMetric` (`ignore_empty`), its means over classes and then cases, and over cases.
+    """
+    by_case: dict[str, list[float]] = {}
+    by_name: dict[str, list[float]] = {name: [] for name in names}
+    for score in scores:
+        if score.in_target:
+            by_case.setdefault(score.case, []).append(score.dice)
+            by_name[score.name].append(score.dice)
+    mean = _mean([_mean(dice) for dice in by_case.values()]) if by_case else 0.0
+    return mean, [_mean(dice) if dice else 0.0 for dice in by_name.values()]
 
 
 def write_per_case_csv(path: str | Path, scores: Sequence[Score]) -> None:

@@ -28,7 +28,7 @@ from dinov2.distributed import any_rank, barrier, is_main_process, mean_over_ran
 from dinov2.distributed.precision import autocast, evaluation_dtype, grad_scaler
 from dinov2.distributed.runtime import Runtime
 from dinov2.errors import EXIT_OK, EXIT_RESUMABLE, BadInput
-from dinov2.eval.metrics.segmentation import Score, summarise, write_per_case_csv
+from dinov2.eval.metrics.segmentation import Score, published_dice, summarise, write_per_case_csv
 from dinov2.eval.segmentation_3d.batches import CropBatches
 from dinov2.eval.segmentation_3d.build import Task, save_segmentation, set_training
 from dinov2.eval.segmentation_3d.heads import SegmentationNetwork
@@ -214,8 +214,9 @@ def validate(run: Run, cfg: DictConfig, task: Task, cases: Cases, loss: float, m
     mean = summary["mean"]["dice"]
     run.history["iters_list"].append(run.iteration)
     run.history["train_loss_list"].append(loss)
-    run.history["val_dice_list"].append(published_mean(summary))
-    run.history["val_per_cls_dice_list"].append([v["dice"] for v in summary["per_class"].values()])
+    dice, dice_per_class = published_dice(scores, task.recipe.output_names)
+    run.history["val_dice_list"].append(dice)
+    run.history["val_per_cls_dice_list"].append(dice_per_class)
     logger.info("iteration %d: loss %.4f, validation Dice %.4f (best %.4f)", run.iteration, loss, mean, max(mean, run.best))
     if not is_main_process():
         return
@@ -228,11 +229,6 @@ def validate(run: Run, cfg: DictConfig, task: Task, cases: Cases, loss: float, m
     metrics.write_image("validation", picture, run.iteration)
 
 
-def published_mean(summary: dict[str, Any]) -> float:
-    """The mean Dice as the published results count it: with the background, where there is one."""
-    return summary.get("mean_with_background", summary["mean"])["dice"]
-
-
 def as_predicted(case: Case, masks: Tensor, task: Task) -> Case:
     """The case with a prediction in the label's place."""
     return Case(case.item, case.image, task.recipe.compose(masks), case.grid)
@@ -243,10 +239,11 @@ def test(model: nn.Module, cfg: DictConfig, task: Task, cases: Cases, run: Run, 
     window = (task.image_size, TEST_OVERLAP, cfg.segmentation.window_batch, evaluation_dtype(cfg, runtime.device.type))
     scores, seconds = score_cases(model, cases, *window, runtime, surfaces=True)
     summary = summarise(scores, task.recipe.output_names, not task.recipe.overlapping)
+    dice, dice_per_class = published_dice(scores, task.recipe.output_names)
     results = {
         **run.history,
-        "test_dice": published_mean(summary),
-        "test_per_cls_dice": [v["dice"] for v in summary["per_class"].values()],
+        "test_dice": dice,
+        "test_per_cls_dice": dice_per_class,
         "test": summary,
         "seconds_per_volume": seconds,
         "parameters_trained": sum(p.numel() for p in run.model.parameters() if p.requires_grad),
