@@ -136,16 +136,20 @@ def plan_crop(shape_hwd: Size3, in_slice_scale: Range, cross_slice_scale: Range,
 
 
 def _in_slice_box(height: int, width: int, scale: Range, rng: np.random.Generator) -> tuple[int, int, int, int]:
-    """(top, left, h, w) as torchvision's RandomResizedCrop chooses them: ten tries, then a central box."""
+    """(top, left, h, w): ten tries as torchvision's RandomResizedCrop, then the largest box whose aspect is allowed.
+
+    That one lies at a random place too; in the middle, as torchvision's, it would never show the ends of a long slice.
+    """
     for _ in range(10):
         area = height * width * _uniform(rng, *scale)
         aspect = math.exp(_uniform(rng, *LOG_ASPECT_RATIO))
         w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if 0 < w <= width and 0 < h <= height:
-            return int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1)), h, w
-    ratio = min(max(width / height, ASPECT_RATIO[0]), ASPECT_RATIO[1])
-    w, h = min(width, max(1, round(height * ratio))), min(height, max(1, round(width / ratio)))
-    return (height - h) // 2, (width - w) // 2, h, w
+            break
+    else:
+        ratio = min(max(width / height, ASPECT_RATIO[0]), ASPECT_RATIO[1])
+        w, h = min(width, max(1, round(height * ratio))), min(height, max(1, round(width / ratio)))
+    return int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1)), h, w
 
 
 def plan_region(shape_hwd: Size3, edges_vox: tuple[float, float, float] | None, rng: np.random.Generator) -> Box:
