@@ -362,7 +362,7 @@ class SegmentationConfig:
     feature_ratio: float = key(0.25, "width of the deformable attention's values over the backbone's")
     num_points: int = key(4, "points that a query reads, per head and level")
     ffn_ratio: float = key(0.25, "hidden width of the extractors' feed-forward over the backbone's")
-    drop_path_rate: float = key(0.0, "stochastic depth of the extractors")
+    drop_path_rate: float = key(0.2, "stochastic depth of the extractors' feed-forward")
     checkpointing: bool = key(False, "compute each of the adapter's stages again in the backward pass instead of keeping it")
     linear_batch_norm: bool = key(False, "a BatchNorm between the two layers of the Linear head")
     layerwise_decay: float = key(1.0, "learning rate of a block over the one above (--train-feature-model); 1: one for all")

@@ -33,7 +33,7 @@ class AdapterOptions(NamedTuple):
     num_points: int = 4
     feature_ratio: float = 0.25
     ffn_ratio: float = 0.25
-    drop_path: float = 0.0
+    drop_path: float = 0.2
     checkpointing: bool = False
 
 

@@ -207,6 +207,19 @@ def test_every_trained_parameter_gets_a_gradient_and_a_frozen_backbone_none(kind
     assert all(p.grad is None for p in net.parameters()) is not trained
 
 
+def test_extractors_leave_out_a_fifth_of_their_feed_forwards_in_training_only() -> None:
+    """As the published adapter, by default."""
+    assert AdapterOptions().drop_path == SegmentationConfig().drop_path_rate == 0.2
+    drops = [extractor.drop_path for extractor in ViTAdapter3d(backbone(), 1, OPTIONS).extractors]
+    assert [drop.rate for drop in drops] == [0.2] * 6
+    x = torch.ones(4000, 3, 2)
+    torch.manual_seed(0)
+    out = drops[0](x)
+    kept = out[:, 0, 0] > 0
+    assert 0.77 < kept.float().mean() < 0.83 and torch.equal(out, x * kept[:, None, None] / 0.8)
+    assert torch.equal(drops[0].eval()(x), x)
+
+
 def test_checkpointing_changes_no_gradient() -> None:
     grads = []
     for switch in (False, True):
