@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import NamedTuple
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dinov2.errors import BadInput
+from dinov2.eval.segmentation_3d.deformable import MSDeformAttn3d
 from dinov2.eval.segmentation_3d.interaction import Extractor, Injector, Layout, make_layout
 from dinov2.eval.segmentation_3d.spatial_prior import SpatialPriorModule
 from dinov2.geometry import Size3, triple
@@ -52,6 +54,30 @@ class ChannelMerge(nn.Module):
         """[B*K, N, E] -> [B, N, E]."""
         x = x.unflatten(0, (-1, self.num_channels)).transpose(1, 2).flatten(2)  # [B, N, K*E]
         return F.gelu(self.linear(x))
+
+
+def init_weights(part: nn.Module) -> None:
+    """First weights of the adapter's parts: the published ones' spread; deformable attention keeps its own.
+
+    Linear layers are truncated-normal, std 0.02. Convolutions are normal, std sqrt(2 / fan), where fan is kernel^3 * outputs /
+    groups, but of the transposed one 2 * outputs, a quarter of that: so the published one was measured. Its output then varies
+    as its input does, since with a stride as large as the kernel each output reads every channel once. At ViT-L's width: stem
+    0.034, conv3 0.017, feed-forward 0.020, up-convolution 0.031. Biases are 0.
+
+    Source: ViT-Adapter (Chen et al., 2022), whose rule is the same in 2D but for the transposed convolution.
+    """
+    if isinstance(part, MSDeformAttn3d):
+        return
+    if isinstance(part, nn.Linear):
+        nn.init.trunc_normal_(part.weight, std=0.02)
+    elif isinstance(part, (nn.Conv3d, nn.ConvTranspose3d)):
+        transposed = isinstance(part, nn.ConvTranspose3d)
+        fan = part.out_channels * (2 if transposed else math.prod(part.kernel_size)) // part.groups
+        nn.init.normal_(part.weight, std=math.sqrt(2 / fan))
+    if isinstance(part, (nn.Linear, nn.Conv3d, nn.ConvTranspose3d)) and part.bias is not None:
+        nn.init.zeros_(part.bias)
+    for child in part.children():
+        init_weights(child)
 
 
 def resize_trilinear(x: Tensor, size: Size3) -> Tensor:
@@ -104,6 +130,9 @@ class ViTAdapter3d(nn.Module):
         self.merges = nn.ModuleList(ChannelMerge(num_channels, dim) for _ in range(NUM_STAGES))
         self.up = nn.ConvTranspose3d(dim, dim, 2, 2)
         self.norms = nn.ModuleList(nn.BatchNorm3d(dim) for _ in range(NUM_STAGES))
+        for name, part in self.named_children():
+            if name != "backbone":
+                init_weights(part)
 
     def forward(self, x: Tensor) -> FourMaps:
         """[B, K, H, W, D] -> four [B, E, h, w, d] at 1/2, 1/4, 1/8 and 1/16 of the input (rounded up).

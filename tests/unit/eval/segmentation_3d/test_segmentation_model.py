@@ -105,6 +105,40 @@ def test_an_untrained_adapter_leaves_the_backbones_tokens_as_they_are() -> None:
     assert (seen[1] - expected).abs().max() > 1e-2
 
 
+class OnlyItsWidth(torch.nn.Module):
+    """What an adapter is built around, without a backbone's parameters."""
+
+    embed_dim, block_list = 1024, (None,) * 4
+
+
+def test_first_weights_spread_as_the_published_adapters_at_the_width_of_vit_l() -> None:
+    torch.manual_seed(0)
+    adapter = ViTAdapter3d(OnlyItsWidth(), 1, AdapterOptions())
+    ffn = adapter.extractors[5].ffn
+    expected = [
+        (adapter.spm.stem[0][0], 0.034), (adapter.spm.stem[2][0], 0.034), (adapter.spm.conv3[0], 0.017),
+        (ffn.fc1, 0.020), (ffn.fc2, 0.020), (adapter.up, 0.031),
+        (ffn.dwconv, (2 / 27) ** 0.5), (adapter.spm.fc4, (2 / 1024) ** 0.5), (adapter.merges[3].linear, 0.020),
+    ]  # fmt: skip
+    for module, std in expected:
+        assert float(module.weight.std()) == pytest.approx(std, rel=0.05), module
+        assert abs(float(module.weight.mean())) < 0.1 * std
+        assert module.bias is None or not module.bias.any(), module
+
+
+def test_first_weights_of_backbone_and_deformable_attention_are_left_alone() -> None:
+    net = backbone()
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    adapter = ViTAdapter3d(net, 1, OPTIONS)
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    for part in (adapter.injectors[0], adapter.extractors[0]):
+        offsets = part.attn.sampling_offsets.bias.view(8, part.attn.num_levels, 4, 3)
+        assert torch.equal(offsets, octant_offsets(4)[:, None].expand_as(offsets))
+        assert not part.attn.sampling_offsets.weight.any() and not part.attn.attention_weights.weight.any()
+        fans = sum(part.attn.value_proj.weight.shape)
+        assert float(part.attn.value_proj.weight.abs().max()) == pytest.approx((6 / fans) ** 0.5, rel=0.1)  # Xavier, uniform
+
+
 def test_channels_are_averaged_for_the_adapter_and_told_apart_at_the_end() -> None:
     """The same injection goes to every channel; exchanging two channels changes what is merged."""
     net = backbone(pos_encoding="rope")
