@@ -19,6 +19,7 @@ ASPECT_RATIO = (0.9, 1 / 0.9)
 LOG_ASPECT_RATIO = tuple(math.log(r) for r in ASPECT_RATIO)
 TURN_P = 0.3
 SHARPEN_ALPHA = (10.0, 30.0)
+NOISE_STD = 0.002  # largest
 ROTATION_PLANES = ((0, 1), (1, 2), (0, 2))
 HISTOGRAM_POINTS = 10
 
@@ -183,7 +184,7 @@ def _contrast(rng: np.random.Generator) -> list[Intensity]:
     if kind == 0:
         return [Gamma(_uniform(rng, 0.5, 2.0))]
     if kind == 1:
-        return [Noise(_uniform(rng, 0.0, 0.002), int(rng.integers(2**31)))]
+        return [Noise(_uniform(rng, 0.0, NOISE_STD), int(rng.integers(2**31)))]
     points = np.linspace(0.0, 1.0, HISTOGRAM_POINTS).tolist()
     for i in range(1, HISTOGRAM_POINTS - 1):
         points[i] = _uniform(rng, points[i - 1], points[i + 1])

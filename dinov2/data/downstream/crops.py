@@ -20,8 +20,7 @@ from dinov2.data.downstream.cases import Case
 from dinov2.data.downstream.recipes import Recipe, Training
 from dinov2.geometry import triple
 
-ROTATION, SCALE, SHIFT = 30.0, (0.8, 1.25), 0.1  # of a random affine map: degrees about each axis, factor, share of the edge
-NOISE_STD = 0.1  # largest, MONAI's default
+ROTATION, SCALE, SHIFT = 30.0, (0.8, 1.25), 0.1  # of a random affine map, for each axis: degrees, factor, share of the edge
 BACKGROUND = -1.0  # of images; around what is smaller than a crop, and what a foreground is told from
 
 
@@ -138,7 +137,7 @@ def _one_of(view: Tensor, name: str, rng: np.random.Generator) -> Tensor:
     if name == "affine":
         return _affine(view, rng)
     if name == "noise":
-        std = rng.uniform(0.0, NOISE_STD)
+        std = rng.uniform(0.0, ap.NOISE_STD)
         steps: list[ap.Intensity] = [ap.Noise(std, int(rng.integers(2**31))) for _ in view]
     else:
         plans: dict[str, Callable[[], ap.Intensity]] = {
@@ -151,14 +150,18 @@ def _one_of(view: Tensor, name: str, rng: np.random.Generator) -> Tensor:
 
 
 def _affine(view: Tensor, rng: np.random.Generator) -> Tensor:
-    """Turned about each axis, scaled and shifted about the middle; what comes from outside is background."""
+    """Turned about each axis, each axis of what comes out scaled, and shifted; what comes from outside is background.
+
+    The map from out to in is scaled first, as MONAI's: right angles stay right.
+    """
     angles = np.deg2rad(rng.uniform(-ROTATION, ROTATION, 3))
-    matrix = np.eye(3) / rng.uniform(*SCALE)
+    matrix = np.eye(3)
     for axis, angle in enumerate(angles):
         a, b = (axis + 1) % 3, (axis + 2) % 3
         turn = np.eye(3)
         turn[[a, a, b, b], [a, b, a, b]] = np.cos(angle), -np.sin(angle), np.sin(angle), np.cos(angle)
         matrix = matrix @ turn
+    matrix = matrix / rng.uniform(*SCALE, 3)  # a column for each axis of what comes out
     shift = rng.uniform(-2 * SHIFT, 2 * SHIFT, 3)  # the edge of the cube is 2 in grid_sample's coordinates
     theta = torch.from_numpy(np.column_stack([matrix, shift])).float()[None]
     grid = F.affine_grid(theta, [1, 1, *view.shape[1:]], align_corners=False)

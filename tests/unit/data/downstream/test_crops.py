@@ -179,12 +179,40 @@ def test_each_change_of_a_view_is_drawn_from_its_stream_and_changes_it(name: str
 
 
 def test_an_affine_view_turns_about_the_middle_and_brings_in_background() -> None:
-    """A centred ball keeps its middle; of many views the volume varies by the cube of the scales, and none is sheared away."""
+    """A centred ball keeps its middle; of many views the volume varies by the product of the scales; none is sheared away."""
     axes = torch.stack(torch.meshgrid(*[torch.linspace(-1, 1, 21)] * 3, indexing="ij"))
     ball = torch.where(axes.norm(dim=0) < 0.5, 1.0, BACKGROUND)[None]
     recipe = Recipe(task="classification", classes={0: "a", 1: "b"}, train=Training(one_of=["affine"], one_of_p=1.0))
     views = [training_cube(ball, recipe, 21, np.random.default_rng(s)) for s in range(40)]
     volumes = torch.stack([(v > 0).sum() / (ball > 0).sum() for v in views])
-    assert 0.75**3 < volumes.min() < 0.7 and 1.4 < volumes.max() < 1.3**3
+    assert 0.75**3 < volumes.min() < 0.8 and 1.4 < volumes.max() < 1.3**3
     middles = torch.stack([(axes * (v[0] > 0)).sum((1, 2, 3)) / (v > 0).sum() for v in views])
     assert 0.1 < middles.abs().max() < 0.44
+
+
+def test_an_affine_view_scales_each_axis_by_itself_and_keeps_right_angles() -> None:
+    """The map is read off an image of its own coordinates, near the middle, where nothing comes from outside."""
+    n = 24
+    place = (2 * torch.arange(n) + 1) / n - 1
+    coordinates = torch.stack(torch.meshgrid(place, place, place, indexing="ij"))  # [3, n, n, n]
+    recipe = Recipe(task="classification", classes={0: "a", 1: "b"}, train=Training(one_of=["affine"], one_of_p=1.0))
+    middle = (coordinates.abs() < 0.3).all(0)
+    out = torch.cat([coordinates[:, middle], torch.ones(1, int(middle.sum()))]).T  # [m, 4]
+    ratios = []
+    for seed in range(30):
+        view = training_cube(coordinates, recipe, n, np.random.default_rng(seed))
+        matrix = torch.linalg.lstsq(out, view[:, middle].T).solution.T  # [3, 4]
+        torch.testing.assert_close(out @ matrix.T, view[:, middle].T, atol=1e-4, rtol=0)
+        products = matrix[:, :3].T @ matrix[:, :3]
+        scales = products.diagonal().rsqrt()
+        assert (products - products.diagonal().diag()).abs().max() < 1e-3
+        assert scales.min() > 0.8 - 1e-3 and scales.max() < 1.25 + 1e-3
+        ratios.append(float(scales.max() / scales.min()))
+    assert min(ratios) > 1.001 and max(ratios) > 1.3
+
+
+def test_noise_of_a_view_has_a_standard_deviation_up_to_that_of_pretraining() -> None:
+    recipe = Recipe(task="classification", classes={0: "a", 1: "b"}, train=Training(one_of=["noise"], one_of_p=1.0))
+    image = torch.linspace(-1, 1, 12**3).reshape(1, 12, 12, 12)
+    stds = torch.stack([(training_cube(image, recipe, 12, np.random.default_rng(s)) - image).std() for s in range(200)])
+    assert stds.max() < 0.0021 and 0.0009 < stds.mean() < 0.0011
