@@ -189,7 +189,7 @@ def do_train(
             checkpointer.finish(wait=False)
             if is_logged:
                 note_arrived(state, drain=True)  # reading the values waits for the device anyway
-                row = metric_row(iteration, hp, volumes_per_step, values, state, progress)
+                row = metric_row(iteration, hp, values, state, progress)
                 metrics.write(row)
                 logger.info("%s", progress_line(iteration, total, row))
             if checkpointer.is_milestone(iteration) or iteration == total - 1:
@@ -282,13 +282,18 @@ def note_arrived(state: TrainState, drain: bool = False) -> None:
 
 
 def metric_row(
-    iteration: int, hp: StepParams, volumes: int, values: dict[str, Tensor], state: TrainState, progress: Progress
+    iteration: int, hp: StepParams, values: dict[str, Tensor], state: TrainState, progress: Progress
 ) -> dict[str, float]:
-    """One line of `training_metrics.json`: this step's values (so that a resumed run writes the same), and timings."""
+    """One line of `training_metrics.json`: this step's values (so that a resumed run writes the same), and timings.
+
+    `current_batch_size` is this rank's, as published; `effective_batch`, of all ranks, is named as in `run.json`.
+    """
     scheduled = {"lr": hp.lr, "wd": hp.wd, "mom": hp.mom, "last_layer_lr": hp.last_layer_lr, "teacher_temp": hp.teacher_temp}
     values = mean_over_ranks(values)
     losses = dict(zip(values, torch.stack([v.double() for v in values.values()]).tolist(), strict=True))
-    counts = {"current_batch_size": volumes, "skipped_steps": state.skipped_steps}
+    volumes = progress.volumes_per_step
+    batch = {"current_batch_size": volumes // progress.runtime.world_size, "effective_batch": volumes}
+    counts = {**batch, "skipped_steps": state.skipped_steps}
     return {"iteration": iteration, **progress.report(), **scheduled, **counts, **losses}
 
 

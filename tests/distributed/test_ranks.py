@@ -316,7 +316,7 @@ def test_four_ranks_run_the_papers_recipe_with_a_small_network(real_list: Path, 
     ]
     result = run([*launcher, *program, *words.split()])
     assert result.returncode == EXIT_OK, result.stderr
-    assert [r["current_batch_size"] for r in metrics(tmp_path / "run")] == [8, 8, 8]
+    assert [(r["current_batch_size"], r["effective_batch"]) for r in metrics(tmp_path / "run")] == [(2, 8)] * 3
     assert "fsdp over 4 ranks" in result.stderr
 
 

@@ -68,7 +68,7 @@ def test_a_run_on_real_volumes_leaves_everything_that_decided_it(trainer: Traine
     ours = {"dino_cross_entropy", "ibot_cross_entropy", "teacher_entropy", "student_entropy", "prototypes_used"}
     ours |= {"feature_rank", "mean_cosine", "grad_norm_backbone", "grad_norm_dino_head", "grad_norm_ibot_head"}
     assert published | losses | ours <= rows[0].keys()
-    assert rows[0]["current_batch_size"] == 3
+    assert rows[0]["current_batch_size"] == rows[0]["effective_batch"] == 3
     for name in ("config.yaml", "run.json", "log.txt", "tensorboard"):
         assert (out / name).exists(), name
     run = json.loads((out / "run.json").read_text())
