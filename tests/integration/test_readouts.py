@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import csv
 import importlib
 import json
@@ -67,6 +68,9 @@ def test_classes_by_thirds_are_read_from_features(data: Path, tmp_path: Path, pr
     assert found["classes"] == [f"below {ages[6]}", f"{ages[6]} to {ages[12]}", f"from {ages[12]}"]
     best = max(v["score"] for v in found["validation"])
     assert next(v["score"] for v in found["validation"] if v["setting"] == str(tuple(found["chosen"].values()))) == best
+    if program == "log_regression":  # DINOv2's values
+        tried = {ast.literal_eval(v["setting"])[1] for v in found["validation"]}
+        assert sorted(tried) == pytest.approx(10.0 ** np.linspace(-6, 5, 45))
     rows = list(csv.DictReader((tmp_path / "predictions.csv").open()))
     assert len(rows) == found["n_test"] == 10
 
