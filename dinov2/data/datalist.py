@@ -26,7 +26,7 @@ class Entry:
     """One volume of a datalist.
 
     Attributes:
-        image: Absolute path.
+        image: Absolute path; of a DICOM series one of its files, or its folder.
         shape: [x, y, z] or [x, y, z, t] in voxels, as stored.
         spacing_mm: (sx, sy, sz); None takes the file's.
         axes: What a fourth axis is: `xyzt` time, `xyzc` channels; None: time where the header gives it a spacing.

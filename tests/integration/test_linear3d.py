@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import pickle
+import re
 import subprocess
 import sys
 import time
@@ -20,6 +21,7 @@ from dinov2.cli import main as dinov2
 from dinov2.errors import EXIT_BAD_INPUT, EXIT_OK
 from dinov2.eval.linear3d import main
 from tests.conftest import ROOT, SMALL
+from tests.unit.data.corpus import test_index
 
 NETWORK = [w for w in SMALL if w.startswith(("student.", "crops.", "train.num_threads"))]
 RECIPE = """task: classification
@@ -91,6 +93,9 @@ def test_a_probe_is_trained_chosen_tested_and_applied_to_a_scan(
     assert "none.nii.gz: not classified" in said and said.count("smooth 0.") + said.count("smooth 1.") == 9
     for row, again in zip(rows, csv.DictReader(table.open()), strict=True):
         assert [float(again[k]) for k in list(row)[2:]] == pytest.approx([float(v) for v in list(row.values())[2:]], abs=2e-5)
+    series = test_index.save_dicom(tmp_path / "series", test_index.scan())
+    assert dinov2(["classify", "--probe", str(out / "probe.pth"), "--input", str(series)]) == EXIT_OK
+    assert re.match(rf"{series}: (smooth|grainy|bright) \(smooth [01]\.", capsys.readouterr().out)
 
 
 @pytest.mark.slow

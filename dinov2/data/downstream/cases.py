@@ -226,7 +226,7 @@ def restore_prediction(prediction: Tensor, case: Case) -> nib.Nifti1Image:
         raise ValueError(f"{case.name}: prediction {label.shape}, expected the case's {case.grid.shape}")
     stored = case.grid.restore(label).astype(np.uint8 if label.max(initial=0) < 256 else np.int16)
     path = Path(case.item.images[0])
-    source = nib.load(path) if format_by_name(path) in (NIFTI, PAIR) else None
+    source = nib.load(path) if format_by_name(path) in (NIFTI, PAIR) and not path.is_dir() else None
     if not isinstance(source, nib.AnalyzeImage):  # what NIfTI's classes derive from
         return nib.Nifti1Image(stored, case.grid.stored_affine)
     header = source.header.copy()

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from dinov2.data.downstream.recipes import TERTILES, Recipe
-from dinov2.data.volumes.formats import format_by_name, stem
+from dinov2.data.volumes.formats import format_by_name, is_scan_path, stem
 from dinov2.errors import BadInput
 from dinov2.files import write_text
 
@@ -37,7 +37,7 @@ class Item:
     """One case.
 
     Attributes:
-        images: Absolute path of each channel, or of one file that holds all.
+        images: Absolute path of each channel, or of one file that holds all; of a DICOM series its folder, or one of its files.
         label: Path of the label map; of a classification the class's number, of a regression the value; None where there is
             none (prediction).
         case: A name that no other case of the list has.
@@ -239,8 +239,9 @@ def _case_names(raw: Sequence[dict[str, Any]], images: Sequence[tuple[str, ...]]
 def _check_files(items: Sequence[Item], where: Sequence[str]) -> None:
     for item, at in zip(items, where, strict=True):
         for path in (*item.images, *([item.label] if isinstance(item.label, str) else [])):
-            if not os.path.isfile(path):
-                raise BadInput(f"{at} ({item.case}): no such file {path}: correct the list, or complete the data")
+            if not is_scan_path(path):
+                what = f"no such file or DICOM folder {path}: correct the list, or complete the data"
+                raise BadInput(f"{at} ({item.case}): {what}")
 
 
 def _check_disjoint(items: Sequence[Item], splits: Sequence[str], path: Path) -> None:

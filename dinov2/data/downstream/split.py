@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dinov2.data.downstream.lists import SPLITS
-from dinov2.data.volumes.formats import stem, volume_files
+from dinov2.data.volumes.formats import scans_in, stem
 from dinov2.errors import BadInput
 
 logger = logging.getLogger(__name__)
@@ -170,9 +170,9 @@ def find_pairs(images: Path, labels: Path, patient_pattern: str | None) -> list[
 
 
 def _by_name(folder: Path, flag: str, name: Callable[[Path], str]) -> dict[str, list[Path]]:
-    """Image files of a folder by their case's name, in order."""
+    """Scans of a folder (files, DICOM folders) by their case's name, in order."""
     try:
-        files = volume_files(folder)
+        files = scans_in(folder)
     except OSError as err:
         raise BadInput(f"{flag} {folder}: {err.strerror}") from err
     if not files:

@@ -23,10 +23,13 @@ DICOM_SUFFIXES = (".dcm", ".dicom", ".ima")
 GAP_TOLERANCE = 0.1  # share of the usual distance by which one between two slices may differ
 _SAME_PLACE_MM = 1e-3
 _COMPRESSION = 1032  # the most that a slice may be compressed; JPEG's is far less
+_NO_SERIES = "a folder without a DICOM series: give a scan's file, or the folder that has its slices"
+_SHOWN = 8  # series of a folder that a message names
 _DIRECTORY = "1.2.840.10008.1.3.10"  # DICOMDIR, a table of contents
 _TAGS = (
     "SeriesInstanceUID", "Modality", "BodyPartExamined", "PatientID", "Rows", "Columns", "NumberOfFrames", "SamplesPerPixel",
     "BitsAllocated", "PixelRepresentation", "PixelSpacing", "SliceThickness", "ImageOrientationPatient", "ImagePositionPatient",
+    "SeriesNumber", "SeriesDescription",
 )  # fmt: skip
 
 
@@ -41,7 +44,7 @@ class Slice:
         axes: Direction of growing column and row number, 6 numbers, LPS.
         position: mm, LPS, of the first voxel's centre.
         dtype: As stored.
-        tags: `modality`, `organ`, `patient` where the header has them.
+        tags: `modality`, `organ`, `patient`, `series` (number and description) where the header has them.
         fault: Why its voxels cannot be used; its series is then set aside as a whole.
     """
 
@@ -117,7 +120,13 @@ def _slice(path: str, header: Any, held: int) -> Slice:
         check_size(path, header.Rows * header.Columns * bits // 8, held, 1 if is_plain else _COMPRESSION)
     except BadVolume as err:
         fault = err
-    tags = {"modality": kind, "organ": str(header.get("BodyPartExamined") or ""), "patient": str(header.get("PatientID") or "")}
+    series = f"{header.get('SeriesNumber') or ''} {header.get('SeriesDescription') or ''}"
+    tags = {
+        "modality": kind,
+        "organ": str(header.get("BodyPartExamined") or ""),
+        "patient": str(header.get("PatientID") or ""),
+        "series": " ".join(series.split()),
+    }
     between_rows, between_columns = (float(s) for s in header.PixelSpacing)
     return Slice(
         path=path,
@@ -195,11 +204,13 @@ def _gap(name: str, gaps_mm: np.ndarray) -> float:
 
 
 def open_series(path: str) -> ImageFile:
-    """The volume that a DICOM file is a slice of: all files of its folder with the same series.
+    """The volume that a DICOM file is a slice of, all files of its folder with the same series; of a folder its only series.
 
     Raises:
-        BadVolume: As of `read_slice` and `stack`.
+        BadVolume: As of `read_slice` and `stack`; a folder of no series, or of several.
     """
+    if os.path.isdir(path):
+        return stack(_only_series(path))
     own = read_slice(path)
     if own is None:
         raise BadVolume(f"{path}: a DICOMDIR, no image", "not_an_image")
@@ -207,8 +218,26 @@ def open_series(path: str) -> ImageFile:
     return stack(series[own.series])
 
 
+def _only_series(folder: str) -> list[Slice]:
+    series, bad = series_of(dicom_files(Path(folder)))
+    if len(series) == 1:
+        return next(iter(series.values()))
+    if not series:
+        raise bad[0][1] if bad else BadVolume(f"{folder}: {_NO_SERIES}", "not_an_image")
+    found = [min(slices, key=lambda s: s.path) for slices in series.values()]
+    named = [
+        f"{s.tags.get('series', 'without a name')} ({len(series[s.series])} slices, {os.path.basename(s.path)})"
+        for s in sorted(found, key=lambda s: s.path)
+    ]
+    shown = ", ".join(named[:_SHOWN]) + (", ..." if len(named) > _SHOWN else "")
+    what = f"holds {len(series)} DICOM series: {shown}: give the named file of one of them in place of the folder"
+    raise BadVolume(f"{folder}: {what}", "mixed_slices")
+
+
 def other_slices(path: Path) -> list[Path]:
-    """The other DICOM files of a file's folder."""
+    """The other DICOM files of a file's folder; of a folder all of them."""
+    if path.is_dir():
+        return [Path(p) for p in dicom_files(path)]
     return [Path(p) for p in dicom_files(path.parent) if p != str(path)]
 
 

@@ -6,6 +6,7 @@ A new format is a row of `FORMATS`, a function that opens it in a module of read
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import partial
@@ -59,11 +60,15 @@ def format_by_name(path: str | Path) -> Format | None:
 
 
 def format_of(path: str | Path) -> Format:
-    """The format that a file is opened as: by its ending; without a known one DICOM by its mark, else what nibabel finds.
+    """The format that a path is opened as: a folder as DICOM, a file by its ending.
+
+    Without a known ending a file is DICOM by its mark, else what nibabel finds.
 
     Raises:
         OSError: Without a known ending, it cannot be read.
     """
+    if os.path.isdir(path):
+        return DICOM
     return format_by_name(path) or (DICOM if is_dicom(path) else NIFTI)
 
 
@@ -80,12 +85,13 @@ def _suffix(path: str | Path) -> str:
 
 
 def source_files(path: Path) -> list[Path]:
-    """Every file that a volume is made from, `path` first.
+    """Every file that a volume is made from, `path` first where it is one.
 
     Raises:
         OSError: Without a known ending, it cannot be read.
     """
-    return [path, *format_of(path).other_files(path)]
+    others = format_of(path).other_files(path)
+    return others if path.is_dir() else [path, *others]
 
 
 def is_volume_file(name: str, names: Collection[str]) -> bool:
@@ -97,11 +103,29 @@ def is_volume_file(name: str, names: Collection[str]) -> bool:
     return found not in (None, DICOM) and not name.startswith(".") and not is_second_half(name, names)
 
 
-def volume_files(folder: Path) -> list[Path]:
-    """The files of a folder that are a volume each, by name; not those below it.
+def is_scan_path(path: str | Path) -> bool:
+    """Whether a path can name a scan: a file, or a folder with DICOM files in it. What is wrong in them opening them says."""
+    try:
+        return os.path.isfile(path) or (os.path.isdir(path) and _has_slices(path))
+    except OSError:  # may not be read
+        return True
+
+
+def scans_in(folder: Path) -> list[Path]:
+    """The scans of a folder, by name: files that are a volume each, and the folders in it that have DICOM files.
+
+    DICOM files that lie in it themselves are another matter: `dicom.first_slices`.
 
     Raises:
-        OSError: It cannot be listed.
+        OSError: It, or what is in it, cannot be read.
     """
-    files = {path.name: path for path in folder.iterdir() if path.is_file()}
-    return [files[name] for name in sorted(files) if is_volume_file(name, files.keys())]
+    found = {path.name: path for path in folder.iterdir()}
+    files = {name for name, path in found.items() if path.is_file()}
+    scans = [name for name in files if is_volume_file(name, files)]
+    scans += [n for n, path in found.items() if not n.startswith(".") and path.is_dir() and _has_slices(path)]
+    return [found[name] for name in sorted(scans)]
+
+
+def _has_slices(folder: str | Path) -> bool:
+    with os.scandir(folder) as entries:
+        return any(format_by_name(e.name) in (None, DICOM) and e.is_file() and is_dicom(e.path) for e in entries)

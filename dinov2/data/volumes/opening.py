@@ -26,7 +26,7 @@ class RawVolume:
     """An opened file, voxels not read yet.
 
     Attributes:
-        path: The file.
+        path: The file; of a DICOM series as the entry names it.
         image: Its header.
         spacing_mm: Of the first three axes.
         num_times: Length of the time axis; 1 without one.
@@ -62,7 +62,7 @@ class RawVolume:
 
 
 def open_image(path: str) -> ImageFile:
-    """Open a file of any supported format by its name; without a known ending, by its first bytes.
+    """Open a file of any supported format by its name, without a known ending by its first bytes; a folder as a DICOM series.
 
     Raises:
         BadVolume: Missing, of no such format, damaged, or shorter than its header says.

@@ -43,14 +43,14 @@ class ImageFile:
     """An opened file; no voxel of it was read.
 
     Attributes:
-        path: The file; of a DICOM series one of its files.
+        path: The file; of a DICOM series the first of its files by name.
         shape: As stored, x first; a last axis of channels included.
         spacing: One number per stored axis (mm, then s); empty where the format has none.
         dtype: As stored, before any scaling.
         affine: [4, 4] voxel -> mm, RAS+; None where the format has none.
         is_channels: The fourth axis is known to be channels.
         read: Place on the fourth axis (0 without one) -> [X, Y, Z] float32.
-        tags: What a DICOM header says of modality, organ and patient.
+        tags: What a DICOM header says of modality, organ, patient and series.
     """
 
     path: str

@@ -14,7 +14,7 @@ from dinov2.data.downstream.cases import Case, prepare_case, restore_prediction
 from dinov2.data.downstream.lists import Item
 from dinov2.data.downstream.recipes import Recipe
 from dinov2.data.volumes.dicom import first_slices
-from dinov2.data.volumes.formats import FORMAT_NAMES, stem, volume_files
+from dinov2.data.volumes.formats import FORMAT_NAMES, is_scan_path, scans_in, stem
 from dinov2.distributed.precision import evaluation_dtype
 from dinov2.distributed.runtime import start_runtime
 from dinov2.errors import EXIT_BAD_INPUT, EXIT_OK, BadInput
@@ -28,10 +28,12 @@ logger = logging.getLogger(__name__)
 def predict(weights: str | Path, inputs: Sequence[Path], output: Path, overlap: float, say: Callable[[str], None]) -> int:
     """Segment one case into a file, or every scan of a folder into a folder.
 
+    A scan is a file or the folder of a DICOM series, whatever is asked for.
+
     Args:
         weights: `best_model.pth` of segmentation3d.py.
         inputs: The channels of one case, in the recipe's order; or one folder of single-channel scans.
-        output: A NIfTI file for one case; a folder for a folder. Written aside and renamed.
+        output: A NIfTI file for one case; a folder for a folder of scans. Written aside and renamed.
         overlap: Of the sliding window.
         say: Where the results are announced.
 
@@ -69,13 +71,15 @@ def plan_jobs(inputs: Sequence[Path], output: Path, recipe: Recipe) -> list[tupl
     Raises:
         BadInput: Nothing to segment, two cases with one result, or a result in place of an input.
     """
-    if len(inputs) == 1 and inputs[0].is_dir():
+    is_one_case = output.name.lower().endswith((".nii", ".nii.gz"))
+    if len(inputs) == 1 and inputs[0].is_dir() and not is_one_case:
         jobs = [(Item((str(p),), None, stem(p)), output / f"{stem(p)}.nii.gz") for p in _scans(inputs[0], recipe)]
     else:
         for path in inputs:
-            if not path.is_file():
-                raise BadInput(f"--input {path}: no such file")
-        if not output.name.lower().endswith((".nii", ".nii.gz")):
+            if not is_scan_path(path):
+                what = "a folder without DICOM files is no case: as a folder of scans it needs a folder as --output"
+                raise BadInput(f"--input {path}: {what if path.is_dir() else 'no such file or DICOM folder'}")
+        if not is_one_case:
             raise BadInput(f"--output {output}: must end in .nii.gz")
         jobs = [(Item(tuple(map(str, inputs)), None, stem(inputs[0])), output)]
     source_of: dict[Path, str] = {}
@@ -92,11 +96,11 @@ def plan_jobs(inputs: Sequence[Path], output: Path, recipe: Recipe) -> list[tupl
 
 
 def _scans(folder: Path, recipe: Recipe) -> list[Path]:
-    """A file for each single-channel scan of a folder; of a DICOM series its first slice."""
+    """The single-channel scans of a folder: files, folders of DICOM series, the first slice of each series in itself."""
     if recipe.channels > 1:
         raise BadInput(f"--input {folder}: {recipe.name} has {recipe.channels} channels: give the files of one case")
     try:
-        found = sorted([*volume_files(folder), *first_slices(folder)])
+        found = sorted([*scans_in(folder), *first_slices(folder)])
     except OSError as err:
         raise BadInput(f"--input {folder}: {err.filename or folder} cannot be read: {err.strerror}") from err
     if not found:

@@ -54,7 +54,13 @@ def save_itk(path: Path, voxels: np.ndarray, compress: bool = False) -> Path:
 
 
 def save_dicom(
-    folder: Path, voxels: np.ndarray, patient: str = "Doe^Jane", series: str = "1.2.3", modality: str = "CT"
+    folder: Path,
+    voxels: np.ndarray,
+    patient: str = "Doe^Jane",
+    series: str = "1.2.3",
+    modality: str = "CT",
+    number: int | None = None,
+    description: str = "",
 ) -> Path:
     """A series with a slope, an offset, and file names that do not follow the slices' order."""
     pytest.importorskip("pydicom")
@@ -70,6 +76,7 @@ def save_dicom(
         header.file_meta = meta
         header.SOPClassUID, header.SOPInstanceUID = CTImageStorage, f"{series}.{k + 1}"
         header.SeriesInstanceUID, header.PatientID, header.Modality, header.BodyPartExamined = series, patient, modality, "KNEE"
+        header.SeriesNumber, header.SeriesDescription = number, description
         header.Columns, header.Rows = voxels.shape[:2]
         header.PixelSpacing, header.SliceThickness = [SPACING[1], SPACING[0]], SPACING[2]
         header.ImageOrientationPatient, header.ImagePositionPatient = [1, 0, 0, 0, 1, 0], [5, 7, SPACING[2] * k - 30]

@@ -25,9 +25,9 @@ from dinov2.data.volumes.formats import (
     PAIR,
     format_by_name,
     format_of,
+    scans_in,
     source_files,
     stem,
-    volume_files,
 )
 from dinov2.data.volumes.opening import open_image
 from dinov2.errors import BadInput, BadVolume
@@ -78,7 +78,7 @@ def test_upper_case_files_are_found_read_and_checked_as_others(tmp_path: Path) -
     (data / "c.mhd").rename(data / "C.MHD")
     header, voxels = save_pair(data / "D", upper=True)
     found = [Path(unit.path).name for unit in walk([data])]
-    assert found == ["A.NII", "B.NII.GZ", "C.MHD", "D.HDR"] == [p.name for p in volume_files(data)]
+    assert found == ["A.NII", "B.NII.GZ", "C.MHD", "D.HDR"] == [p.name for p in scans_in(data)]
     for name in found:
         assert np.array_equal(open_image(str(data / name)).read(0), scan()), name
     assert source_files(data / "C.MHD") == [data / "C.MHD", data / "c.raw"] and source_files(header) == [header, voxels]
@@ -90,7 +90,7 @@ def test_upper_case_files_are_found_read_and_checked_as_others(tmp_path: Path) -
 def test_a_compressed_pair_is_made_of_both_files(tmp_path: Path) -> None:
     nib.save(nib.Nifti1Pair(scan(), np.eye(4)), tmp_path / "a.img.gz")
     assert source_files(tmp_path / "a.img.gz") == [tmp_path / "a.img.gz", tmp_path / "a.hdr.gz"]
-    assert [Path(unit.path).name for unit in walk([tmp_path])] == ["a.img.gz"] == [p.name for p in volume_files(tmp_path)]
+    assert [Path(unit.path).name for unit in walk([tmp_path])] == ["a.img.gz"] == [p.name for p in scans_in(tmp_path)]
 
 
 def test_bzip2_is_indexed(tmp_path: Path) -> None:
