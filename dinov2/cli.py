@@ -305,9 +305,9 @@ def build_parser() -> argparse.ArgumentParser:
 def _add_predict(commands: Commands) -> None:
     action = commands.add_parser("predict", help=_first_line(predict))
     action.add_argument("--weights", type=Path, required=True, help="best_model.pth of segmentation3d.py")
-    files = "the channels of one case, in the recipe's order, each a file or DICOM folder; or a folder of single-channel scans"
+    files = "channels of one case, in the recipe's order, each a file or DICOM folder; or a folder of cases, as nnU-Net's"
     action.add_argument("--input", type=Path, nargs="+", required=True, metavar="FILE", help=files)
-    action.add_argument("--output", type=Path, required=True, help=".nii.gz file; for a folder of scans a folder")
+    action.add_argument("--output", type=Path, required=True, help=".nii.gz file; for a folder of cases a folder")
     action.add_argument("--overlap", type=float, default=0.75, help="share of a window that the next one covers too, 0 to 1")
     action.set_defaults(function=predict)
 

@@ -112,6 +112,12 @@ def test_a_segmentation_learns_is_tested_and_predicts_on_the_files_own_grid(
         dice = 2 * ((found == value) & (truth == value)).sum() / ((found == value).sum() + (truth == value).sum())
         row = next(r for r in rows if r["case"].startswith("image9") and r["class"] == name)
         assert dice == pytest.approx(float(row["dice"]), abs=1e-6)
+    (tmp_path / "imagesTs").mkdir()
+    shutil.copy(data / "image9.nii.gz", tmp_path / "imagesTs" / "nine_0000.nii.gz")
+    command = ["predict", "--weights", str(out / "best_model.pth"), "--input", str(tmp_path / "imagesTs")]
+    assert dinov2([*command, "--output", str(tmp_path / "labels")]) == EXIT_OK
+    assert [p.name for p in (tmp_path / "labels").iterdir()] == ["nine.nii.gz"]
+    assert np.array_equal(np.asarray(nib.load(tmp_path / "labels" / "nine.nii.gz").dataobj), found)
 
 
 OUTPUTS = {

@@ -13,11 +13,13 @@ from torch import Tensor
 from dinov2.data.downstream.cases import Case, prepare_case, restore_prediction
 from dinov2.data.downstream.lists import Item
 from dinov2.data.downstream.recipes import Recipe
+from dinov2.data.downstream.split import CHANNEL
 from dinov2.data.volumes.dicom import first_slices
 from dinov2.data.volumes.formats import FORMAT_NAMES, is_scan_path, scans_in, stem
+from dinov2.data.volumes.opening import open_image
 from dinov2.distributed.precision import evaluation_dtype
 from dinov2.distributed.runtime import start_runtime
-from dinov2.errors import EXIT_BAD_INPUT, EXIT_OK, BadInput
+from dinov2.errors import EXIT_BAD_INPUT, EXIT_OK, BadInput, BadVolume
 from dinov2.eval.segmentation_3d.build import load_segmentation
 from dinov2.eval.segmentation_3d.inference import predict_masks
 from dinov2.files import replacing
@@ -26,19 +28,19 @@ logger = logging.getLogger(__name__)
 
 
 def predict(weights: str | Path, inputs: Sequence[Path], output: Path, overlap: float, say: Callable[[str], None]) -> int:
-    """Segment one case into a file, or every scan of a folder into a folder.
+    """Segment one case into a file, or every case of a folder into a folder.
 
     A scan is a file or the folder of a DICOM series, whatever is asked for.
 
     Args:
         weights: `best_model.pth` of segmentation3d.py.
-        inputs: The channels of one case, in the recipe's order; or one folder of single-channel scans.
-        output: A NIfTI file for one case; a folder for a folder of scans. Written aside and renamed.
+        inputs: The channels of one case, in the recipe's order; or one folder of cases (`cases_of`).
+        output: A NIfTI file for one case; a folder for a folder of cases. Written aside and renamed.
         overlap: Of the sliding window.
         say: Where the results are announced.
 
     Returns:
-        The exit code; a scan of a folder that cannot be used is named, and the others are segmented.
+        The exit code; a case of a folder that cannot be used is named, and the others are segmented.
 
     Raises:
         BadInput: Weights or files that cannot be used.
@@ -61,7 +63,7 @@ def predict(weights: str | Path, inputs: Sequence[Path], output: Path, overlap: 
         _write(restore_prediction(task.recipe.compose(masks), case), target)
         say(f"{target}: " + _volumes(masks, case, task.recipe))
     if failed:
-        logger.error("%d of %d scans could not be used; they are named above", failed, len(jobs))
+        logger.error("%d of %d cases could not be used; they are named above", failed, len(jobs))
     return EXIT_BAD_INPUT if failed else EXIT_OK
 
 
@@ -73,11 +75,12 @@ def plan_jobs(inputs: Sequence[Path], output: Path, recipe: Recipe) -> list[tupl
     """
     is_one_case = output.name.lower().endswith((".nii", ".nii.gz"))
     if len(inputs) == 1 and inputs[0].is_dir() and not is_one_case:
-        jobs = [(Item((str(p),), None, stem(p)), output / f"{stem(p)}.nii.gz") for p in _scans(inputs[0], recipe)]
+        cases = cases_of(inputs[0], recipe)
+        jobs = [(Item(tuple(map(str, scans)), None, name), output / f"{name}.nii.gz") for name, scans in cases]
     else:
         for path in inputs:
             if not is_scan_path(path):
-                what = "a folder without DICOM files is no case: as a folder of scans it needs a folder as --output"
+                what = "a folder without DICOM files is no case: as a folder of cases it needs a folder as --output"
                 raise BadInput(f"--input {path}: {what if path.is_dir() else 'no such file or DICOM folder'}")
         if not is_one_case:
             raise BadInput(f"--output {output}: must end in .nii.gz")
@@ -95,17 +98,69 @@ def plan_jobs(inputs: Sequence[Path], output: Path, recipe: Recipe) -> list[tupl
     return jobs
 
 
-def _scans(folder: Path, recipe: Recipe) -> list[Path]:
-    """The single-channel scans of a folder: files, folders of DICOM series, the first slice of each series in itself."""
-    if recipe.channels > 1:
-        raise BadInput(f"--input {folder}: {recipe.name} has {recipe.channels} channels: give the files of one case")
+def cases_of(folder: Path, recipe: Recipe) -> list[tuple[str, list[Path]]]:
+    """Name and scans of every case of a folder, in the order of the scans' names.
+
+    As in nnU-Net's imagesTs, CASE_0000, CASE_0001, ... are the channels of CASE. Any other scan is a case of its own, which
+    holds all channels: a file, the folder of a DICOM series, the first slice of a series in the folder itself.
+
+    Raises:
+        BadInput: Nothing in it, or a case without all of its channels or with others.
+    """
     try:
-        found = sorted([*scans_in(folder), *first_slices(folder)])
+        scans, series = scans_in(folder), first_slices(folder)
     except OSError as err:
         raise BadInput(f"--input {folder}: {err.filename or folder} cannot be read: {err.strerror}") from err
-    if not found:
+    if not scans and not series:
         raise BadInput(f"--input {folder}: no {FORMAT_NAMES} file in it")
-    return found
+    numbered: dict[str, list[tuple[int, Path]]] = {}
+    alone = list(series)  # slices are numbered too, which means nothing here
+    for path in scans:
+        found = CHANNEL.search(stem(path))
+        if found is None or found.start() == 0:
+            alone.append(path)
+        else:
+            numbered.setdefault(stem(path)[: found.start()], []).append((int(found[1]), path))
+    cases = []
+    for name, channels in numbered.items():
+        if _are_channels([c for c, _ in channels], recipe.channels):
+            cases.append((name, _whole(folder, name, channels, recipe)))
+        else:  # scans that are numbered
+            alone += [path for _, path in channels]
+    if recipe.channels > 1:
+        _check_channels(folder, alone, recipe)
+    return sorted([*cases, *((stem(path), [path]) for path in alone)], key=lambda case: case[1][0])
+
+
+def _are_channels(numbers: list[int], num_channels: int) -> bool:
+    """Whether the numbers that end the names of some scans are meant as channels."""
+    return numbers == [0] if num_channels == 1 else min(numbers) < num_channels
+
+
+def _whole(folder: Path, name: str, channels: list[tuple[int, Path]], recipe: Recipe) -> list[Path]:
+    """The scans of a case's channels, in order as they came, each of which must be there once."""
+    numbers = [c for c, _ in channels]
+    missing = sorted(set(range(recipe.channels)) - set(numbers))
+    if missing:
+        file = f"{name}_{missing[0]:04}"
+        raise BadInput(f"--input {folder}: {name} has no {file}, and {recipe.name} has {recipe.channels} channels: complete it")
+    extra = [path.name for i, (c, path) in enumerate(channels) if c != i or i >= recipe.channels]
+    if extra:
+        raise BadInput(f"--input {folder}: {extra[0]} is one file too many: {recipe.name} has {recipe.channels} channels")
+    return [path for _, path in channels]
+
+
+def _check_channels(folder: Path, alone: Sequence[Path], recipe: Recipe) -> None:
+    """Every scan that stands for a case of several channels holds them, as far as it can be opened."""
+    for path in alone:
+        try:
+            found = math.prod(open_image(str(path)).shape[3:])
+        except BadVolume:  # named in its turn
+            continue
+        if found != recipe.channels:
+            what = f"{path.name} holds {found} channels, {recipe.name} has {recipe.channels}"
+            names = f"CASE_0000 to CASE_{recipe.channels - 1:04}"
+            raise BadInput(f"--input {folder}: {what}: name a case's files {names}, or give them as --input of one case")
 
 
 def _volumes(masks: Tensor, case: Case, recipe: Recipe) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -177,3 +178,67 @@ def test_predict_names_a_folder_without_scans(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="or DICOM file in it"):
         plan_jobs([tmp_path], tmp_path / "out", load_recipe("BTCV"))
     assert main(["predict", "--weights", str(tmp_path / "no.pth"), "--input", str(tmp_path), "--output", "x"]) == 2
+
+
+def touch_cases(folder: Path, *names: str) -> Path:
+    for name in names:
+        save_nifti(folder / name, scan())
+    return folder
+
+
+def planned(folder: Path, recipe: str) -> dict[str, list[str]]:
+    """Result -> names of the files it is made from, in order."""
+    jobs = plan_jobs([folder], folder.parent / "out", load_recipe(recipe))
+    return {target.name: [Path(p).name for p in item.images] for item, target in jobs}
+
+
+def test_predict_puts_nnunets_channels_together_and_names_the_result_as_the_case(tmp_path: Path) -> None:
+    names = [f"{case}_000{c}.nii.gz" for case in ("b", "a_1") for c in (2, 0, 3, 1)]
+    found = planned(touch_cases(tmp_path / "imagesTs", *names), "BraTS")
+    assert list(found.items()) == [(f"{case}.nii.gz", [f"{case}_000{c}.nii.gz" for c in range(4)]) for case in ("a_1", "b")]
+    save_dicom(tmp_path / "imagesTs" / "c_0000", scan())
+    for c in (1, 2, 3):
+        save_itk(tmp_path / "imagesTs" / f"c_000{c}.nrrd", scan())
+    found = planned(tmp_path / "imagesTs", "BraTS")
+    assert found["c.nii.gz"] == ["c_0000", "c_0001.nrrd", "c_0002.nrrd", "c_0003.nrrd"] and len(found) == 3
+
+
+def test_predict_leaves_out_the_channels_number_of_the_only_channel_and_no_other_number(tmp_path: Path) -> None:
+    """Of one channel, `x_0001` is a numbered scan, and so is `y_0000` beside `y_0001`."""
+    names = ["_0000.nii.gz", "a_0000.nii.gz", "a_1_0000.nii.gz", "x_0001.nii.gz", "y_0000.nii.gz", "y_0001.nii.gz", "z.nii.gz"]
+    found = planned(touch_cases(tmp_path / "imagesTs", *names), "BTCV")
+    results = ["_0000.nii.gz", "a.nii.gz", "a_1.nii.gz", "x_0001.nii.gz", "y_0000.nii.gz", "y_0001.nii.gz", "z.nii.gz"]
+    assert found == {result: [name] for result, name in zip(results, names, strict=True)}
+    series = save_dicom(tmp_path / "slices", scan())
+    for k, path in enumerate(sorted(series.iterdir())):
+        path.rename(series / f"IM_{k:04}.dcm")
+    assert planned(series, "BTCV") == {"IM_0000.nii.gz": ["IM_0000.dcm"]}
+    touch_cases(tmp_path / "imagesTs", "a.nii.gz")
+    with pytest.raises(BadInput, match=r"a\.nii\.gz and a_0000\.nii\.gz would both become a\.nii\.gz"):
+        planned(tmp_path / "imagesTs", "BTCV")
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda folder: (folder / "b_0002.nii.gz").unlink(), "b has no b_0002, and BraTS has 4 channels"),
+        (lambda folder: (folder / "a_0000.nii.gz").unlink(), "a has no a_0000, and"),
+        (lambda folder: touch_cases(folder, "b_0004.nii.gz"), "b_0004.nii.gz is one file too many: BraTS has 4 channels"),
+        (lambda folder: touch_cases(folder, "b_0001.nii"), "b_0001.nii(.gz)? is one file too many"),
+        (lambda folder: touch_cases(folder, "t1.nii.gz"), "t1.nii.gz holds 1 channels, BraTS has 4: .*CASE_0000 to CASE_0003"),
+        (lambda folder: touch_cases(folder, "c_2024.nii.gz"), "c_2024.nii.gz holds 1 channels"),
+    ],
+)  # fmt: skip
+def test_predict_refuses_cases_of_other_channels_by_name(tmp_path: Path, change: Callable[[Path], object], words: str) -> None:
+    folder = touch_cases(tmp_path / "imagesTs", *(f"{case}_000{c}.nii.gz" for case in "ab" for c in range(4)))
+    assert list(planned(folder, "BraTS")) == ["a.nii.gz", "b.nii.gz"]
+    change(folder)
+    with pytest.raises(BadInput, match=f"--input .*imagesTs: {words}"):
+        planned(folder, "BraTS")
+
+
+def test_predict_takes_files_that_hold_all_channels_and_leaves_damaged_ones_to_their_turn(tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    save_nifti(folder / "whole.nii.gz", np.stack([scan(i) for i in range(4)], -1))
+    (folder / "damaged.nii.gz").write_bytes(b"no image")
+    assert planned(folder, "BraTS") == {name: [name] for name in ("damaged.nii.gz", "whole.nii.gz")}
