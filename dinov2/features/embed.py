@@ -25,9 +25,10 @@ from dinov2.data.corpus.index.command import IndexRequest, index
 from dinov2.data.corpus.index.examine import content_sha, problem
 from dinov2.data.corpus.index.quality import Limits
 from dinov2.data.datalist import Datalist, Entry, read_datalist
-from dinov2.data.downstream.lists import stem
 from dinov2.data.pool import unordered
+from dinov2.data.volumes.opening import open_volume
 from dinov2.errors import EXIT_OK, EXIT_RESUMABLE, BadInput, BadVolume
+from dinov2.features.embed_rows import ListedScans
 from dinov2.features.embed_table import EmbeddingTable, Row
 from dinov2.features.encoder import Encoder
 from dinov2.features.scans import Scan, load_scan
@@ -38,7 +39,7 @@ from dinov2.signals import stop_requests
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2  # of the table; raised with its columns, so that no table is begun in one and ended in another
 FEW_SCANS = 16  # are loaded in this process: others take seconds to start
 MANY_PATCHES = 30_000  # in one pass: attention, quadratic in them, is then nearly all of the time, minutes a scan on a CPU
 Loaded = tuple[int, Scan | None, Row]  # place in the list, the scan, what is known of it or why there is none
@@ -96,7 +97,7 @@ def embed(source: Path, encoder: Encoder, request: EmbedRequest, say: Say) -> in
         return EXIT_OK
     which, of = request.shard
     with locked_folder(table.parts / "locks" / f"{which}of{of}"):
-        if not _make_parts(datalist.entries, encoder, request, table):
+        if not _make_parts(ListedScans(datalist), encoder, request, table):
             say(f"stopped; the same command continues ({table.parts} has what is done)")
             return EXIT_RESUMABLE
     missing = len(table.missing()) if table.parts.exists() else 0
@@ -155,7 +156,7 @@ def _key(datalist: Datalist, encoder: Encoder, request: EmbedRequest) -> dict[st
     if not request.patch_tokens:
         del view["layers"]
     return {
-        "format": FORMAT,
+        "table format": FORMAT,
         "list": datalist.sha256,
         "number of scans": len(datalist),
         "network (weights or dtype)": encoder.fingerprint(),
@@ -164,7 +165,7 @@ def _key(datalist: Datalist, encoder: Encoder, request: EmbedRequest) -> dict[st
     }
 
 
-def _make_parts(entries: list[Entry], encoder: Encoder, request: EmbedRequest, table: EmbeddingTable) -> bool:
+def _make_parts(listed: ListedScans, encoder: Encoder, request: EmbedRequest, table: EmbeddingTable) -> bool:
     """Whether this shard's missing parts were all made before a signal; finished ones are kept either way."""
     which, of = request.shard
     folder = table.parts / "loaded"
@@ -176,13 +177,16 @@ def _make_parts(entries: list[Entry], encoder: Encoder, request: EmbedRequest, t
     with (
         stop_requests() as stop_asked,
         tqdm(total=len(todo), unit="scan", disable=None) as progress,
-        closing(_loaded(entries, todo, encoder.percentiles, num_workers, folder)) as scans,  # ends the processes
+        closing(_loaded(listed.entries, todo, encoder.percentiles, num_workers, folder)) as scans,  # ends the processes
     ):
         for place, scan, row in scans:
             if stop_asked:
                 return False
             is_told = is_told or (scan is not None and _warn_of_many_patches(scan, encoder, request.view))
-            is_good, row = (False, row) if scan is None else _row(place, scan, row, encoder, request, table)
+            is_good = scan is not None
+            if scan is not None:
+                known, name = {**listed.row(place), **row}, listed.file_name(place)
+                is_good, row = _row(scan, known, name, encoder, request, table)
             part = table.part_of(place)
             done[part].append((place, is_good, row))
             num_bad += not is_good
@@ -252,11 +256,12 @@ def _load(percentiles: tuple[float, float], item: tuple[int, Entry]) -> Loaded:
     try:
         scan = load_scan([entry], percentiles)
         sha = entry.extra.get("sha") or content_sha(entry)
+        spacing = entry.spacing_mm or open_volume(entry).spacing_mm
     except BadVolume as err:
         return place, None, problem(entry.image, err.reason, str(err))
     except MemoryError:
         return place, None, problem(entry.image, "memory", "does not fit the memory of this process: use fewer --workers")
-    return place, scan, {"path": entry.image, "channel": entry.channel, "sha": sha}
+    return place, scan, {"sha": sha, "spacing": spacing}
 
 
 def _died(item: tuple[int, Entry]) -> Stored:
@@ -265,7 +270,7 @@ def _died(item: tuple[int, Entry]) -> Stored:
 
 
 def _row(
-    place: int, scan: Scan, known: Row, encoder: Encoder, request: EmbedRequest, table: EmbeddingTable
+    scan: Scan, known: Row, file_name: str, encoder: Encoder, request: EmbedRequest, table: EmbeddingTable
 ) -> tuple[bool, Row]:
     """(True, a row of the table) or (False, one of the quarantine)."""
     try:
@@ -278,6 +283,5 @@ def _row(
         return False, problem(scan.name, "memory", f"{shape} voxels do not fit the device: use --mode sliding_window or resize")
     row = {**known, "cls": found.cls[0].cpu().numpy(), "pooled": found.pooled[0].cpu().numpy()}
     if request.patch_tokens:
-        name = f"{place:06d}_{stem(scan.name)}"
-        row["patches"] = table.write_patches(name, patch=found.patch[0].cpu().numpy(), affine=found.affine.numpy())
+        row["patches"] = table.write_patches(file_name, patch=found.patch[0].cpu().numpy(), affine=found.affine.numpy())
     return True, row

@@ -1,9 +1,9 @@
 """The table of embeddings on disk: parts as they are done, and one Parquet file of them in the end.
 
-    feats.parquet            path, channel, sha, cls[E], pooled[E]; rows in the order of the list
+    feats.parquet            id, path, channel, sha, facts of the list, cls[E], pooled[E]; rows in the order of the list
     feats.quarantine.json    scans that were set aside: path, reason, detail
     feats.parts/             key.json (what was asked for), 000012.parquet, ...; gone when the table is there
-    feats.patches/           with patch tokens: a .npz a scan
+    feats.patches/           with patch tokens: a .npz a scan, named after it
 
 A part is a fixed stretch of the list, made by whoever finds it missing and written aside and renamed, so that a run continues
 after any kind of end, on any number of processes.
@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from dinov2.errors import BadInput
+from dinov2.features.embed_rows import FACTS
 from dinov2.files import replacing, write_json
 
 logger = logging.getLogger(__name__)
@@ -70,8 +71,18 @@ class EmbeddingTable:
         self.quarantine = output.with_name(f"{stem}.quarantine.json")
         pa, _ = arrow()
         vector = pa.list_(pa.float32(), width)
-        columns = {"path": pa.string(), "channel": pa.int32(), "sha": pa.string(), "cls": vector, "pooled": vector}
-        self._schema = pa.schema({**columns, **({"patches": pa.string()} if has_patches else {})})
+        columns = {
+            "id": pa.string(),
+            "path": pa.string(),
+            "channel": pa.int32(),
+            "sha": pa.string(),
+            **{name: pa.string() for name in FACTS},
+            "spacing": pa.list_(pa.float64(), 3),
+            "cls": vector,
+            "pooled": vector,
+            **({"patches": pa.string()} if has_patches else {}),
+        }
+        self._schema = pa.schema(columns)
         self.is_done = self._check_table()
         if not self.is_done:
             self._start_parts()

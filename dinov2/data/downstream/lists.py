@@ -18,12 +18,12 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 from dinov2.data.downstream.recipes import TERTILES, Recipe
-from dinov2.data.volumes.formats import format_by_name, is_scan_path, stem
+from dinov2.data.names import names_apart
+from dinov2.data.volumes.formats import format_by_name, is_scan_path
 from dinov2.errors import BadInput
 from dinov2.files import write_text
 
@@ -83,7 +83,7 @@ def read_downstream_datalist(base_data_dir: str | Path, recipe: Recipe) -> dict[
     where = [f"datalist {path}, {split} {i}" for split, i in places]
     images = [_images(item, recipe, path.parent, at) for item, at in zip(raw, where, strict=True)]
     labels = [_label(item, recipe, path.parent, at) for item, at in zip(raw, where, strict=True)]
-    names = _case_names(raw, images)
+    names = names_apart([item.get("case") for item in raw], images)
     items = [
         Item(paths, label, name, None if item.get("patient") is None else str(item["patient"]))
         for paths, label, name, item in zip(images, labels, names, raw, strict=True)
@@ -218,22 +218,6 @@ def with_tertiles(recipe: Recipe, base_data_dir: str | Path) -> Recipe:
 
 def _brief(item: dict[str, Any]) -> str:
     return str(item.get("case") or item.get("image") or item.get("image1") or json.dumps(item)[:60])
-
-
-def _case_names(raw: Sequence[dict[str, Any]], images: Sequence[tuple[str, ...]]) -> list[str]:
-    """Given names, or as much of the path's end as tells the cases apart; of several channels what their names share."""
-
-    def name(paths: tuple[str, ...], depth: int) -> str:
-        letters = takewhile(lambda column: len(set(column)) == 1, zip(*map(stem, paths), strict=False))
-        shared = stem(paths[0]) if len(paths) == 1 else "".join(column[0] for column in letters).rstrip("_-. ")
-        return "_".join([*Path(paths[0]).parts[-1 - depth : -1], *([shared] if shared else [])])
-
-    deepest = max(len(Path(paths[0]).parts) for paths in images)
-    for depth in range(deepest):
-        names = [str(item.get("case") or name(paths, depth)) for item, paths in zip(raw, images, strict=True)]
-        if len(set(names)) == len(names):
-            break
-    return names
 
 
 def _check_files(items: Sequence[Item], where: Sequence[str]) -> None:

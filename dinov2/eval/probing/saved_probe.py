@@ -15,8 +15,9 @@ from dinov2.checkpointer.teacher import RANDOM, open_teacher, open_weights
 from dinov2.configs.loader import saved_config, typed_from
 from dinov2.data.downstream.cases import prepare_case
 from dinov2.data.downstream.crops import central_cube
-from dinov2.data.downstream.lists import Item, stem
+from dinov2.data.downstream.lists import Item
 from dinov2.data.downstream.recipes import Recipe
+from dinov2.data.volumes.formats import stem
 from dinov2.distributed.precision import evaluation_autocast
 from dinov2.distributed.runtime import start_runtime
 from dinov2.errors import EXIT_BAD_INPUT, EXIT_OK, BadInput

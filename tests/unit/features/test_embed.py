@@ -17,11 +17,13 @@ from dinov2.data.corpus.index.examine import content_sha
 from dinov2.errors import BadInput
 from dinov2.features import embed as embed_module
 from dinov2.features.embed import EmbedRequest, embed, shard_of_rank
+from dinov2.features.embed_rows import file_names
 from dinov2.features.encoder import Encoder, load_encoder
 from dinov2.features.views import View
 from dinov2.models.vision_transformer import vit_tiny_3d
 from dinov2.run.eval.embed import main as submit
 from dinov2.run.eval.embed import shard_commands
+from tests.unit.data.corpus.test_index import save_dicom, scan
 
 NUM_SCANS = 40  # three parts
 BAD = {3: "truncated", 17: "constant", 39: "missing"}
@@ -67,6 +69,10 @@ def paths_of(scans: Path) -> list[str]:
     return [str(scans.parent / item["image"]) for item in json.loads(scans.read_text())]
 
 
+def relative(paths: list[str], folder: Path) -> list[str]:
+    return [str(Path(path).relative_to(folder)) for path in paths]
+
+
 def run(scans: Path, encoder: Encoder, output: Path, **request: object) -> tuple[int, list[str]]:
     said: list[str] = []
     return embed(scans, encoder, EmbedRequest(output, **request), said.append), said
@@ -78,7 +84,7 @@ def test_a_row_is_what_the_encoder_gives_in_the_lists_order_and_bad_scans_are_li
     code, said = run(scans, encoder, tmp_path / "f.parquet")
     table = pq.read_table(tmp_path / "f.parquet")
     paths, good = paths_of(scans), [i for i in range(NUM_SCANS) if i not in BAD]
-    assert code == 0 and table["path"].to_pylist() == [paths[i] for i in good]
+    assert code == 0 and table["path"].to_pylist() == relative([paths[i] for i in good], tmp_path)
     for row, i in ((0, 0), (4, 5), (36, 38)):
         found = encoder(paths[i])
         np.testing.assert_array_equal(table["cls"][row].as_py(), found.cls[0])
@@ -124,6 +130,60 @@ def test_a_run_continues_after_the_parts_that_are_there(
     assert pq.read_metadata(tmp_path / "f.parquet").num_rows == NUM_SCANS - 3
 
 
+def test_columns_of_what_the_list_knows_with_paths_from_the_lists_folder(encoder: Encoder, tmp_path: Path) -> None:
+    for place in ("set/a", "set/b", "other/a"):
+        (tmp_path / place).parent.mkdir(exist_ok=True)
+        write_scan(tmp_path / f"{place}.nii", 0)
+    voxels = np.random.default_rng(0).integers(0, 900, (9, 10, 11, 2)).astype(np.int16)
+    nib.save(nib.Nifti1Image(voxels, np.eye(4)), tmp_path / "set" / "two.nii")
+    facts = {"patient": 7, "modality": "MR", "organ": "brain", "series": "3 T1w"}
+    items = [
+        {"image": str(tmp_path / "set/a.nii"), "shape": [9, 9, 9], "spacing": [1.0, 2.0, 0.7], **facts},
+        {"image": str(tmp_path / "set/b.nii"), "shape": [9, 9, 9], "case": "its own", "patient": None},
+        {"image": str(tmp_path / "other/a.nii"), "shape": [9, 9, 9], "id": "a/b", "case": "not this"},
+        *({"image": str(tmp_path / "set/two.nii"), "shape": [9, 10, 11, 2], "axes": "xyzc", "channel": c} for c in (0, 1)),
+    ]
+    write_datalist(tmp_path / "set" / "list.json", items)
+    run(tmp_path / "set" / "list.json", encoder, tmp_path / "f.parquet", patch_tokens=True, view=View("resize", 16))
+    table = pq.read_table(tmp_path / "f.parquet")
+    assert table["id"].to_pylist() == ["set_a", "its own", "a/b", "set_two_0000", "set_two_0001"]
+    assert table["path"].to_pylist() == ["a.nii", "b.nii", str(tmp_path / "other" / "a.nii"), "two.nii", "two.nii"]
+    assert table["channel"].to_pylist() == [None, None, None, 0, 1]
+    for name, value in (("patient", "7"), ("modality", "MR"), ("organ", "brain"), ("series", "3 T1w")):
+        assert table[name].to_pylist() == [value, None, None, None, None], name
+    assert table["spacing"].to_pylist() == [[1.0, 2.0, 0.7], *[[2.0, 2.0, 3.0]] * 2, *[[1.0, 1.0, 1.0]] * 2]
+    files = ["set_a", "its own", "a_b", "set_two_0000", "set_two_0001"]
+    assert table["patches"].to_pylist() == [f"f.patches/{name}.npz" for name in files]
+    assert sorted(p.stem for p in (tmp_path / "f.patches").iterdir()) == sorted(files)
+
+
+def test_a_series_number_and_description_come_from_its_files_through_the_index(encoder: Encoder, tmp_path: Path) -> None:
+    save_dicom(tmp_path / "data" / "one", scan(), number=4, description="CT  thin", patient="Doe^Jane")
+    run(tmp_path / "data", encoder, tmp_path / "f.parquet", view=View("resize", 16))
+    [row] = pq.read_table(tmp_path / "f.parquet").to_pylist()
+    assert (row["id"], row["path"]) == ("1.2.3-00", "data/one/1.2.3-00.dcm")
+    assert (row["modality"], row["organ"], row["series"], row["spacing"]) == ("CT", "knee", "4 CT thin", [0.75, 1.25, 3.0])
+    assert row["patient"] and "Doe" not in row["patient"]
+
+
+def test_files_of_scans_have_names_of_their_own_whatever_their_ids_are() -> None:
+    long = "x" * 400
+    names = file_names(["a", "a_2", "a", "a", "a/b", "a_b", "a\nb", long, long, "\udcff"])
+    assert names == ["a", "a_2", "a_3", "a_4", "a_b", "a_b_2", "a_b_3", "x" * 200, "x" * 200 + "_2", "?"]
+
+
+@pytest.mark.parametrize("is_finished", [False, True])
+def test_a_table_begun_by_an_earlier_version_is_refused(
+    scans: Path, encoder: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_finished: bool
+) -> None:
+    """Its columns are others: a part of it would not fit, and a table is not what it is said to be."""
+    monkeypatch.setattr(embed_module, "FORMAT", 1)
+    run(scans, encoder, tmp_path / "f.parquet", shard=(1, 1) if is_finished else (2, 2))
+    monkeypatch.undo()
+    with pytest.raises(BadInput, match="was made with another table format: choose another --output or remove it"):
+        run(scans, encoder, tmp_path / "f.parquet")
+
+
 @pytest.mark.parametrize(
     "change, words",
     [
@@ -152,7 +212,7 @@ def test_patch_tokens_lie_beside_the_table_with_their_affine(encoder: Encoder, t
     run(tmp_path / "list.json", encoder, tmp_path / "f.parquet", patch_tokens=True, view=View(layers=2))
     [name] = pq.read_table(tmp_path / "f.parquet")["patches"].to_pylist()
     found, wanted = np.load(tmp_path / name), encoder(tmp_path / "a.nii", layers=2)
-    assert name == "f.patches/000000_a.npz"
+    assert name == "f.patches/a.npz"
     np.testing.assert_array_equal(found["patch"], wanted.patch[0])
     np.testing.assert_array_equal(found["affine"], wanted.affine)
 
@@ -163,7 +223,7 @@ def test_a_folder_is_indexed_first_and_its_bad_files_are_listed_too(
     words = ["--weights", str(weights), "--device", "cpu", "--mode", "sliding_window", "--workers", "0"]
     assert main(["embed", str(tmp_path / "data"), *words, "--output", str(tmp_path / "f.parquet")]) == 0
     table = pq.read_table(tmp_path / "f.parquet")
-    assert table["path"].to_pylist() == sorted(p for i, p in enumerate(paths_of(scans)) if i not in BAD)
+    assert table["path"].to_pylist() == sorted(relative([p for i, p in enumerate(paths_of(scans)) if i not in BAD], tmp_path))
     reasons = {row["reason"] for row in json.loads((tmp_path / "f.quarantine.json").read_text())}
     assert reasons == {"truncated", "constant"} and "2 set aside" in capsys.readouterr().out
     assert main(["embed", str(tmp_path), *words, "--output", str(tmp_path / "f.parquet")]) == 2

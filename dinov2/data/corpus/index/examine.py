@@ -95,7 +95,7 @@ def _rows(path: str, unit: Unit, options: ExamineOptions, open_it: Callable[[], 
         place = describe_place(unit, path, image.tags or {}, options.pattern)
         if "patient" in place and not options.keep_ids:
             place["patient"] = hashed_id(place["patient"], options.id_salt)
-        entry |= place
+        entry |= place | {k: v for k, v in (image.tags or {}).items() if k == "series"}
         channels = _channels(entry, image, sidecar.get("axes"), unit, options)
     except BadVolume as err:
         return [problem(path, err.reason, str(err))]

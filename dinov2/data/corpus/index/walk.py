@@ -25,6 +25,8 @@ _NOT_IMAGES = (
     ".raw", ".sha256", ".tar", ".toml", ".tsv", ".txt", ".xlsx", ".xml", ".yaml", ".yml", ".zip", ".zraw",
 )  # fmt: skip
 
+_SERIES = ("series", 0, 0)  # in the stamp of DICOM files: once their rows had no `series`, and such are examined anew
+
 Identity = tuple[int, int]  # device and inode: the same folder by whatever name
 
 
@@ -132,7 +134,7 @@ def _units(folder: str, root: str, dataset: DatasetInfo, entries: list[os.DirEnt
             continue
         yield _file_unit(entry, stat, root, dataset, folder, names)
     if slices:
-        yield Unit(folder, root, _stamp(slices, dataset), dataset, tuple(name for name, *_ in slices))
+        yield Unit(folder, root, _stamp([*slices, _SERIES], dataset), dataset, tuple(name for name, *_ in slices))
 
 
 def _may_be_a_slice(name: str) -> bool:

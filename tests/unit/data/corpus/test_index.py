@@ -19,6 +19,7 @@ from dinov2.cli import main
 from dinov2.data import read_datalist, write_datalist
 from dinov2.data.cache.folder import VolumeCache
 from dinov2.data.cache.store import load_volume
+from dinov2.data.corpus.index import walk as walk_module
 from dinov2.data.corpus.index.examine import canonical_flips, content_sha
 from dinov2.data.corpus.index.journal import Journal, journal_path
 from dinov2.data.corpus.index.walk import walk
@@ -395,6 +396,20 @@ def test_a_second_run_looks_only_at_what_changed(tmp_path: Path, capsys: pytest.
     assert "2 files and series" in (said := capsys.readouterr().out) and "; 2 new or changed" in said
     assert [Path(e["image"]).name for e in listed] == ["1.nii", "2.nii"] and listed[1]["organ"] == "knee"
     assert listed[0]["sha"] != first[0][1]["sha"]
+
+
+def test_a_series_of_an_earlier_versions_journal_is_examined_anew(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its rows do not name the series."""
+    save_nifti(tmp_path / "data" / "a.nii", scan())
+    save_dicom(tmp_path / "data" / "series", scan(1), number=3)
+    with monkeypatch.context() as earlier:
+        earlier.setattr(walk_module, "_SERIES", ("", 0, 0))
+        run(tmp_path / "data", tmp_path / "list.json")
+    listed, _ = run(tmp_path / "data", tmp_path / "list.json")
+    assert "2 files and series" in (said := capsys.readouterr().out) and said.count("; 1 new or changed") == 1
+    assert [e.get("series") for e in listed] == [None, "3"]
 
 
 def test_shards_merged_are_one_run(tmp_path: Path) -> None:
