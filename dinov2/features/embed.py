@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from dinov2.data.corpus.index.command import IndexRequest, index
 from dinov2.data.corpus.index.examine import content_sha, problem
@@ -35,6 +34,7 @@ from dinov2.features.scans import Scan, load_scan
 from dinov2.features.views import View
 from dinov2.logging import Say
 from dinov2.logging.folder import locked_folder
+from dinov2.logging.progress import Progress
 from dinov2.signals import stop_requests
 
 logger = logging.getLogger(__name__)
@@ -176,7 +176,7 @@ def _make_parts(listed: ListedScans, encoder: Encoder, request: EmbedRequest, ta
     num_bad, is_told = 0, False
     with (
         stop_requests() as stop_asked,
-        tqdm(total=len(todo), unit="scan", disable=None) as progress,
+        Progress(len(todo), "scans") as progress,
         closing(_loaded(listed.entries, todo, encoder.percentiles, num_workers, folder)) as scans,  # ends the processes
     ):
         for place, scan, row in scans:
@@ -193,8 +193,7 @@ def _make_parts(listed: ListedScans, encoder: Encoder, request: EmbedRequest, ta
             if len(done[part]) == len(table.rows_of(part)):
                 rows = sorted(done.pop(part), key=lambda item: item[0])
                 table.write_part(part, [r for _, good, r in rows if good], [r for _, good, r in rows if not good])
-            progress.update()
-            progress.set_postfix_str(f"{num_bad} bad")
+            progress.update(note=f"{num_bad} bad")
     return True
 
 

@@ -72,10 +72,14 @@ def results(out: Path) -> dict:
 
 
 def test_a_probe_is_trained_chosen_tested_and_applied_to_a_scan(
-    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("dinov2.logging.progress.PERIOD_S", 0.0)  # a line for every step
     out = tmp_path / "run"
     assert main(words(data, out, epochs=6)) == EXIT_OK
+    log = (out / "log.txt").read_text()
+    for words_of in ("iterations: 59 of 60", "batches of test features: 1 of 2"):
+        assert re.search(rf"dinov2.logging.progress: {words_of}", log), words_of
     found = results(out)
     assert found["test_auc"] > 0.8, found
     assert found["test_auc_ci95"][0] <= found["test_auc"] <= found["test_auc_ci95"][1]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -88,8 +89,9 @@ def start(command: list[str]) -> subprocess.Popen[str]:
 
 @pytest.mark.slow
 def test_a_segmentation_learns_is_tested_and_predicts_on_the_files_own_grid(
-    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("dinov2.logging.progress.PERIOD_S", 0.0)  # a line for every step
     out = tmp_path / "run"
     assert main(words(data, out, epochs=20, eval_iters=40, learning_rate=1e-2)) == EXIT_OK
     results = json.loads((out / "results.json").read_text())
@@ -100,6 +102,9 @@ def test_a_segmentation_learns_is_tested_and_predicts_on_the_files_own_grid(
     rows = list(csv.DictReader((out / "per_case.csv").open()))
     assert [r["class"] for r in rows] == ["background", "left", "right"] * 2
     assert len(list((out / "worst").glob("*.png"))) == 4 and (out / "validation_case.png").exists()
+    log = (out / "log.txt").read_text()
+    for words_of in ("training cases prepared: 1 of 6", "iterations: 2 of 120", "iterations: 119 of 120", "cases: 1 of 2"):
+        assert re.search(rf"dinov2.logging.progress: {words_of}, .* left", log), words_of
     image = nib.load(data / "image9.nii.gz")  # stored the other way round
     target = tmp_path / "prediction.nii.gz"
     command = ["predict", "--weights", str(out / "best_model.pth"), "--input", str(data / "image9.nii.gz")]

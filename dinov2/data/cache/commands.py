@@ -12,8 +12,6 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
-from tqdm import tqdm
-
 from dinov2.data.cache.file import DamagedItem, open_item
 from dinov2.data.cache.folder import VolumeCache
 from dinov2.data.cache.store import count_times, load_volume
@@ -21,6 +19,7 @@ from dinov2.data.datalist import Datalist, Entry
 from dinov2.data.pool import unordered
 from dinov2.errors import EXIT_BAD_INPUT, EXIT_OK, EXIT_RESUMABLE, BadInput, BadVolume
 from dinov2.logging import Say
+from dinov2.logging.progress import Progress, track
 
 logger = logging.getLogger(__name__)
 
@@ -86,11 +85,10 @@ def _build_in_order(cache: VolumeCache, entries: list[Entry], num_workers: int, 
     say(forecast(entries, [entries[i] for i in sorted(sampled)], first, cache.folder, cache.max_bytes))
     size, bad = sum(b.bytes for b in first), sum(bool(b.problem) for b in first)
     rest = [e for i, e in enumerate(entries) if i not in sampled]
-    with tqdm(total=len(entries), initial=len(first), unit="volume", disable=None) as progress:
+    with Progress(len(entries), "volumes", done=len(first)) as progress:
         for built in _build_all(cache, rest, num_workers):
             size, bad = size + built.bytes, bad + bool(built.problem)
-            progress.update()
-            progress.set_postfix_str(f"{size / GIB:.3g} GiB, {bad} bad")
+            progress.update(note=f"{size / GIB:.3g} GiB, {bad} bad")
             yield built
 
 
@@ -125,8 +123,8 @@ def verify(datalist: Datalist, folder: Path, remove: bool, say: Say) -> int:
     cache = VolumeCache(folder)
     bad, unlisted = 0, 0
     belonging: set[str] = set()
-    missing = [e.image for e in tqdm(datalist.entries, unit="entry", disable=None) if not _keys(cache, e, belonging)]
-    for path in tqdm(sorted(cache.items()), unit="file", disable=None):
+    missing = [e.image for e in track(datalist.entries, "entries") if not _keys(cache, e, belonging)]
+    for path in track(sorted(cache.items()), "cached volumes"):
         try:
             open_item(path)
             unlisted += path.stem not in belonging

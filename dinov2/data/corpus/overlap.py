@@ -11,12 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tqdm import tqdm
-
 from dinov2.data.corpus.index.examine import content_sha
 from dinov2.data.datalist import Entry, read_datalist
 from dinov2.errors import EXIT_BAD_INPUT, EXIT_OK, BadInput, BadVolume
 from dinov2.logging import Say
+from dinov2.logging.progress import track
 
 if TYPE_CHECKING:  # weights bring torch, which comparing two lists can do without
     from dinov2.checkpointer.teacher import Teacher
@@ -83,18 +82,12 @@ def patient_key(entry: Entry) -> str | None:
 
 def with_hashes(entries: list[Entry]) -> list[Entry]:
     """The entries with their content's hash; a file without one is read, and one that cannot be is said."""
-    found = []
-    missing = sum(not e.extra.get("sha") for e in entries)
-    with tqdm(total=missing, unit="volume", disable=None if missing else True) as progress:
-        for entry in entries:
-            if not entry.extra.get("sha"):
-                progress.update()
-                try:
-                    entry.extra["sha"] = content_sha(entry)
-                except BadVolume as err:
-                    logger.warning("its content is not compared: %s", err)
-            found.append(entry)
-    return found
+    for entry in track([e for e in entries if not e.extra.get("sha")], "scans read to be compared"):
+        try:
+            entry.extra["sha"] = content_sha(entry)
+        except BadVolume as err:
+            logger.warning("its content is not compared: %s", err)
+    return entries
 
 
 def shared_with(entries: list[Entry], seen: Seen) -> Shared:

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from dinov2.data.downstream.cases import Cases
 from dinov2.data.downstream.crops import central_cube
@@ -22,6 +21,7 @@ from dinov2.errors import BadInput
 from dinov2.eval.probing.linear_heads import LAYER_CHOICES
 from dinov2.eval.run import Setting
 from dinov2.features.features import class_features
+from dinov2.logging.progress import track
 from dinov2.models.backbone import Backbone
 
 
@@ -61,7 +61,7 @@ def part_features(setting: Setting, backbone: Backbone, cases: Cases, part: str)
     num_workers = min(request.num_workers, len(mine))
     views = compute_in_order(lambda i: central_cube(cases[i].image, request.image_size), endless, num_workers)
     rows: dict[int, Tensor] = {}
-    for first in tqdm(range(0, len(mine), request.batch_size), desc=f"{part} features", disable=None):
+    for first in track(range(0, len(mine), request.batch_size), f"batches of {part} features"):
         chosen = mine[first : first + request.batch_size]
         images = torch.stack([next(views) for _ in chosen]).to(device)
         with evaluation_autocast(setting.cfg, device.type):

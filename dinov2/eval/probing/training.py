@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.optim import AdamW
-from tqdm import tqdm
 
 from dinov2.checkpointer.checkpointer import save_atomically
 from dinov2.checkpointer.teacher import open_weights
@@ -37,6 +36,7 @@ from dinov2.eval.run import Setting
 from dinov2.features.features import class_features
 from dinov2.files import write_json
 from dinov2.logging import MetricWriter
+from dinov2.logging.progress import Progress, track
 from dinov2.models import DinoVisionTransformer3d
 from dinov2.signals import stop_requests
 from dinov2.streams import Kind, stream, torch_seed
@@ -203,7 +203,7 @@ class Inputs:
 
         rows: dict[int, Tensor] = {}
         with closing(compute_in_order(compute, endless, min(self.request.num_workers, len(batches)))) as views:
-            for _ in tqdm(batches, desc="training features", disable=None):
+            for _ in track(batches, "batches of training features"):
                 numbers, images = next(views)
                 rows |= dict(zip(numbers, self._features(images, False).cpu(), strict=True))
         rows = {i: row for of_rank in gather_objects(rows) for i, row in of_rank.items()}
@@ -227,12 +227,12 @@ def train(
         MetricWriter(setting.output_dir, first, is_main_process()) as metrics,
         stop_requests() as stop_asked,
         closing(iter(inputs)) as batches,
-        tqdm(total=total, initial=first, disable=None, desc="iterations") as bar,
+        Progress(total, "iterations", done=first) as progress,
     ):
         for iteration in range(first, total):
             losses = step(setting, probe, plan, *next(batches), cosine_factor(iteration, total))
             probe.iteration = iteration
-            bar.update()
+            progress.update()
             last = iteration + 1 == total
             if iteration % LOG_PERIOD == 0 or last:
                 finite = losses[losses.isfinite()]

@@ -13,6 +13,7 @@ from dinov2.data.downstream.crops import is_smaller, training_crops
 from dinov2.data.samplers import EndlessOrder, PositionSampler
 from dinov2.data.workers import compute_in_order
 from dinov2.distributed.runtime import Runtime
+from dinov2.logging.progress import track
 from dinov2.streams import Kind, stream
 
 logger = logging.getLogger(__name__)
@@ -72,7 +73,7 @@ def prepare_all(cases: Cases, image_size: int, part: str, runtime: Runtime) -> N
         BadInput: A case cannot be prepared.
     """
     small = []
-    for index in range(runtime.rank, len(cases), runtime.world_size):
+    for index in track(range(runtime.rank, len(cases), runtime.world_size), f"{part} cases prepared"):
         case = cases[index]
         if is_smaller(case, image_size):
             small.append(case.name)

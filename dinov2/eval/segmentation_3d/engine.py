@@ -18,7 +18,6 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW
-from tqdm import tqdm
 
 from dinov2.checkpointer.checkpointer import save_atomically
 from dinov2.checkpointer.teacher import open_weights
@@ -36,6 +35,7 @@ from dinov2.eval.segmentation_3d.inference import TEST_OVERLAP, VALIDATION_OVERL
 from dinov2.eval.segmentation_3d.losses import build_loss
 from dinov2.files import write_json
 from dinov2.logging import MetricWriter
+from dinov2.logging.progress import Progress
 from dinov2.signals import stop_requests
 from dinov2.streams import Kind, torch_seed
 from dinov2.train.schedules import CosineSchedule
@@ -149,7 +149,7 @@ def train(run: Run, cfg: DictConfig, task: Task, plan: Plan, cases: dict[str, Ca
         MetricWriter(run.output_dir, first, is_main_process()) as metrics,
         stop_requests() as stop_asked,
         closing(iter(batches)) as steps,
-        tqdm(total=total, initial=first, disable=None, desc="iterations") as bar,
+        Progress(total, "iterations", done=first) as progress,
     ):
         set_training(run.model, plan.train_backbone)
         for iteration in range(first, total):
@@ -160,7 +160,7 @@ def train(run: Run, cfg: DictConfig, task: Task, plan: Plan, cases: dict[str, Ca
             rate = schedule(iteration)
             losses.append(step(run, call, loss, images, labels, rate, evaluation_dtype(cfg, runtime.device.type)))
             run.iteration = iteration
-            bar.update()
+            progress.update()
             last = iteration + 1 == total
             if iteration % plan.log_period == 0 or last:
                 value = float(mean_over_ranks({"loss": losses[-1]})["loss"])

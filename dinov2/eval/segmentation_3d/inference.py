@@ -9,7 +9,6 @@ from operator import itemgetter
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from dinov2.data.downstream.cases import Case, Cases
 from dinov2.data.downstream.crops import BACKGROUND
@@ -18,6 +17,7 @@ from dinov2.distributed import gather_objects
 from dinov2.distributed.precision import autocast
 from dinov2.distributed.runtime import Runtime
 from dinov2.eval.metrics.segmentation import Score, score_case
+from dinov2.logging.progress import track
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +82,7 @@ def score_cases(
     recipe, start, own = cases.recipe, time.perf_counter(), []
     mine = range(runtime.rank, len(cases), runtime.world_size)
     model.eval()
-    for index in tqdm(mine, disable=None, leave=False, desc="cases"):
+    for index in track(mine, "cases"):
         case = cases[index]
         masks = predict_masks(model, case, recipe, image_size, overlap, window_batch, dtype)
         target, tolerance = recipe.masks(case.truth), recipe.metrics.nsd_tolerance_mm

@@ -23,6 +23,7 @@ from dinov2.errors import EXIT_BAD_INPUT, EXIT_OK, BadInput, BadVolume
 from dinov2.eval.segmentation_3d.build import load_segmentation
 from dinov2.eval.segmentation_3d.inference import predict_masks
 from dinov2.files import replacing
+from dinov2.logging.progress import track
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +51,7 @@ def predict(weights: str | Path, inputs: Sequence[Path], output: Path, overlap: 
     dtype = evaluation_dtype(cfg, runtime.device.type)
     jobs = plan_jobs(inputs, output, task.recipe)
     failed = 0
-    for item, target in jobs:
+    for item, target in track(jobs, "cases", has_bar=False):  # `say` is heard on the terminal
         try:
             case = prepare_case(item, task.recipe, task.resize_scale)
         except BadInput as err:

@@ -14,8 +14,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from dinov2.data.corpus.index.examine import ExamineOptions, Row, died, examine
 from dinov2.data.corpus.index.journal import Journal, journal_path, read_journal
 from dinov2.data.corpus.index.quality import Limits, judge
@@ -26,6 +24,7 @@ from dinov2.data.volumes.formats import FORMAT_NAMES
 from dinov2.errors import EXIT_OK, EXIT_RESUMABLE, BadInput
 from dinov2.files import write_text
 from dinov2.logging import Say
+from dinov2.logging.progress import Progress
 from dinov2.signals import stop_requests
 
 logger = logging.getLogger(__name__)
@@ -134,17 +133,16 @@ def _examine(todo: list[Unit], journal: Journal, request: IndexRequest) -> bool:
     bad = 0
     with (
         stop_requests() as stop_asked,
-        tqdm(total=len(todo), unit="file", disable=None) as progress,
+        Progress(len(todo), "files and series") as progress,
         closing(unordered(work, batches, num_workers, died)) as results,  # ends the processes
     ):
         for done in results:
             for unit, rows in done:
                 journal.add(unit.path, unit.stamp, rows)
                 bad += sum("entry" not in row for row in rows)
-            progress.update(len(done))
-            progress.set_postfix_str(f"{bad} bad")
+            progress.update(len(done), note=f"{bad} bad")
             if stop_asked:
-                return progress.n == len(todo)
+                return progress.done == len(todo)
     return True
 
 
