@@ -1,4 +1,4 @@
-"""Files that are whole or not there: written to a temporary name and renamed. JSON that every reader takes."""
+"""Files that are whole or not there: written to a temporary name and renamed. JSON that every reader takes. Paths in lists."""
 
 from __future__ import annotations
 
@@ -77,3 +77,28 @@ def _finite(content: Any) -> Any:
     if isinstance(content, (list, tuple)):
         return [_finite(value) for value in content]
     return content
+
+
+def path_for_list(path: str | Path, folder: str | Path) -> str:
+    """How a list in a folder names a file: relative to the folder, through `..` too, so that list and data can move together.
+
+    Absolute where the two share no folder but the root, and where `..` would lead elsewhere because a folder on the way is a
+    symbolic link.
+    """
+    absolute, start = os.path.abspath(path), os.path.abspath(folder)
+    if os.path.commonpath([absolute, start]) == os.sep:
+        return absolute
+    relative = os.path.relpath(absolute, start)
+    if _goes_up(relative) and os.path.realpath(os.path.join(start, relative)) != os.path.realpath(absolute):
+        return absolute
+    return relative
+
+
+def path_in_list(given: str, folder: str | Path) -> str:
+    """The absolute path of a file that a list in a folder names; `..` is the parent of the folder, not of a link to it."""
+    start = os.path.realpath(folder) if _goes_up(given) else os.path.abspath(folder)
+    return os.path.normpath(os.path.join(start, given))
+
+
+def _goes_up(path: str) -> bool:
+    return path.split(os.sep, 1)[0] == os.pardir

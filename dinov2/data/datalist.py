@@ -5,14 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from dinov2.errors import BadInput
-from dinov2.files import replacing
+from dinov2.files import path_for_list, path_in_list, replacing
 from dinov2.geometry import Spacing, triple
 
 logger = logging.getLogger(__name__)
@@ -118,7 +117,7 @@ def _entry(item: Any, path: Path, i: int) -> Entry:
     if channel is not None and not (isinstance(channel, int) and channel >= 0):
         raise BadInput(f"{where}: channel must be a whole number from 0, got {json.dumps(channel)}")
     return Entry(
-        image=os.path.normpath(path.parent.absolute() / item["image"]),
+        image=path_in_list(item["image"], path.parent),
         shape=tuple(shape),
         spacing_mm=None if spacing is None else triple(float(s) for s in spacing[:3]),
         axes=axes,
@@ -128,20 +127,19 @@ def _entry(item: Any, path: Path, i: int) -> Entry:
 
 
 def write_datalist(path: str | Path, items: Iterable[dict[str, Any]]) -> int:
-    """Write a datalist atomically; `image` paths become relative to its folder where they lie below it.
+    """Write a datalist atomically; `image` paths become relative to its folder where they can (`path_for_list`).
 
     Returns:
         The number of entries.
     """
     path = Path(path)
-    folder, count = Path(os.path.abspath(path.parent)), 0
+    count = 0
     with (
         replacing(path) as temporary,
         temporary.open("w", encoding="utf-8") as file,
     ):  # item by item: a list may be longer than memory allows
         for item in items:  # one by one: a list may be longer than memory allows
-            image = Path(os.path.abspath(item["image"]))
-            row = {**item, "image": str(image.relative_to(folder) if image.is_relative_to(folder) else image)}
+            row = {**item, "image": path_for_list(item["image"], path.parent)}
             file.write(("[\n" if count == 0 else ",\n") + json.dumps(row))
             count += 1
         file.write("\n]\n" if count else "[]\n")

@@ -1,4 +1,4 @@
-"""Files that are whole or not there, JSON without NaN."""
+"""Files that are whole or not there, JSON without NaN, paths in lists."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from dinov2.files import replacing, to_json, write_json, write_text
+from dinov2.files import path_for_list, path_in_list, replacing, to_json, write_json, write_text
 
 
 def test_a_block_that_fails_leaves_the_earlier_file_and_nothing_else(tmp_path: Path) -> None:
@@ -56,3 +56,40 @@ def test_text_is_utf_8_whatever_the_locale(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setenv("LC_ALL", "C")
     write_text(tmp_path / "a.txt", "Schädel")
     assert (tmp_path / "a.txt").read_bytes() == "Schädel".encode()
+
+
+@pytest.mark.parametrize(
+    "image, folder, listed",
+    [
+        ("/set/lists/scans/a.nii", "/set/lists", "scans/a.nii"),
+        ("/set/imagesTr/a.nii", "/set/lists/fold0", "../../imagesTr/a.nii"),
+        ("/other/a.nii", "/set/lists", "/other/a.nii"),  # nothing in common but the root
+        ("/set/..a.nii", "/set", "..a.nii"),  # a name that begins with dots
+    ],
+)
+def test_lists_name_files_relative_to_their_folder_where_they_can(image: str, folder: str, listed: str) -> None:
+    assert path_for_list(image, folder) == listed
+    assert path_in_list(listed, folder) == image
+
+
+def test_a_list_and_its_data_move_together(tmp_path: Path) -> None:
+    image = tmp_path / "one" / "images" / "a.nii"
+    image.parent.mkdir(parents=True)
+    image.touch()
+    listed = path_for_list(image, tmp_path / "one" / "lists")
+    (tmp_path / "one").rename(tmp_path / "two")
+    assert Path(path_in_list(listed, tmp_path / "two" / "lists")).exists()
+
+
+def test_a_list_reached_through_a_link_finds_its_data(tmp_path: Path) -> None:
+    """`..` of a linked folder is another folder than that of the link's name."""
+    (tmp_path / "disk" / "lists").mkdir(parents=True)
+    (tmp_path / "disk" / "a.nii").touch()
+    (tmp_path / "home").mkdir()
+    link = tmp_path / "home" / "lists"
+    link.symlink_to(tmp_path / "disk" / "lists")
+    listed = path_for_list(tmp_path / "disk" / "a.nii", tmp_path / "disk" / "lists")
+    assert listed == "../a.nii" and Path(path_in_list(listed, link)).exists()
+    (tmp_path / "home" / "b.nii").touch()
+    for image in (tmp_path / "disk" / "a.nii", tmp_path / "home" / "b.nii"):  # written through the link
+        assert path_in_list(path_for_list(image, link), link) == str(image)

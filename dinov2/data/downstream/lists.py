@@ -25,7 +25,7 @@ from dinov2.data.downstream.recipes import TERTILES, Recipe
 from dinov2.data.names import names_apart
 from dinov2.data.volumes.formats import format_by_name, is_scan_path
 from dinov2.errors import BadInput
-from dinov2.files import write_text
+from dinov2.files import path_for_list, path_in_list, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -141,7 +141,7 @@ def _images(item: dict[str, Any], recipe: Recipe, folder: Path, where: str) -> t
     bad = [k for k in wanted if not isinstance(item[k], str) or not item[k]]
     if bad:
         raise BadInput(f"{where}: {bad[0]} must be a path, got {json.dumps(item[bad[0]])[:80]}")
-    return tuple(os.path.normpath(folder.absolute() / item[k]) for k in wanted)
+    return tuple(path_in_list(item[k], folder) for k in wanted)
 
 
 def _label(item: dict[str, Any], recipe: Recipe, folder: Path, where: str) -> str | float:
@@ -150,7 +150,7 @@ def _label(item: dict[str, Any], recipe: Recipe, folder: Path, where: str) -> st
     if recipe.task == "segmentation":
         if not isinstance(value, str) or not value:
             raise BadInput(f"{where} ({_brief(item)}): label must be the path of a label map, got {json.dumps(value)[:80]}")
-        return os.path.normpath(folder.absolute() / value)
+        return path_in_list(value, folder)
     if value is None:
         raise BadInput(f"{where} ({_brief(item)}): has no label: add it, or leave the case out of the list")
     if recipe.task == "regression":
@@ -268,7 +268,7 @@ def select_percent(items: Sequence[Item], percent: float, shuffle_seed: int | No
 
 
 def write_downstream_datalist(path: str | Path, splits: dict[str, list[dict[str, Any]]], seed: int) -> None:
-    """Write a list, its training part shuffled by a seed that it records; paths below its folder become relative.
+    """Write a list, its training part shuffled by a seed that it records; paths become relative to its folder where they can.
 
     Written aside and renamed.
 
@@ -281,15 +281,13 @@ def write_downstream_datalist(path: str | Path, splits: dict[str, list[dict[str,
         BadInput: The file cannot be written.
     """
     path = Path(path)
-    folder = Path(os.path.abspath(path.parent))
 
     def relative(key: str, value: Any) -> Any:
         if not isinstance(value, (str, Path)) or not re.fullmatch(r"image\d*|label", key):
             return value
         if key == "label" and isinstance(value, str) and format_by_name(value) is None:
             return value  # the name of a class
-        absolute = Path(os.path.abspath(value))
-        return str(absolute.relative_to(folder) if absolute.is_relative_to(folder) else absolute)
+        return path_for_list(value, path.parent)
 
     rows = {split: [{k: relative(k, v) for k, v in item.items()} for item in splits[split]] for split in SPLITS}
     random.Random(seed).shuffle(rows["training"])

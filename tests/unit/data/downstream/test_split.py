@@ -63,6 +63,18 @@ def test_a_split_is_seeded_whole_and_shuffled_with_the_seed_recorded(tmp_path: P
     assert (row["image"], row["label"]) == (f"images/{row['case']}.nii.gz", f"labels/{row['case']}.nii.gz")
 
 
+def test_a_list_beside_its_data_is_relative_and_moves_with_it(tmp_path: Path) -> None:
+    names = [f"{i}.nii.gz" for i in range(5)]
+    touch(tmp_path / "set" / "images", *names)
+    touch(tmp_path / "set" / "labels", *names)
+    flags = ["--images", str(tmp_path / "set" / "images"), "--labels", str(tmp_path / "set" / "labels")]
+    assert main(["split", *flags, "--output", str(tmp_path / "set" / "lists" / "d_100_datalist.json")]) == 0
+    (tmp_path / "d.yaml").write_text("classes: {0: background, 1: core}\n")
+    (tmp_path / "set").rename(tmp_path / "moved")
+    items = read_downstream_datalist(tmp_path / "moved" / "lists", load_recipe(tmp_path / "d.yaml"))
+    assert {Path(i.images[0]).parent for part in items.values() for i in part} == {tmp_path / "moved" / "images"}
+
+
 @pytest.mark.parametrize("form, flags", [("sub-{}_ses-{}_T1w.nii", []), ("pat{}v{}.nrrd", ["--patient", r"^(pat\d+)v"])])
 def test_a_patients_scans_stay_in_one_part(tmp_path: Path, form: str, flags: list[str]) -> None:
     names = [form.format(f"{p:02}", s) for p in range(10) for s in range(3)]
