@@ -118,34 +118,6 @@ def classify(args: argparse.Namespace) -> int:
     return run_classify(args.probe, args.input, args.pretrained_weights, args.output, say)
 
 
-def split(args: argparse.Namespace) -> int:
-    """Write a downstream datalist: a seeded split by patients of images and label maps, or of a table of images and labels."""
-    from dinov2.data.downstream.lists import write_downstream_datalist
-    from dinov2.data.downstream.split import (
-        counts_of_fractions,
-        find_pairs,
-        read_parts,
-        read_table,
-        split_as_listed,
-        split_patients,
-    )
-
-    if args.table:
-        rows = read_table(args.table, args.image_column, args.label_column, args.patient_column)
-    elif args.images and args.labels:
-        rows = find_pairs(args.images, args.labels, args.patient)
-    else:
-        raise BadInput("give --images and --labels (segmentation), or --table (classification, regression)")
-    if args.parts:
-        parts = split_as_listed(rows, read_parts(args.parts, args.parts_key))
-    else:
-        counts = counts_of_fractions(len({row["patient"] for row in rows}), args.fractions)
-        parts = split_patients(rows, counts, args.seed)
-    write_downstream_datalist(args.output, parts, args.seed)
-    say(f"{args.output}: " + ", ".join(f"{len(items)} {name}" for name, items in parts.items()))
-    return EXIT_OK
-
-
 def index(args: argparse.Namespace) -> int:
     """List the volumes below folders, checked and described; what cannot be used is set aside with its reason."""
     from dinov2.data.corpus.index.command import IndexRequest, merge, parse_shard
@@ -283,7 +255,7 @@ def build_parser() -> argparse.ArgumentParser:
     action.set_defaults(function=recipe_check)
     _add_predict(commands)
     _add_classify(commands)
-    _add_split(commands)
+    commands.add_parser("split", help="write a downstream datalist of labelled cases: parts by patients", add_help=False)
     _add_corpus(commands)
     _add_embed(commands)
     checkpoints = commands.add_parser("checkpoint", help="weights and training checkpoints in their forms")
@@ -320,25 +292,6 @@ def _add_classify(commands: Commands) -> None:
     action.add_argument("--output", type=Path, help="a table of the probabilities (CSV)")
     action.add_argument("--pretrained-weights", help="of the backbone, where they are no longer where they were")
     action.set_defaults(function=classify)
-
-
-def _add_split(commands: Commands) -> None:
-    action = commands.add_parser("split", help=_first_line(split))
-    action.add_argument("--images", type=Path, help="folder of images; nnU-Net's imagesTr too")
-    action.add_argument("--labels", type=Path, help="folder of label maps named as the images; labelsTr too")
-    action.add_argument("--table", type=Path, metavar="CSV", help="instead of them: a table with an image and a label a line")
-    for name, default in (("image", "image"), ("label", "label"), ("patient", None)):
-        action.add_argument(f"--{name}-column", default=default, help=f"of the table; default: {default or 'none'}")
-    action.add_argument("--output", type=Path, required=True, help="the list: <dataset>_100_datalist.json, for a table _cls_")
-    action.add_argument("--seed", type=int, default=0, help="of the split and of the training list's order")
-    parts, fractions = ("TRAINING", "VALIDATION", "TEST"), [0.7, 0.1, 0.2]
-    what = "of the patients; default: 0.7 0.1 0.2"
-    action.add_argument("--fractions", type=float, nargs=3, default=fractions, metavar=parts, help=what)
-    patient = "regular expression whose group is the patient in a file name; default: sub-... (BIDS), else a file is a patient"
-    action.add_argument("--patient", metavar="PATTERN", help=patient)
-    action.add_argument("--parts", type=Path, metavar="JSON", help="a fixed split: file names of training, validation and test")
-    action.add_argument("--parts-key", metavar="KEY", help="the key of that file below which they are")
-    action.set_defaults(function=split)
 
 
 def _add_corpus(commands: Commands) -> None:
@@ -406,9 +359,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         from dinov2.train.train3d import main as train_main
 
         return train_main(argv[1:])
-    args = build_parser().parse_args(argv)
     setup_logging()
     try:
+        if argv[:1] == ["split"]:
+            from dinov2.data.downstream.split_command import main as split_main
+
+            return split_main(argv[1:], say)
+        args = build_parser().parse_args(argv)
         return args.function(args)
     except BadInput as err:
         logger.error("%s", err)

@@ -130,7 +130,7 @@ def counts_of_fractions(num_patients: int, fractions: Sequence[float]) -> list[i
     return [num_patients - validation - test, validation, test]
 
 
-def find_pairs(images: Path, labels: Path, patient_pattern: str | None) -> list[Row]:
+def find_pairs(images: Path, labels: Path, patient_pattern: str | None, ending: str = "") -> list[Row]:
     """Images and label maps of two folders by their names; nnU-Net's channels (`_0000`, ...) too.
 
     Args:
@@ -138,6 +138,7 @@ def find_pairs(images: Path, labels: Path, patient_pattern: str | None) -> list[
         labels: Folder of label maps, each of an image's name.
         patient_pattern: Regular expression with one group, which finds the patient in a case's name; None: `sub-...` where
             every name has one (BIDS), otherwise a case is a patient.
+        ending: Of the files that count.
 
     Returns:
         Rows with `case`, `patient`, `image` or `image1`, `image2`, ..., and `label`, by name.
@@ -145,8 +146,12 @@ def find_pairs(images: Path, labels: Path, patient_pattern: str | None) -> list[
     Raises:
         BadInput: A folder without files, a label without image, unequal channels, a name without patient.
     """
-    label_of = _by_name(labels, "--labels", stem)
-    channels_of = _by_name(images, "--images", lambda path: name if (name := stem(path)) in label_of else CHANNEL.sub("", name))
+    label_of = _by_name(labels, "--labels", ending, stem)
+
+    def case_of(path: Path) -> str:
+        return name if (name := stem(path)) in label_of else CHANNEL.sub("", name)
+
+    channels_of = _by_name(images, "--images", ending, case_of)
     unpaired = sorted(set(label_of) - set(channels_of))
     if unpaired:
         raise BadInput(f"{label_of[unpaired[0]][0]} has no image of that name in {images}: rename one, or leave the label out")
@@ -160,23 +165,31 @@ def find_pairs(images: Path, labels: Path, patient_pattern: str | None) -> list[
             raise BadInput(
                 f"{name} has {len(channels_of[name])} channels in {images}, {names[0]} has {usual}: complete the data"
             )
-    patients = patients_of(names, patient_pattern)
-    rows = []
-    for name in names:
-        keys = ["image"] if usual == 1 else [f"image{c + 1}" for c in range(usual)]
-        files = dict(zip(keys, channels_of[name], strict=True))
-        rows.append({"case": name, "patient": patients[name], **files, "label": label_of[name][0]})
+    return segmentation_rows({name: (channels_of[name], label_of[name][0]) for name in names}, patient_pattern)
+
+
+def segmentation_rows(files: Mapping[str, tuple[Sequence[Path], Path]], patient_pattern: str | None) -> list[Row]:
+    """Rows of cases by name, from their images (one, or one for each channel) and label maps.
+
+    Raises:
+        BadInput: As of `patients_of`.
+    """
+    patients = patients_of(list(files), patient_pattern)
+    rows: list[Row] = []
+    for name, (images, label) in files.items():
+        keys = ["image"] if len(images) == 1 else [f"image{c + 1}" for c in range(len(images))]
+        rows.append({"case": name, "patient": patients[name], **dict(zip(keys, images, strict=True)), "label": label})
     return rows
 
 
-def _by_name(folder: Path, flag: str, name: Callable[[Path], str]) -> dict[str, list[Path]]:
-    """Scans of a folder (files, DICOM folders) by their case's name, in order."""
+def _by_name(folder: Path, flag: str, ending: str, name: Callable[[Path], str]) -> dict[str, list[Path]]:
+    """Scans of a folder (files of an ending, DICOM folders) by their case's name, in order."""
     try:
-        files = scans_in(folder)
+        files = [path for path in scans_in(folder) if path.name.endswith(ending)]
     except OSError as err:
         raise BadInput(f"{flag} {folder}: {err.strerror}") from err
     if not files:
-        raise BadInput(f"{flag} {folder}: holds no image files")
+        raise BadInput(f"{flag} {folder}: holds no {f'{ending} ' if ending else ''}image files")
     found: dict[str, list[Path]] = {}
     for path in files:
         found.setdefault(name(path), []).append(path)

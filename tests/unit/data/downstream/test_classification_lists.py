@@ -144,7 +144,7 @@ def test_names_of_classes_stay_names(tmp_path: Path) -> None:
         ("image,age\na.nii,3\n", ["--label-column", "sex"], "has no column sex: it has image, age"),
         ("image,label\na.nii,\n", [], "line 2: label is empty"),
         ("", [], "has no rows"),
-        (None, [], "give --images and --labels (segmentation), or --table"),
+        (None, [], "give --images and --labels, or --nnunet (segmentation), or --table"),
     ],
 )
 def test_tables_that_cannot_be_used_are_one_line(
