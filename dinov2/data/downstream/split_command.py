@@ -17,12 +17,15 @@ from dinov2.data.downstream.split import (
     split_as_listed,
     split_patients,
 )
+from dinov2.data.downstream.stratify import stratified_parts
 from dinov2.errors import EXIT_OK, BadInput
 from dinov2.logging import Say
 
 SUMMARY = (
-    "Write a downstream datalist: a seeded split by patients of images and label maps, or of a table of images and labels."
+    "Write a downstream datalist: seeded parts of images and label maps, or of a table of images and labels. "
+    "No patient is in two parts; a table's labels have the same shares in all."
 )
+FRACTIONS = (0.7, 0.1, 0.2)
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -39,9 +42,9 @@ def get_args_parser() -> argparse.ArgumentParser:
         add(f"--{name}-column", default=default, help=f"of the table; default: {default or 'none'}")
     add("--output", type=Path, required=True, help="the list: <dataset>_100_datalist.json, for a table _cls_")
     add("--seed", type=int, default=0, help="of the split and of the training list's order")
-    parts, fractions = ("TRAINING", "VALIDATION", "TEST"), [0.7, 0.1, 0.2]
-    what = "of the patients; default: 0.7 0.1 0.2"
-    add("--fractions", type=float, nargs=3, default=fractions, metavar=parts, help=what)
+    parts = ("TRAINING", "VALIDATION", "TEST")
+    what = f"of the patients, of a table of its lines; default: {' '.join(map(str, FRACTIONS))}"
+    add("--fractions", type=float, nargs=3, metavar=parts, help=what)
     patient = "regular expression whose group is the patient in a file name; default: sub-... (BIDS), else a file is a patient"
     add("--patient", metavar="PATTERN", help=patient)
     add("--parts", type=Path, metavar="JSON", help="a fixed split: file names of training, validation and test")
@@ -84,5 +87,7 @@ def deal(rows: Sequence[Row], args: argparse.Namespace) -> dict[str, list[Row]]:
     """The cases of each part."""
     if args.parts:
         return split_as_listed(rows, read_parts(args.parts, args.parts_key))
-    counts = counts_of_fractions(len({row["patient"] for row in rows}), args.fractions)
-    return split_patients(rows, counts, args.seed)
+    fractions = args.fractions or FRACTIONS
+    if args.table:
+        return stratified_parts(rows, fractions, args.seed)
+    return split_patients(rows, counts_of_fractions(len({row["patient"] for row in rows}), fractions), args.seed)
