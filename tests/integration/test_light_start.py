@@ -64,6 +64,7 @@ COMMANDS = [
     ["cache", "verify", "list.json", "--cache-dir", "cache"],
     ["cache", "stats", "list.json", "--cache-dir", "cache"],
     ["split", "--images", "images", "--labels", "labels", "--output", "d_100_datalist.json"],
+    ["split", "--folds", "3", "--images", "images", "--labels", "labels", "--output", "d_100_datalist.json"],
 ]
 
 

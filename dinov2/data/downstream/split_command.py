@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,12 +18,14 @@ from dinov2.data.downstream.split import (
     split_as_listed,
     split_patients,
 )
-from dinov2.data.downstream.stratify import stratified_parts
+from dinov2.data.downstream.stratify import fold_parts, stratified_parts
 from dinov2.errors import EXIT_OK, BadInput
 from dinov2.logging import Say
 
+logger = logging.getLogger(__name__)
+
 SUMMARY = (
-    "Write a downstream datalist: seeded parts of images and label maps, or of a table of images and labels. "
+    "Write a downstream datalist: seeded parts or folds of images and label maps, or of a table of images and labels. "
     "No patient is in two parts; a table's labels have the same shares in all."
 )
 FRACTIONS = (0.7, 0.1, 0.2)
@@ -45,6 +48,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     parts = ("TRAINING", "VALIDATION", "TEST")
     what = f"of the patients, of a table of its lines; default: {' '.join(map(str, FRACTIONS))}"
     add("--fractions", type=float, nargs=3, metavar=parts, help=what)
+    folds = "instead: K lists fold0/LIST, fold1/LIST, ...; fold i is tested, the next one validates, the others train"
+    add("--folds", type=int, metavar="K", help=folds)
     patient = "regular expression whose group is the patient in a file name; default: sub-... (BIDS), else a file is a patient"
     add("--patient", metavar="PATTERN", help=patient)
     add("--parts", type=Path, metavar="JSON", help="a fixed split: file names of training, validation and test")
@@ -62,12 +67,15 @@ def main(argv: Sequence[str], say: Say) -> int:
 
 
 def run(args: argparse.Namespace, say: Say) -> int:
+    if args.folds is not None and (args.fractions or args.parts):
+        raise BadInput("--folds decides the parts: leave out --fractions and --parts")
     rows, recipe = read_rows(args)
-    parts = deal(rows, args)
+    lists = lists_of_folds(rows, args) if args.folds is not None else {args.output: deal(rows, args)}
     if recipe is not None:
         say(f"{write_recipe(args.output, recipe)}: the recipe; see to its intensities and spacing before it is used")
-    write_downstream_datalist(args.output, parts, args.seed)
-    say(f"{args.output}: " + ", ".join(f"{len(items)} {name}" for name, items in parts.items()))
+    for path, parts in lists.items():
+        write_downstream_datalist(path, parts, args.seed)
+        say(f"{path}: " + ", ".join(f"{len(items)} {name}" for name, items in parts.items()))
     return EXIT_OK
 
 
@@ -91,3 +99,17 @@ def deal(rows: Sequence[Row], args: argparse.Namespace) -> dict[str, list[Row]]:
     if args.table:
         return stratified_parts(rows, fractions, args.seed)
     return split_patients(rows, counts_of_fractions(len({row["patient"] for row in rows}), fractions), args.seed)
+
+
+def lists_of_folds(rows: Sequence[Row], args: argparse.Namespace) -> dict[Path, dict[str, list[Row]]]:
+    """The parts of each fold by its list: the list's name decides the data set, so that each has a folder of its own."""
+    folds = fold_parts(rows, args.folds, args.seed, by_label=bool(args.table))
+    earlier = path_of_fold(args.output, len(folds))
+    if earlier.exists():
+        logger.warning("%s is of an earlier split into more folds: remove it", earlier)
+    return {path_of_fold(args.output, i): parts for i, parts in enumerate(folds)}
+
+
+def path_of_fold(output: Path, fold: int) -> Path:
+    """Its folder is the --base-data-dir of the fold's evaluation."""
+    return output.parent / f"fold{fold}" / output.name

@@ -1,4 +1,4 @@
-"""Parts of cases with the same shares of labels in each, a patient's cases together (`StratifiedGroupKFold`).
+"""Parts and folds of cases with the same shares of labels in each, a patient's cases together (`StratifiedGroupKFold`).
 
 A number's labels are alike where their quantile bins are. Every cut depends on the seed and the cases, never on their order.
 """
@@ -16,6 +16,7 @@ import numpy as np
 
 from dinov2.data.downstream.lists import SPLITS
 from dinov2.data.downstream.split import Row, counts_of_fractions
+from dinov2.errors import BadInput
 
 MOST_CLASSES = 20  # whole numbers of more values than this are a regression's
 MOST_BINS = 10
@@ -25,7 +26,7 @@ FINEST = 20  # folds that a part is put together from, where its share asks for 
 class _Case(NamedTuple):
     row: Row
     patient: str
-    label: float | str  # of a regression, or a class
+    label: float | str  # of a regression, or a class; the same one where cases are not told apart
 
 
 def stratified_parts(rows: Sequence[Row], fractions: Sequence[float], seed: int) -> dict[str, list[Row]]:
@@ -40,16 +41,44 @@ def stratified_parts(rows: Sequence[Row], fractions: Sequence[float], seed: int)
         BadInput: Fractions that do not add up to 1, or too few patients.
     """
     counts_of_fractions(len({row["patient"] for row in rows}), fractions)
-    test, rest = _take(_cases(rows), fractions[2], seed, parts_left=2)
+    test, rest = _take(_cases(rows, by_label=True), fractions[2], seed, parts_left=2)
     validation, training = _take(rest, fractions[1] / (fractions[0] + fractions[1]), seed, parts_left=1)
     parts = zip(SPLITS, (training, validation, test), strict=True)
     return {split: [case.row for case in cases] for split, cases in parts}
 
 
-def _cases(rows: Sequence[Row]) -> list[_Case]:
+def fold_parts(rows: Sequence[Row], num_folds: int, seed: int, by_label: bool) -> list[dict[str, list[Row]]]:
+    """Parts for each of several folds: fold i is tested, the next one (after the last the first) validates, the others train.
+
+    So each case is tested once, and validates once.
+
+    Args:
+        rows: Items with `case` and `patient`.
+        num_folds: At least three.
+        seed: Of the patients' order.
+        by_label: Labels are values, and their shares the same in every fold.
+
+    Raises:
+        BadInput: Fewer than three folds, or fewer patients than folds.
+    """
+    num_patients = len({row["patient"] for row in rows})
+    if not 3 <= num_folds <= num_patients:
+        raise BadInput(f"--folds {num_folds}: give from 3 to the number of patients, {num_patients}")
+    folds = [[case.row for case in fold] for fold in _cut(_cases(rows, by_label), num_folds, seed)]
+    return [
+        {
+            "training": [row for k, fold in enumerate(folds) if k not in (i, (i + 1) % num_folds) for row in fold],
+            "validation": folds[(i + 1) % num_folds],
+            "test": folds[i],
+        }
+        for i in range(num_folds)
+    ]
+
+
+def _cases(rows: Sequence[Row], by_label: bool) -> list[_Case]:
     """In an order of their own."""
     ordered = sorted(rows, key=lambda row: str(row["case"]))
-    labels = _labels([row["label"] for row in ordered])
+    labels = _labels([row["label"] for row in ordered]) if by_label else [""] * len(ordered)
     return [_Case(row, str(row["patient"]), label) for row, label in zip(ordered, labels, strict=True)]
 
 

@@ -1,9 +1,10 @@
-"""Parts have the same shares of labels, never a patient twice, and depend on the seed alone."""
+"""Parts and folds have the same shares of labels, never a patient twice, and depend on the seed alone."""
 
 from __future__ import annotations
 
 import json
 import random
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,10 @@ import numpy as np
 import pytest
 
 from dinov2.cli import main
-from dinov2.data.downstream.lists import SPLITS
+from dinov2.data.downstream.lists import SPLITS, read_downstream_datalist
+from dinov2.data.downstream.recipes import load_recipe
 from dinov2.data.downstream.split import split_patients
-from dinov2.data.downstream.stratify import stratified_parts
+from dinov2.data.downstream.stratify import fold_parts, stratified_parts
 
 SHARES = (0.7, 0.1, 0.2)
 Row = dict[str, Any]
@@ -98,6 +100,7 @@ def test_parts_depend_on_the_seed_and_not_on_the_order_of_the_lines(labels: list
     mixed = random.Random(1).sample(rows, len(rows))
     one = stratified_parts(rows, SHARES, 0)
     assert one == stratified_parts(mixed, SHARES, 0) != stratified_parts(rows, SHARES, 1)
+    assert fold_parts(rows, 4, 0, True) == fold_parts(mixed, 4, 0, True) != fold_parts(rows, 4, 1, True)
 
 
 @pytest.mark.parametrize("fractions", [SHARES, (0.1, 0.1, 0.8), (0.98, 0.01, 0.01), (0.34, 0.33, 0.33)])
@@ -124,3 +127,88 @@ def test_a_tables_parts_are_stratified_and_any_order_of_its_lines_gives_the_same
     content = json.loads(written[0])
     assert written[0] == written[1]
     assert [sum(row["label"] == "ill" for row in content[split]) for split in SPLITS] == [7, 1, 2]
+
+
+# ---------------------------------------------------------------------- folds
+
+
+@pytest.mark.parametrize("num_folds", [3, 5])
+def test_each_case_is_tested_once_and_validates_once(num_folds: int) -> None:
+    rows = scans_of([i % 2 for i in range(60)], scans=3)
+    folds = fold_parts(rows, num_folds, 0, by_label=True)
+    for split in ("validation", "test"):
+        assert sorted(row["case"] for fold in folds for row in fold[split]) == sorted(row["case"] for row in rows)
+    for i, fold in enumerate(folds):
+        people = [patients_of(fold[split]) for split in SPLITS]
+        assert sum(map(len, people)) == len(set.union(*people)) == 60
+        assert fold["validation"] == folds[(i + 1) % num_folds]["test"]
+        assert abs(share_of(fold["test"], 1) - share_of(rows, 1)) < 0.06
+
+
+def test_folds_of_images_are_of_one_size_by_patients() -> None:
+    rows = [{**row, "label": f"{row['case']}.nii"} for row in scans_of([0] * 50, scans=4)]
+    folds = fold_parts(rows, 5, 0, by_label=False)
+    sizes = [len(fold["test"]) for fold in folds]
+    assert max(sizes) - min(sizes) <= 1 and sum(sizes) == len(rows)
+
+
+def evaluable(folder: Path, recipe: Path, fold: int) -> dict[str, list[str]]:
+    items = read_downstream_datalist(folder / f"fold{fold}", load_recipe(recipe))
+    return {split: [item.case for item in items[split]] for split in SPLITS}
+
+
+def test_folds_of_a_table_are_lists_that_an_evaluation_reads(tmp_path: Path) -> None:
+    (tmp_path / "scans").mkdir()
+    lines = [f"scans/sub-{i // 2:02}_{i % 2}.nii,{'fm'[i // 2 % 2]}" for i in range(40)]
+    for line in lines:
+        (tmp_path / line.split(",")[0]).touch()
+    (tmp_path / "t.csv").write_text("\n".join(["image,label", *lines]) + "\n")
+    (tmp_path / "sex.yaml").write_text("task: classification\nclasses: {0: f, 1: m}\n")
+    command = ["split", "--table", str(tmp_path / "t.csv"), "--output", str(tmp_path / "sex_cls_datalist.json"), "--folds", "5"]
+    assert main(command) == 0
+    folds = [evaluable(tmp_path, tmp_path / "sex.yaml", i) for i in range(5)]
+    assert Counter(case for fold in folds for case in fold["test"]) == Counter({Path(x.split(",")[0]).stem: 1 for x in lines})
+    content = json.loads((tmp_path / "fold2" / "sex_cls_datalist.json").read_text())
+    assert content["test"][0]["image"].startswith("../scans/") and content["shuffle_seed"] == 0
+    assert {sum(row["label"] == "f" for row in content["test"])} == {4} and not (tmp_path / "sex_cls_datalist.json").exists()
+
+
+def test_folds_of_an_nnunet_folder_share_a_recipe(tmp_path: Path) -> None:
+    for i in range(6):
+        for path in (tmp_path / f"D/imagesTr/c{i}_0000.nii.gz", tmp_path / f"D/labelsTr/c{i}.nii.gz"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
+    description = {"channel_names": {"0": "CT"}, "labels": {"background": 0, "a": 1}, "file_ending": ".nii.gz"}
+    (tmp_path / "D" / "dataset.json").write_text(json.dumps(description))
+    output = tmp_path / "D" / "d_100_datalist.json"
+    assert main(["split", "--nnunet", str(tmp_path / "D"), "--output", str(output), "--folds", "3"]) == 0
+    folds = [evaluable(tmp_path / "D", tmp_path / "D" / "d.yaml", i) for i in range(3)]
+    assert sorted(case for fold in folds for case in fold["test"]) == [f"c{i}" for i in range(6)]
+    assert json.loads((tmp_path / "D" / "fold0" / output.name).read_text())["test"][0]["image"].startswith("../imagesTr/")
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--folds", "2"], "--folds 2: give from 3 to the number of patients, 6"),
+        (["--folds", "7"], "--folds 7: give from 3"),
+        (["--folds", "3", "--fractions", "0.5", "0.2", "0.3"], "leave out --fractions"),
+        (["--folds", "3", "--parts", "p.json"], "leave out --fractions and --parts"),
+        (["--fractions", "0.5", "0.2", "0.2"], "add up to 1"),
+    ],
+)
+def test_folds_that_cannot_be_made_are_one_line(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], flags: list[str], words: str
+) -> None:
+    (tmp_path / "t.csv").write_text("image,label\n" + "".join(f"{i}.nii,a\n" for i in range(6)))
+    assert main(["split", "--table", str(tmp_path / "t.csv"), "--output", str(tmp_path / "l.json"), *flags]) == 2
+    said = capfd.readouterr().err
+    assert words in said and said.count("\n") == 1 and [p.name for p in tmp_path.iterdir()] == ["t.csv"], said
+
+
+def test_a_fold_of_an_earlier_split_into_more_is_named(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "t.csv").write_text("image,label\n" + "".join(f"{i}.nii,a\n" for i in range(6)))
+    command = ["split", "--table", str(tmp_path / "t.csv"), "--output", str(tmp_path / "l.json"), "--folds"]
+    assert main([*command, "4"]) == 0 and "earlier" not in capfd.readouterr().err
+    assert main([*command, "3"]) == 0
+    assert "fold3/l.json is of an earlier split into more folds" in capfd.readouterr().err
