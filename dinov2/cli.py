@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import logging
 import sys
 from collections.abc import Callable, Sequence
@@ -19,6 +20,15 @@ if TYPE_CHECKING:
     Commands = argparse._SubParsersAction[argparse.ArgumentParser]
 
 logger = logging.getLogger(__name__)
+
+PROGRAMS = {  # sub-commands whose words all go to a program's own `main`: its module, what it does
+    "train": ("dinov2.train.train3d", "pretrain"),
+    "segment": ("dinov2.eval.segmentation3d", "train and test a segmentation on a labelled set"),
+    "linear": ("dinov2.eval.linear3d", "linear probing of a classification"),
+    "knn": ("dinov2.eval.knn", "a classification by nearest neighbours of frozen features"),
+    "logistic": ("dinov2.eval.log_regression", "a classification by logistic regression on frozen features"),
+    "ridge": ("dinov2.eval.regression", "a number, such as age, by ridge regression on frozen features"),
+}
 
 
 def say(text: str) -> None:
@@ -219,7 +229,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("dinov2", description="Self-supervised pretraining of 3D vision transformers.")
     parser.add_argument("--version", action="version", version=f"dinov2-3d {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    commands.add_parser("train", help="pretrain (the flags of train3d.py; `dinov2 train --help`)", add_help=False)
+    for name, (module, what) in PROGRAMS.items():
+        program = module.rpartition(".")[2]
+        commands.add_parser(name, help=f"{what} (the flags of {program}.py; `dinov2 {name} --help`)", add_help=False)
     action = commands.add_parser("demo", help=_first_line(demo))
     action.add_argument("--output", type=Path, default=Path("demo_output"), help="folder of the results")
     action.add_argument("--data", type=Path, help="your own folder of volumes instead of made ones")
@@ -355,10 +367,9 @@ def _add_embed(commands: Commands) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a sub-command; a user's mistake is one line and exit code 2."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    if argv[:1] == ["train"]:
-        from dinov2.train.train3d import main as train_main
-
-        return train_main(argv[1:])
+    if argv and argv[0] in PROGRAMS:
+        module, _ = PROGRAMS[argv[0]]
+        return importlib.import_module(module).main(argv[1:])
     setup_logging()
     try:
         if argv[:1] == ["split"]:
