@@ -150,6 +150,10 @@ def test_folds_of_images_are_of_one_size_by_patients() -> None:
     folds = fold_parts(rows, 5, 0, by_label=False)
     sizes = [len(fold["test"]) for fold in folds]
     assert max(sizes) - min(sizes) <= 1 and sum(sizes) == len(rows)
+    often = [{"case": f"often-{s}", "patient": "often", "label": "l.nii"} for s in range(30)]
+    for seed in range(3):  # whoever has most scans comes first: what the others have evens the folds out
+        folds = fold_parts([*often, *scans_of(["l.nii"] * 60)], 3, seed, by_label=False)
+        assert [len(fold["test"]) for fold in folds] == [30, 30, 30]
 
 
 def evaluable(folder: Path, recipe: Path, fold: int) -> dict[str, list[str]]:
@@ -170,7 +174,9 @@ def test_folds_of_a_table_are_lists_that_an_evaluation_reads(tmp_path: Path) -> 
     assert Counter(case for fold in folds for case in fold["test"]) == Counter({Path(x.split(",")[0]).stem: 1 for x in lines})
     content = json.loads((tmp_path / "fold2" / "sex_cls_datalist.json").read_text())
     assert content["test"][0]["image"].startswith("../scans/") and content["shuffle_seed"] == 0
-    assert {sum(row["label"] == "f" for row in content["test"])} == {4} and not (tmp_path / "sex_cls_datalist.json").exists()
+    lists = [json.loads((tmp_path / f"fold{i}" / "sex_cls_datalist.json").read_text()) for i in range(5)]
+    assert [sum(row["label"] == "f" for row in each["test"]) for each in lists] == [4] * 5
+    assert not (tmp_path / "sex_cls_datalist.json").exists()
 
 
 def test_folds_of_an_nnunet_folder_share_a_recipe(tmp_path: Path) -> None:
