@@ -27,11 +27,12 @@ REQUEUE_WAIT_S = 600  # how long a task waits to be ended after it asked for its
 
 
 def add_cluster_arguments(parser: argparse.ArgumentParser) -> None:
-    """DINOv2's flags for the cluster."""
+    """DINOv2's flags for the cluster, in all its spellings."""
     group = add_job_arguments(parser)
-    group.add_argument("--nodes", type=int, default=1, help="machines")
-    group.add_argument("--ngpus", type=int, default=4, help="GPUs, and so ranks, per machine")
+    group.add_argument("--nodes", "--nnodes", type=int, default=1, help="machines")
+    group.add_argument("--ngpus", "--gpus", "--gpus-per-node", type=int, default=4, help="GPUs, and so ranks, per machine")
     group.add_argument("--cpu", action="store_true", help="ranks on CPUs: --ngpus of them per machine, and no GPU asked for")
+    group.add_argument("--use-volta32", action="store_true", help="accepted for old commands, no effect")
 
 
 def add_job_arguments(
@@ -84,6 +85,8 @@ def launch(module: str, flags: argparse.ArgumentParser, argv: Sequence[str] | No
     args, rest = cluster.parse_known_args(sys.argv[1:] if argv is None else list(argv))
     own = flags.parse_intermixed_args(rest)
     setup_logging()
+    if args.use_volta32:
+        logger.info("--use-volta32 has no effect: choose machines by --partition or --exclude")
     try:
         if not own.output_dir:
             raise BadInput("--output-dir is needed: the job's logs and checkpoints go there")

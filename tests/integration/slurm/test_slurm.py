@@ -122,6 +122,18 @@ def test_a_machine_without_slurm_is_told_what_to_do(
     assert main([]) == 2 and "--output-dir is needed" in capsys.readouterr().err
 
 
+def test_dinov2s_spellings_ask_for_the_same_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = []
+    monkeypatch.setattr("dinov2.run.submit.submit", lambda *args: asked.append(args) or "1")
+    own = ["--output-dir", str(tmp_path), "train.seed=1"]
+    for words in ("--nodes 2 --ngpus 3", "--nnodes 2 --gpus-per-node 3", "--nnodes=2 --gpus 3 --use-volta32"):
+        assert main([*words.split(), *own]) == 0
+    assert [(program.argv, *rest) for program, _, _, *rest in asked] == [(own, 2, 3, False)] * 3
+    assert capsys.readouterr().err.count("--use-volta32 has no effect: choose machines by --partition") == 1
+
+
 @needs_slurm
 @pytest.mark.slow
 def test_an_index_as_an_array_is_merged_when_its_shards_are_done(slurm: None, tmp_path: Path) -> None:
