@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import NoReturn
+
 EXIT_OK = 0
 EXIT_LOST_RANK = 1
 EXIT_BAD_INPUT = 2
@@ -26,3 +29,20 @@ class BadVolume(BadInput):
 
 class LostRank(RuntimeError):
     """Another rank of the job has ended. Programs exit with 1; the rank that ended first says why."""
+
+
+def replaced(name: str, instead: str) -> Callable[..., NoReturn]:
+    """A published name that cannot be a thin door here: it imports, and using it says in one line what takes its place.
+
+    Args:
+        name: As it is imported, `dinov2.module.name`.
+        instead: What to use.
+    """
+    line = f"{name} has no counterpart here: use {instead} (FIDELITY.md, Import map)"
+
+    def refuse(*args: object, **kwargs: object) -> NoReturn:
+        raise NotImplementedError(line)
+
+    refuse.__name__ = refuse.__qualname__ = name.rpartition(".")[2]
+    refuse.__doc__ = line
+    return refuse

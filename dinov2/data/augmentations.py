@@ -82,20 +82,23 @@ class DataAugmentationDINO3d:
         return None if self.region_mm is None else triple(self.region_mm / s for s in spacing_mm)
 
     def __call__(
-        self, volume: Tensor, seed: int | np.random.Generator, spacing_mm: tuple[float, float, float] = (1.0, 1.0, 1.0)
+        self,
+        volume: Tensor,
+        seed: int | np.random.Generator | None = None,
+        spacing_mm: tuple[float, float, float] = (1.0, 1.0, 1.0),
     ) -> dict[str, list[Tensor]]:
         """Crops of a volume.
 
         Args:
             volume: [1, H, W, D] float32, or int16 (a preprocessed volume's voxels, value * 32767), slice axis last.
-            seed: The only source of randomness.
+            seed: The only source of randomness; None, as DINOv2 calls it: torch's generator.
             spacing_mm: Along H, W, D.
 
         Returns:
             `global_crops`, `local_crops`: lists of [1, s, s, s].
         """
         crops = [torch.empty(1, size, size, size, dtype=self.dtype) for size, _, _ in self.crop_kinds]
-        self.write(volume, crops, seed, spacing_mm)
+        self.write(volume, crops, _seed_of_torch() if seed is None else seed, spacing_mm)
         global_crops, local_crops = crops[:NUM_GLOBAL_CROPS], crops[NUM_GLOBAL_CROPS:]
         return {"global_crops": global_crops, "local_crops": local_crops}
 
@@ -110,6 +113,31 @@ class DataAugmentationDINO3d:
         plan = self.plan(triple(volume.shape[1:]), np.random.default_rng(seed), spacing_mm)
         for crop, place in zip((*plan.global_crops, *plan.local_crops), out, strict=True):
             place.copy_(self.apply_crop(volume, crop))
+
+
+class RandomResizedCrop3d:
+    """One random crop, resized to a cube, neither turned nor changed in intensity: what `DataAugmentationDINO3d` begins with.
+
+    Args:
+        size: Edge of the result (voxels).
+        in_slice_scale: Range of the in-plane area fraction.
+        cross_slice_scale: Range of the share of slices.
+        backend: As of `DataAugmentationDINO3d`.
+    """
+
+    def __init__(self, size: int, in_slice_scale: ap.Range, cross_slice_scale: ap.Range, backend: str = "auto") -> None:
+        self.size, self.in_slice_scale, self.cross_slice_scale = size, pair(in_slice_scale), pair(cross_slice_scale)
+        self.apply_crop = backend_named(backend)
+
+    def __call__(self, volume: Tensor, seed: int | np.random.Generator | None = None) -> Tensor:
+        """[1, H, W, D], slice axis last -> [1, s, s, s]; without a seed from torch's generator."""
+        rng = np.random.default_rng(_seed_of_torch() if seed is None else seed)
+        box = ap.plan_crop(triple(volume.shape[1:]), self.in_slice_scale, self.cross_slice_scale, rng)
+        return self.apply_crop(volume, ap.CropPlan(box, self.size, (), (), ()))
+
+
+def _seed_of_torch() -> int:
+    return int(torch.randint(2**63 - 1, ()))
 
 
 def backend_named(name: str) -> Callable[[Tensor, ap.CropPlan], Tensor]:

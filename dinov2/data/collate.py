@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import random
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -105,6 +106,16 @@ def collate(rows: Rows, positions: Sequence[int], samples: Sequence[Sample], upp
     bad = {path: reason for s in samples for path, reason in s["bad"].items()}
     if not all("sample_id" in s for s in samples):
         return {"bad": bad}
+    return {
+        **_of_rows(rows, upperbound),
+        "sample_ids": [s["sample_id"] for s in samples],
+        "positions": torch.tensor(positions, dtype=torch.int64),
+        "bad": bad,
+    }
+
+
+def _of_rows(rows: Rows, upperbound: int) -> Batch:
+    """What DINOv2's collation gives: crops, masks, and where and how much the masked patches count."""
     masks = rows.masks
     return {
         "collated_global_crops": rows.global_crops,
@@ -114,7 +125,39 @@ def collate(rows: Rows, positions: Sequence[int], samples: Sequence[Sample], upp
         "masks_weight": (1 / masks.sum(-1).clamp(min=1.0))[:, None].expand_as(masks)[masks],
         "upperbound": upperbound,
         "n_masked_patches": masks.sum().reshape(1),
-        "sample_ids": [s["sample_id"] for s in samples],
-        "positions": torch.tensor(positions, dtype=torch.int64),
-        "bad": bad,
     }
+
+
+def collate_data_and_cast(
+    samples_list: Sequence[Any],
+    mask_ratio_tuple: tuple[float, float],
+    mask_probability: float,
+    dtype: torch.dtype,
+    n_tokens: int | None = None,
+    mask_generator: Callable[[int], Any] | None = None,
+) -> Batch:
+    """DINOv2's collation, for torch's DataLoader; a run's own batches come from `TrainLoader`.
+
+    Args:
+        samples_list: What `DataAugmentationDINO3d` returns for each volume, or pairs of that and anything.
+        mask_ratio_tuple: Lowest and highest share of masked patches.
+        mask_probability: Share of the global crops that are masked.
+        dtype: Of the crops.
+        n_tokens: N, patches of a global crop.
+        mask_generator: Number of patches to mask -> mask of N patches; None: uniform, as `MaskingGenerator3d`.
+
+    Returns:
+        As `collate`, without `sample_ids`, `positions` and `bad`. Masks follow Python's `random`.
+    """
+    if n_tokens is None:
+        raise ValueError("collate_data_and_cast needs n_tokens, the patches of a global crop")
+    crops = [s[0] if isinstance(s, (tuple, list)) else s for s in samples_list]
+    global_crops, local_crops = (
+        [c[kind][i].to(dtype) for i in range(len(crops[0][kind])) for c in crops] for kind in ("global_crops", "local_crops")
+    )
+    plan = plan_masks(random.getrandbits(63), 0, len(global_crops), n_tokens, mask_probability, mask_ratio_tuple)
+    masks = plan.masks
+    if mask_generator is not None:
+        masks = np.stack([np.asarray(mask_generator(int(n)), dtype=bool).ravel() for n in masks.sum(1)])
+    local = torch.stack(local_crops) if local_crops else global_crops[0].new_empty(0)
+    return _of_rows(Rows(torch.stack(global_crops), local, torch.from_numpy(masks)), int(plan.upper_bounds.sum()))

@@ -8,6 +8,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
+from enum import Enum
 from itertools import islice
 from typing import Any
 
@@ -23,7 +24,7 @@ from dinov2.data.dataset import PretrainDataset, Sample
 from dinov2.data.samplers import PositionSampler
 from dinov2.data.slots import HELD, slot_queue
 from dinov2.distributed.precision import crop_dtype
-from dinov2.errors import BadInput
+from dinov2.errors import BadInput, replaced
 
 logger = logging.getLogger(__name__)
 
@@ -208,3 +209,27 @@ def one_ahead(take: Take, copies: CudaCopies) -> Iterator[Batch]:
         ahead = start(False)
         yield copies.arrived(*waiting)
         waiting = ahead or start(True)
+
+
+class SamplerType(Enum):
+    """DINOv2's, so that scripts that name one load; every run here has one endless order (`samplers.py`)."""
+
+    DISTRIBUTED = 0
+    EPOCH = 1
+    INFINITE = 2
+    SHARDED_INFINITE = 3
+    SHARDED_INFINITE_NEW = 4
+
+
+make_data_loader = replaced(
+    "dinov2.data.make_data_loader",
+    "dinov2.data.TrainLoader(cfg, datalist), or torch's DataLoader with dinov2.data.collate_data_and_cast",
+)
+make_dataset_3d = replaced(
+    "dinov2.data.make_dataset_3d",
+    "dinov2.data.read_datalist(path).larger_than(min_axis) with dinov2.data.TrainLoader(cfg, datalist)",
+)
+make_segmentation_dataset_3d = replaced(
+    "dinov2.data.loaders.make_segmentation_dataset_3d",
+    "dinov2.data.downstream: recipes.load_recipe, lists.read_downstream_datalist and cases.Cases",
+)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from dinov2.geometry import Size3, triple
 from dinov2.streams import Kind, stream
 
 
@@ -40,3 +43,36 @@ def plan_masks(
         masks[row, rng.permutation(num_patches)[:count]] = True
         upper_bounds[row] = int(num_patches * high)
     return MaskPlan(masks, upper_bounds)
+
+
+class MaskingGenerator3d:
+    """3DINO's call for the mask of one crop: as many patches as are asked for, anywhere.
+
+    Draws from Python's `random`, as DINOv2's; a run's own masks are of `plan_masks`.
+
+    Args:
+        input_size: Patches along an edge, or along (h, w, d).
+        num_masking_patches, min_num_patches, max_num_patches, min_aspect, max_aspect: Of DINOv2's blocks, which 3DINO has not;
+            accepted, no effect.
+    """
+
+    def __init__(
+        self,
+        input_size: int | Sequence[int],
+        num_masking_patches: int | None = None,
+        min_num_patches: int = 4,
+        max_num_patches: int | None = None,
+        min_aspect: float = 0.3,
+        max_aspect: float | None = None,
+    ) -> None:
+        self.size = triple((input_size,) * 3 if isinstance(input_size, int) else input_size)
+        self.num_patches = int(np.prod(self.size))
+
+    def get_shape(self) -> Size3:
+        return self.size
+
+    def __call__(self, num_masking_patches: int = 0) -> np.ndarray:
+        """[h, w, d] bool, True = masked."""
+        mask = np.zeros(self.num_patches, dtype=bool)
+        mask[random.sample(range(self.num_patches), num_masking_patches)] = True
+        return mask.reshape(self.size)

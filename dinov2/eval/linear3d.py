@@ -25,7 +25,7 @@ from dinov2.distributed import barrier, is_main_process
 from dinov2.errors import EXIT_OK, BadInput
 from dinov2.eval.metrics.classification import classification_scores, write_predictions
 from dinov2.eval.probing import training
-from dinov2.eval.probing.linear_heads import LEARNING_RATES
+from dinov2.eval.probing.linear_heads import LEARNING_RATES, LinearClassifier  # noqa: F401 - DINOv2's place of the second
 from dinov2.eval.probing.parts import groups_of, labels_of, part_features, require_every_class, training_items
 from dinov2.eval.probing.saved_probe import save_probe
 from dinov2.eval.run import MODELS, Request, Setting, checked_request, frozen_parser, open_run, require_positive

@@ -86,7 +86,32 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim, bias=proj_bias)
 
-    def forward(self, x: Tensor, segments: list[Segment]) -> Tensor:
-        """[T, E] -> [T, E]."""
+    def forward(self, x: Tensor, segments: list[Segment] | None = None) -> Tensor:
+        """[T, E] -> [T, E]; without segments, as DINOv2 calls it, [B, N, E] -> [B, N, E]."""
+        if segments is None:
+            return self.forward(x.flatten(0, 1), [Segment(*x.shape[:2])]).view(x.shape)
         qkv = self.qkv(x).view(x.shape[0], 3, self.num_heads, -1)
         return self.proj(packed_attention(qkv, segments, self.kind).flatten(1))
+
+
+class MemEffAttention(Attention):
+    """DINOv2's name and arguments of `Attention`; crops of several sizes are told by `segments`, not by `attn_bias`."""
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 8,
+        qkv_bias: bool = False,
+        proj_bias: bool = True,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+    ) -> None:
+        if attn_drop or proj_drop:
+            raise NotImplementedError("MemEffAttention: there is no dropout here, as in the published networks: leave it at 0")
+        super().__init__(dim, num_heads, qkv_bias, proj_bias)
+
+    def forward(self, x: Tensor, segments: list[Segment] | None = None, attn_bias: object = None) -> Tensor:
+        """[B, N, E] -> [B, N, E], or as of `Attention`."""
+        if attn_bias is not None:
+            raise NotImplementedError("MemEffAttention: attn_bias has no counterpart here: tell sequences by `segments`")
+        return super().forward(x, segments)

@@ -6,10 +6,12 @@ Shapes: T all tokens of a pass, E embedding.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from dinov2.layers.attention import Attention, Segment
+from dinov2.layers.attention import Attention, MemEffAttention, Segment
 from dinov2.layers.layer_scale import LayerScale
 from dinov2.layers.mlp import Mlp
 from dinov2.layers.stochastic_depth import Draw, add_rows, draw_subset, drop_mask, kept_rows, mean_keeping_scale, take_rows
@@ -37,17 +39,22 @@ class Block(nn.Module):
         subset_above: float = 0.1,
     ) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.norm1: nn.Module = nn.LayerNorm(dim, eps=1e-6)
         self.attn = Attention(dim, num_heads, qkv_bias, proj_bias, attention)
         self.ls1 = nn.Identity() if init_values is None else LayerScale(dim, init_values)
-        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.norm2: nn.Module = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = ffn_layer(dim, int(dim * mlp_ratio), bias=ffn_bias)
         self.ls2 = nn.Identity() if init_values is None else LayerScale(dim, init_values)
         self.drop_path = drop_path
         self.subset_above = subset_above
 
-    def forward(self, x: Tensor, segments: list[Segment], draws: tuple[Draw, Draw] | None = None) -> Tensor:
-        """[T, E] -> [T, E]; `draws` are of `self.draw`, which is called where there are none."""
+    def forward(self, x: Tensor, segments: list[Segment] | None = None, draws: tuple[Draw, Draw] | None = None) -> Tensor:
+        """[T, E] -> [T, E]; `draws` are of `self.draw`, which is called where there are none.
+
+        Without segments, as DINOv2 calls it, [B, N, E] -> [B, N, E]; rotary positions would have to be in the segments.
+        """
+        if segments is None:
+            return self.forward(x.flatten(0, 1), [Segment(*x.shape[:2])], draws).view(x.shape)
         for_attention, for_mlp = self.draw(x, segments) if draws is None else draws
         x = self._add_residual(x, segments, for_attention, lambda t, segs: self.ls1(self.attn(self.norm1(t), segs)))
         return self._add_residual(x, segments, for_mlp, lambda t, _: self.ls2(self.mlp(self.norm2(t))))
@@ -71,3 +78,40 @@ class Block(nn.Module):
         rows, place, kept = kept_rows(draw, segments)
         residual = branch(take_rows(x, rows, place), kept)
         return add_rows(x, residual * mean_keeping_scale(segments, kept, residual), rows, place)
+
+
+class NestedTensorBlock(Block):
+    """DINOv2's name and arguments of `Block`, called with [B, N, E] or with a list of such, which is one pass."""
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = False,
+        proj_bias: bool = True,
+        ffn_bias: bool = True,
+        drop: float = 0.0,
+        attn_drop: float = 0.0,
+        init_values: float | None = None,
+        drop_path: float = 0.0,
+        act_layer: type[nn.Module] = nn.GELU,
+        norm_layer: Callable[[int], nn.Module] = nn.LayerNorm,
+        attn_class: type[nn.Module] = Attention,
+        ffn_layer: Callable[..., nn.Module] = Mlp,
+    ) -> None:
+        if drop or attn_drop or act_layer is not nn.GELU or attn_class not in (Attention, MemEffAttention):
+            raise NotImplementedError(
+                "NestedTensorBlock: dropout, another activation than GELU and another attention are not part of this package, "
+                "nor of the published networks: leave drop, attn_drop, act_layer and attn_class as they are"
+            )
+        super().__init__(dim, num_heads, mlp_ratio, qkv_bias, proj_bias, ffn_bias, drop_path, init_values or None, ffn_layer)
+        self.norm1, self.norm2 = norm_layer(dim), norm_layer(dim)
+
+    def forward(self, x: Any, segments: list[Segment] | None = None, draws: tuple[Draw, Draw] | None = None) -> Any:
+        """A tensor as of `Block`, or a list of [B, N, E] -> the same list."""
+        if not isinstance(x, list):
+            return super().forward(x, segments, draws)
+        each = [Segment(*t.shape[:2]) for t in x]
+        packed = super().forward(torch.cat([t.flatten(0, 1) for t in x]), each, draws)
+        return [rows.view(t.shape) for rows, t in zip(packed.split([s.num_rows for s in each]), x, strict=True)]

@@ -32,23 +32,35 @@ class DINOHead(nn.Module):
     Args:
         in_dim: Token width.
         out_dim: Prototypes K.
+        use_bn: A BatchNorm before each GELU; inputs are then [rows, in_dim].
         nlayers: Linear layers of the MLP, at least 1, with GELU in between.
         hidden_dim: Width of the MLP.
         bottleneck_dim: Width in front of the prototypes.
+        mlp_bias: Biases of the MLP.
     """
 
-    def __init__(self, in_dim: int, out_dim: int, nlayers: int = 3, hidden_dim: int = 2048, bottleneck_dim: int = 256) -> None:
+    def __init__(
+        self,
+        in_dim: int,
+        out_dim: int,
+        use_bn: bool = False,
+        nlayers: int = 3,
+        hidden_dim: int = 2048,
+        bottleneck_dim: int = 256,
+        mlp_bias: bool = True,
+    ) -> None:
         super().__init__()
         nlayers = max(nlayers, 1)
         widths = [in_dim, *[hidden_dim] * (nlayers - 1), bottleneck_dim]
         layers: list[nn.Module] = []
         for a, b in pairwise(widths):
-            layers += [nn.Linear(a, b), nn.GELU()]
-        self.mlp = layers[0] if nlayers == 1 else nn.Sequential(*layers[:-1])
+            layers += [nn.Linear(a, b, bias=mlp_bias), *([nn.BatchNorm1d(b)] if use_bn else []), nn.GELU()]
+        self.mlp = layers[0] if nlayers == 1 else nn.Sequential(*layers[: -2 if use_bn else -1])
         for layer in self.mlp.modules():
             if isinstance(layer, nn.Linear):
                 nn.init.trunc_normal_(layer.weight, std=0.02)
-                nn.init.zeros_(layer.bias)
+                if layer.bias is not None:
+                    nn.init.zeros_(layer.bias)
         self.last_layer = WeightNormLinear(bottleneck_dim, out_dim)
 
     def forward(self, x: Tensor) -> Tensor:

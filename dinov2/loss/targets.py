@@ -72,13 +72,23 @@ class TeacherCenter(nn.Module):
     @torch.no_grad()
     def forward(self, scores: Tensor, temp: float) -> Tensor:
         """[R, K] scores -> [R, K] targets in at least float32; remembers this batch's mean for the next call."""
+        targets = self.targets(scores, temp)
+        self.remember(scores)
+        return targets
+
+    @torch.no_grad()
+    def targets(self, scores: Tensor, temp: float) -> Tensor:
+        """[..., K] scores -> [..., K] targets, by all that was remembered before."""
         self.apply_center_update()
-        targets = torch.softmax((at_least_fp32(scores) - self.center) / temp, -1)
+        return torch.softmax((at_least_fp32(scores) - self.center) / temp, -1)
+
+    @torch.no_grad()
+    def remember(self, scores: Tensor) -> None:
+        """Keep the mean of [R, K] scores of all ranks for the next use."""
         total = all_reduce_sum(at_least_fp32(scores).sum(0, keepdim=True))
         num_rows = global_count(scores.shape[0], total)
         self.pending.copy_(total / num_rows.clamp_min(1))
         self.has_pending.copy_((num_rows > 0) & total.isfinite().all())  # a non-finite step leaves no trace
-        return targets
 
     @torch.no_grad()
     def apply_center_update(self) -> None:

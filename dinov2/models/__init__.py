@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from omegaconf import DictConfig
 
 from dinov2.models import vision_transformer as vits
@@ -39,4 +41,11 @@ def build_backbone(cfg: DictConfig, teacher: bool = False, attention: str = "sdp
     )
 
 
-__all__ = ["Backbone", "DinoVisionTransformer3d", "build_backbone"]
+def build_model_from_cfg(cfg: DictConfig, only_teacher: bool = False) -> tuple[Any, ...]:
+    """DINOv2's call of `build_backbone`: (student, teacher, embed_dim), or (teacher, embed_dim)."""
+    teacher = build_backbone(cfg, teacher=True)
+    both = (teacher,) if only_teacher else (build_backbone(cfg), teacher)
+    return *both, teacher.embed_dim
+
+
+__all__ = ["Backbone", "DinoVisionTransformer3d", "build_backbone", "build_model_from_cfg"]

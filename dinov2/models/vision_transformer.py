@@ -22,6 +22,16 @@ from dinov2.layers.rope import rotary_table
 FFN_LAYERS = {"mlp": Mlp, "swiglu": SwiGLUFFN, "swiglufused": SwiGLUFFN}
 
 
+class BlockChunk(nn.ModuleList):
+    """A group of blocks (`block_chunks`), in front of them empty places, so that a block keeps its index."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, N, E] -> [B, N, E], as DINOv2 calls it; positions are learned ones."""
+        for block in self:
+            x = block(x)
+        return x
+
+
 class DinoVisionTransformer3d(nn.Module):
     """Vision transformer on volumes, with the parameter names of DINOv2.
 
@@ -77,9 +87,9 @@ class DinoVisionTransformer3d(nn.Module):
         self.num_register_tokens = num_register_tokens
         self.interpolate_offset = interpolate_offset
         self.recompute_blocks = False  # see run_block
-        self.patch_embed = PatchEmbed3d(patch_size, in_chans, embed_dim)
-        self.grid_hwd = self.patch_embed.grid((img_size,) * 3)  # of the learned positions
-        num_patches = self.grid_hwd[0] * self.grid_hwd[1] * self.grid_hwd[2]
+        self.patch_embed = PatchEmbed3d(img_size, patch_size, in_chans, embed_dim)
+        self.grid_hwd = self.patch_embed.patches_resolution  # of the learned positions
+        num_patches = self.patch_embed.num_patches
 
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         learned = pos_encoding == "learned"
@@ -290,7 +300,7 @@ def _chunked(blocks: list[Block], num_chunks: int) -> nn.ModuleList:
         return nn.ModuleList(blocks)
     size = len(blocks) // num_chunks
     starts = range(0, len(blocks), size)
-    return nn.ModuleList(nn.ModuleList([*[nn.Identity()] * s, *blocks[s : s + size]]) for s in starts)
+    return nn.ModuleList(BlockChunk([*[nn.Identity()] * s, *blocks[s : s + size]]) for s in starts)
 
 
 def _factory(embed_dim: int, depth: int, num_heads: int, **defaults: Any) -> Callable[..., DinoVisionTransformer3d]:

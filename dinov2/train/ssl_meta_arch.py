@@ -92,7 +92,13 @@ class SSLMetaArch(nn.Module):
         backbone.recompute_blocks = not teacher and self.cfg.train.activation_checkpointing == "full"
         heads = {"dino_head": self.cfg.dino} | ({"ibot_head": self.cfg.ibot} if self.separate_ibot_head else {})
         make = {
-            name: DINOHead(backbone.embed_dim, h.head_n_prototypes, h.head_nlayers, h.head_hidden_dim, h.head_bottleneck_dim)
+            name: DINOHead(
+                backbone.embed_dim,
+                h.head_n_prototypes,
+                nlayers=h.head_nlayers,
+                hidden_dim=h.head_hidden_dim,
+                bottleneck_dim=h.head_bottleneck_dim,
+            )
             for name, h in heads.items()
         }
         return {"backbone": backbone, **make}

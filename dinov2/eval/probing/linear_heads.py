@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 LEARNING_RATES = (1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1, 0.2, 0.3, 0.5)  # the paper's
 LAYER_CHOICES = (1, 4)
@@ -179,6 +179,31 @@ class LinearHeads:
             raise ValueError(f"heads of another grid, width or number of classes ({', '.join(differing[:3])} differ)")
         for name, value in own.items():
             value.copy_(state[name])
+
+
+class LinearClassifier(nn.Module):
+    """DINOv2's: one head on what `ModelWithIntermediateLayers` gives; a probe here trains all its heads in `LinearHeads`.
+
+    Args:
+        out_dim: Features, (use_n_blocks + use_avgpool) * E.
+        use_n_blocks: It reads the class tokens of the last so many blocks,
+        use_avgpool: and the mean of the last one's patch tokens.
+        num_classes: K.
+    """
+
+    def __init__(self, out_dim: int, use_n_blocks: int, use_avgpool: bool, num_classes: int = 1000) -> None:
+        super().__init__()
+        self.out_dim, self.num_classes = out_dim, num_classes
+        self.use_n_blocks, self.use_avgpool = use_n_blocks, use_avgpool
+        self.linear = nn.Linear(out_dim, num_classes)
+        nn.init.normal_(self.linear.weight, std=START_STD)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, x_tokens_list: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+        """Pairs of patch tokens [B, N, E] and class tokens [B, E] -> logits [B, K]."""
+        used = x_tokens_list[-self.use_n_blocks :]
+        parts = [cls for _, cls in used] + ([used[-1][0].mean(1)] if self.use_avgpool else [])
+        return self.linear(torch.cat(parts, -1).float())
 
 
 def cosine_factor(iteration: int, total_iters: int) -> float:

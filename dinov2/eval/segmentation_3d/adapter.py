@@ -39,6 +39,9 @@ class AdapterOptions(NamedTuple):
     checkpointing: bool = False
 
 
+PAPER = AdapterOptions()
+
+
 class ChannelMerge(nn.Module):
     """Features of each channel of a volume to one: side by side -> linear -> GELU.
 
@@ -112,7 +115,7 @@ class ViTAdapter3d(nn.Module):
     Source: ViT-Adapter (Chen et al., 2022); 3DINO paper, "3D ViT-Adapter", "Multi-channel inputs", Extended data Fig. 8.
     """
 
-    def __init__(self, backbone: DinoVisionTransformer3d, num_channels: int, options: AdapterOptions) -> None:
+    def __init__(self, backbone: DinoVisionTransformer3d, num_channels: int = 1, options: AdapterOptions = PAPER) -> None:
         super().__init__()
         depth, dim = len(backbone.block_list), backbone.embed_dim
         if depth % NUM_STAGES:

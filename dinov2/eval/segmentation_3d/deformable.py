@@ -93,7 +93,7 @@ class MSDeformAttn3d(nn.Module):
 
         Args:
             query: [B, Q, E].
-            places: [Q, 3] in [0, 1] along (h, w, d), of `cell_centres`.
+            places: [Q, 3] in [0, 1] along (h, w, d), of `cell_centres`; or [B or 1, Q, L or 1, 3].
             values: [B, S, E].
             shapes: (H, W, D) of each level of the values.
 
@@ -107,5 +107,6 @@ class MSDeformAttn3d(nn.Module):
         offsets = self.sampling_offsets(query).view(*layout, 3).to(dtype)  # voxels
         weights = self.attention_weights(query).view(*layout[:3], -1).softmax(-1).view(layout)
         sizes = torch.tensor(shapes, dtype=dtype, device=query.device)[:, None]  # [L, 1, 3]
-        locations = places.to(dtype)[None, :, None, None, None] + offsets / sizes  # [B, Q, M, L, P, 3]
+        of_levels = places[None, :, None] if places.dim() == 2 else places
+        locations = of_levels.to(dtype)[:, :, None, :, None] + offsets / sizes  # [B, Q, M, L, P, 3]
         return self.output_proj(ms_deform_attn_3d(value, list(shapes), locations, weights))

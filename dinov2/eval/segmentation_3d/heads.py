@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dinov2.errors import BadInput
-from dinov2.eval.segmentation_3d.adapter import AdapterOptions, ChannelMerge, ViTAdapter3d
+from dinov2.eval.segmentation_3d.adapter import PAPER, AdapterOptions, ChannelMerge, ViTAdapter3d
 from dinov2.models import DinoVisionTransformer3d
 
 NUM_LAST_LAYERS = 4  # that the linear decoder reads
@@ -58,8 +58,8 @@ class ViTAdapterUNETR(nn.Module):
         backbone: DinoVisionTransformer3d,
         num_channels: int,
         num_outputs: int,
-        decoder_channels: Sequence[int],
-        options: AdapterOptions,
+        decoder_channels: Sequence[int] = (256, 128, 64, 32),
+        options: AdapterOptions = PAPER,
     ) -> None:
         super().__init__()
         widths, dim = list(decoder_channels), backbone.embed_dim
