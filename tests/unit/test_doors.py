@@ -419,6 +419,15 @@ def test_masks_of_a_generator_of_ones_own_are_taken() -> None:
     assert len(batch["collated_local_crops"]) == 0
 
 
+def test_masks_of_a_batch_follow_pythons_generator() -> None:
+    crop = {"global_crops": [torch.zeros(1, 16, 16, 16)] * 2, "local_crops": []}
+    random.seed(0)
+    first, second = (collate_data_and_cast([crop], (0.3, 0.6), 1.0, torch.float32, n_tokens=64)["collated_masks"] for _ in "ab")
+    random.seed(0)
+    again = collate_data_and_cast([crop], (0.3, 0.6), 1.0, torch.float32, n_tokens=64)["collated_masks"]
+    assert torch.equal(again, first) and not torch.equal(first, second)
+
+
 def test_the_masking_generator_masks_as_many_patches_as_asked_anywhere() -> None:
     generator = MaskingGenerator3d(input_size=5)
     assert generator.get_shape() == (5, 5, 5) and generator().sum() == 0 and generator(125).all()
