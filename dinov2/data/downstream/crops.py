@@ -39,7 +39,7 @@ def training_crops(case: Case, recipe: Recipe, image_size: int, rng: np.random.G
     Raises:
         BadInput: It has none.
 
-    Source: 3DINO paper, Methods, "3DINO segmentation", and the customary settings of each set (`configs/eval/datasets`).
+    Source: 3DINO paper, Methods, "3DINO segmentation", and the published settings of each set, taken as facts (`configs/eval/datasets`).
     """
     plan = recipe.train
     image, label = case.image, case.truth
@@ -120,7 +120,7 @@ def central_cube(image: Tensor, image_size: int) -> Tensor:
 def training_cube(image: Tensor, recipe: Recipe, image_size: int, rng: np.random.Generator) -> Tensor:
     """A random, augmented crop of a classification's image, [C, H, W, D] -> [C, s, s, s].
 
-    Source: 3DINO paper, Methods, "3DINO classification"; parameter ranges are MONAI's customary ones.
+    Source: 3DINO paper, Methods, "3DINO classification"; parameter ranges are published settings, taken as facts.
     """
     plan = recipe.train
     free = [n - image_size for n in image.shape[1:]]
