@@ -48,9 +48,9 @@ def config_check(args: argparse.Namespace) -> int:
     """Say whether a configuration can be used, and what a run of it amounts to."""
     from dinov2.configs import load_and_merge_config_3d
     from dinov2.train.forecast import forecast_gib
-    from dinov2.train.schedules import build_schedules
+    from dinov2.train.schedules import build_schedules, with_derived_lr
 
-    cfg = load_and_merge_config_3d(args.config, args.overrides)
+    cfg = with_derived_lr(load_and_merge_config_3d(args.config, args.overrides), 1)
     schedules = build_schedules(cfg)
     batch = cfg.train.batch_size_per_gpu * cfg.train.accumulation_steps
     say(
