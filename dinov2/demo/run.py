@@ -29,7 +29,7 @@ from dinov2.features.features import patch_features, volume_features
 from dinov2.features.setup import build_model_for_eval
 from dinov2.files import write_json
 from dinov2.logging import Say, read_metrics, setup_logging
-from dinov2.logging.folder import locked_folder
+from dinov2.logging.folder import locked_folder, refuse_another_programs_run
 from dinov2.models import Backbone
 from dinov2.streams import Kind, stream
 from dinov2.train import train3d
@@ -60,6 +60,8 @@ def run_demo(output: Path, data: Path | None, seed: int, overrides: list[str], s
     Raises:
         BadInput: The folder holds fewer than two usable volumes, or the output folder cannot be written.
     """
+    if not (output / "list.json").exists():  # a folder of the quick start's own has one
+        refuse_another_programs_run(output)
     with locked_folder(output):
         encoder = load_encoder(ENCODER, device="cpu")
         if data is None:

@@ -21,8 +21,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from dinov2.data import TrainLoader, read_datalist
 from dinov2.data.cache.commands import verify
+from dinov2.demo.run import run_demo
 from dinov2.distributed.runtime import Runtime
-from dinov2.errors import EXIT_BAD_INPUT, EXIT_RESUMABLE
+from dinov2.errors import EXIT_BAD_INPUT, EXIT_RESUMABLE, BadInput
 from dinov2.logging.folder import locked_folder
 from dinov2.streams import Kind, torch_seed
 from dinov2.train.build import build
@@ -117,6 +118,8 @@ def test_another_programs_run_is_left_as_it_is(
         (old / name).parent.mkdir(parents=True, exist_ok=True)
         (old / name).write_bytes(name.encode())
     before = {p: (p.read_bytes() if p.is_file() else None, p.stat().st_mtime_ns) for p in [old, *old.rglob("*")]}
+    with pytest.raises(BadInput, match="another program's run"):
+        run_demo(old, None, 0, [], print)
     assert main(["--output-dir", str(old), *flags, *([] if "--stages" in flags else SMALL)]) == EXIT_BAD_INPUT
     errors = [line for line in capfd.readouterr().err.splitlines() if " E " in line]
     assert len(errors) == 1 and "another --output-dir" in errors[0] and "student.full_pretrained_weights=" in errors[0]
