@@ -39,7 +39,7 @@ def training_crops(case: Case, recipe: Recipe, image_size: int, rng: np.random.G
     Raises:
         BadInput: It has none.
 
-    Source: 3DINO paper, Methods, "3DINO segmentation", and the published settings of each set, taken as facts (`configs/eval/datasets`).
+    Source: 3DINO paper, Methods, "3DINO segmentation", and published settings, taken as facts (`configs/eval/datasets`).
     """
     plan = recipe.train
     image, label = case.image, case.truth
