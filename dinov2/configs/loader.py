@@ -96,6 +96,20 @@ def _read_overrides(overrides: Sequence[str]) -> DictConfig:
         raise ConfigError(f"overrides {list(overrides)}: {' '.join(str(err).split())}") from err
 
 
+def _refuse_truth_for_words(content: Any, schema: type, source: str) -> None:
+    """Raise `ConfigError` where YAML took a word for a truth value: `classes: {0: no, 1: yes}` has no names in it."""
+    for f in dataclasses.fields(schema) if isinstance(content, dict) else ():
+        value, default = content.get(f.name), _default(f)
+        if dataclasses.is_dataclass(default):
+            _refuse_truth_for_words(value, type(default), source)
+            continue
+        words = [value] if f.type == "str" else []
+        if isinstance(value, dict):
+            words = [*value, *(value.values() if ", str]" in str(f.type) else ())]
+        if any(isinstance(word, bool) for word in words):
+            raise ConfigError(f"{source}: {f.name}: yes, no, on, off, true and false are no words in YAML: quote them ('no')")
+
+
 def _without_nothing(content: Any, schema: type) -> Any:
     """A layer's content with null as the key's default, where the key cannot be null itself; an empty section is left out.
 
@@ -126,6 +140,7 @@ def _merge(schema: type, layers: Sequence[tuple[str, DictConfig]]) -> DictConfig
     for source, layer in layers:
         try:
             plain = OmegaConf.to_container(layer)
+            _refuse_truth_for_words(plain, schema, source)
             cfg = OmegaConf.merge(cfg, OmegaConf.create(_without_nothing(plain, schema)))
             OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)  # finds bad interpolations
         except OmegaConfBaseException as err:

@@ -20,7 +20,7 @@ from torch.nn.functional import interpolate
 from dinov2.data.cache.folder import VolumeCache, key_of
 from dinov2.data.datalist import Entry
 from dinov2.data.downstream.lists import Item
-from dinov2.data.downstream.recipes import Recipe, scheme_hint
+from dinov2.data.downstream.recipes import IGNORED, Recipe, scheme_hint
 from dinov2.data.preprocess import INT16_SCALE, Volume, foreground_box
 from dinov2.data.volumes.formats import NIFTI, PAIR, format_by_name
 from dinov2.data.volumes.grids import GridMap
@@ -188,7 +188,7 @@ def _read_label(raw: RawVolume, recipe: Recipe) -> np.ndarray:
     """
     stored = raw.read()
     values = np.unique(stored)
-    known = {v: v for v in recipe.values} | (recipe.label_map or {})
+    known = {v: v for v in recipe.values} | (recipe.label_map or {}) | dict.fromkeys(recipe.ignore, IGNORED)
     unknown = [float(v) for v in values if v not in known]
     if unknown:
         shown = ", ".join(f"{v:g}" for v in unknown[:8]) + (", ..." if len(unknown) > 8 else "")
@@ -292,6 +292,8 @@ class Cases:
         decisive = {
             k: recipe[k] for k in ("task", "channels", "classes", "regions", "label_map", "space", "intensity", "resize")
         }
+        if self.recipe.ignore:  # without it the names are those of before there was the key
+            decisive["ignore"] = recipe["ignore"]
         if self.recipe.task != "segmentation":
             decisive["foreground_crop"] = self.recipe.train.foreground_crop
         return key_of([PREPARATION, item.case, sources, decisive, self.resize_scale])

@@ -115,7 +115,7 @@ def describe_case(case: Case, recipe: Recipe) -> Findings:
 
 
 def _label_warnings(case: Case, label: Tensor) -> list[str]:
-    labelled = label[0] != 0
+    labelled = label[0] > 0
     if not labelled.any():
         return [f"{case.name}: nothing is labelled"]
     outside = float((case.image == BACKGROUND).all(0)[labelled].float().mean())

@@ -82,9 +82,9 @@ def _random_start(image: Tensor, label: Tensor, size: int, plan: Training, rng: 
 
 def _random_centre(image: Tensor, label: Tensor, rng: np.random.Generator) -> tuple[int, ...]:
     """A labelled voxel or one of the background within the foreground, 1:1; where there is none of one kind, of the other."""
-    labelled = label[0] != 0
-    wanted = labelled if rng.random() < 0.5 else ~labelled & (image > BACKGROUND).any(0)
-    found = (np.flatnonzero(mask.numpy()) for mask in (wanted, labelled, ~labelled))
+    labelled, background = label[0] > 0, label[0] == 0  # neither where it is ignored
+    wanted = labelled if rng.random() < 0.5 else background & (image > BACKGROUND).any(0)
+    found = (np.flatnonzero(mask.numpy()) for mask in (wanted, labelled, background, label[0] != 0))
     places = next(p for p in found if len(p))
     return tuple(int(i) for i in np.unravel_index(places[rng.integers(len(places))], labelled.shape))
 

@@ -109,19 +109,20 @@ def _channels(content: Mapping[str, Any], path: Path) -> list[str]:
 
 
 def _outputs(content: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    """`classes` or `regions` of the recipe.
+    """`classes` or `regions` of the recipe, and `ignore`.
 
     Raises:
-        BadInput: Labels of neither form, or with a value that is ignored.
+        BadInput: Labels of neither form.
     """
     labels = content.get("labels")
     if not isinstance(labels, dict):
         raise BadInput(f'{path}: labels is {json.dumps(labels)}, expected {{"background": 0, name: value, ...}}')
     if labels and all(key.isdecimal() and isinstance(name, str) for key, name in labels.items()):
         labels = {name: int(value) for value, name in labels.items()}  # version 1
-    if "ignore" in labels:
-        what = f'labels has "ignore" ({json.dumps(labels["ignore"])})'
-        raise BadInput(f"{path}: {what}: voxels without a label cannot be left out yet: relabel them, or leave those cases out")
+    ignored = labels.get("ignore")
+    if ignored is not None and type(ignored) is not int:
+        raise BadInput(f"{path}: labels.ignore is {json.dumps(ignored)}, expected a whole number")
+    labels = {name: value for name, value in labels.items() if name != "ignore"}
     groups = {str(name): value if isinstance(value, list) else [value] for name, value in labels.items()}
     for name, group in groups.items():
         if not group or not all(type(value) is int and value >= 0 for value in group):
@@ -132,6 +133,8 @@ def _outputs(content: Mapping[str, Any], path: Path) -> dict[str, Any]:
         outputs = {"classes": dict(sorted((group[0], name) for name, group in groups.items()))}
         if len(outputs["classes"]) < len(groups):
             raise BadInput(f"{path}: labels is {json.dumps(labels)}: two names have one value")
+    if ignored is not None:
+        outputs["ignore"] = [ignored]
     try:
         Recipe(**outputs)
     except ConfigError as err:

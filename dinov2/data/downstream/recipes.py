@@ -28,6 +28,7 @@ ONE_OF = ("affine", "gamma", "sharpen", "smooth", "noise")
 CROPS = ("random", "pos_neg")
 LOSSES = ("dice", "dice_ce")
 TERTILES = "tertiles"  # as bins
+IGNORED = -1  # what a voxel of `Recipe.ignore` has for a label once a case is prepared
 MAX_LABEL = 32767  # labels are kept in 16 bits
 # which label values make up the tumour core, whole tumour and enhancing tumour in each year's files
 LABEL_SCHEMES: dict[str, dict[str, list[int]]] = {
@@ -135,6 +136,7 @@ class Recipe:
         "refuse", "a number in none of the bins is refused, or its case left out and counted (leave_out)", is_decisive=False
     )
     label_map: dict[int, int] | None = key(None, "stored label value: the value it is read as")
+    ignore: list[int] = key([], "stored label values of voxels that no loss and no metric looks at (segmentation)")
     space: Space = section(Space)
     intensity: Intensity = section(Intensity)
     resize: list[int] | None = key(None, "shape (voxels) that images are resized to after the resampling")
@@ -162,6 +164,9 @@ class Recipe:
         require(
             bool(self.bins) or self.outside_bins == "refuse", f"outside_bins={self.outside_bins} without bins: leave it out"
         )
+        require(not self.ignore or self.task == "segmentation", f"ignore={self.ignore} is for a segmentation")
+        both = sorted(set(self.ignore) & {*self.values, *(self.label_map or {})})
+        require(not both, f"ignore={self.ignore} and the recipe's classes, regions or label_map both have {both}")
         shape = self.resize
         require(shape is None or (len(shape) == 3 and min(shape) > 0), f"resize={shape} must be three positive voxel counts")
         segmentation, plan = self.task == "segmentation", self.train
@@ -204,7 +209,7 @@ class Recipe:
         """A label map as one mask per output.
 
         Args:
-            label: [..., 1, H, W, D] integers, values of `values`.
+            label: [..., 1, H, W, D] integers, values of `values`, or `IGNORED`, which is in no mask.
 
         Returns:
             [..., R, H, W, D] bool.

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dinov2.data.downstream.cases import Case, Cases
 from dinov2.data.downstream.crops import BACKGROUND
-from dinov2.data.downstream.recipes import Recipe
+from dinov2.data.downstream.recipes import IGNORED, Recipe
 from dinov2.distributed import gather_objects
 from dinov2.distributed.precision import autocast
 from dinov2.distributed.runtime import Runtime
@@ -84,7 +84,7 @@ def score_cases(
     model.eval()
     for index in track(mine, "cases"):
         case = cases[index]
-        masks = predict_masks(model, case, recipe, image_size, overlap, window_batch, dtype)
+        masks = predict_masks(model, case, recipe, image_size, overlap, window_batch, dtype) & (case.truth != IGNORED)
         target, tolerance = recipe.masks(case.truth), recipe.metrics.nsd_tolerance_mm
         own.append((index, score_case(case.name, masks, target, case.spacing_mm, recipe.output_names, tolerance, surfaces)))
     seconds = (time.perf_counter() - start) / max(1, len(mine))

@@ -96,6 +96,13 @@ def test_files_that_lie_elsewhere_are_listed_by_case(tmp_path: Path) -> None:
     assert [Path(p).name for p in item.images] == ["hip_1_0001.nii.gz", "hip_1_0000.nii.gz"]
 
 
+def test_voxels_that_nnunet_ignores_are_ignored(tmp_path: Path) -> None:
+    folder = lay_out(tmp_path / "D", {**V2, "labels": {"background": 0, "a": 1, "b": 2, "ignore": 3}}, 2)
+    assert split(folder) == 0
+    recipe = written(folder)[0]
+    assert (recipe.classes, recipe.ignore) == ({0: "background", 1: "a", 2: "b"}, [3])
+
+
 def test_names_with_several_values_become_regions(tmp_path: Path) -> None:
     labels = {"background": 0, "whole tumour": [1, 2, 3], "core": [2, 3], "enhancing": 3}
     folder = lay_out(tmp_path / "D", {**V2, "labels": labels, "regions_class_order": [1, 2, 3]}, 2)
@@ -157,7 +164,8 @@ def test_patients_of_an_nnunet_folder_stay_together(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "change, words",
     [
-        ({"labels": {"background": 0, "a": 1, "ignore": 2}}, 'labels has "ignore" (2)'),
+        ({"labels": {"background": 0, "a": 1, "ignore": "2"}}, 'labels.ignore is "2"'),
+        ({"labels": {"background": 0, "a": 1, "ignore": 1}}, "both have [1]"),
         ({"labels": {"background": 0, "a": 2}}, "named 0, 1, 2"),
         ({"labels": {"background": 0, "a": 1, "b": 1}}, "two names have one value"),
         ({"labels": {"background": 0, "a": "one"}}, 'labels.a is "one"'),
