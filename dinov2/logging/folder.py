@@ -16,13 +16,14 @@ from dinov2.logging.provenance import RUN_FILE
 logger = logging.getLogger(__name__)
 
 
-ANOTHER_PROGRAMS = (  # what 3DINO's and DINOv2's programs leave in a run's folder
-    "last_checkpoint.rank_*", "model_*.rank_*.pth", "training_metrics.json", "eval/*/teacher_checkpoint.pth",
+# what 3DINO's and DINOv2's programs leave in the folder of a pretraining, and of an evaluation
+THEIR_PRETRAINING = ("last_checkpoint.rank_*", "model_*.rank_*.pth", "training_metrics.json", "eval/*/teacher_checkpoint.pth")
+THEIR_EVALUATION = (
     "last_checkpoint", "best_model.pth", "results.json", "results_eval_linear.json", "running_checkpoint_linear_eval.pth",
 )  # fmt: skip
 
 
-def refuse_another_programs_run(folder: Path) -> None:
+def refuse_another_programs_run(folder: Path, patterns: Sequence[str] = (*THEIR_PRETRAINING, *THEIR_EVALUATION)) -> None:
     """Leave a folder alone that a program without our `run.json` has written a run to.
 
     Raises:
@@ -30,7 +31,7 @@ def refuse_another_programs_run(folder: Path) -> None:
     """
     if (folder / RUN_FILE).exists():
         return
-    found = [path for pattern in ANOTHER_PROGRAMS for path in sorted(folder.glob(pattern))]
+    found = [path for pattern in patterns for path in sorted(folder.glob(pattern))]
     if not found:
         return
     teachers = sorted(folder.glob("eval/*/teacher_checkpoint.pth"), key=lambda path: path.stat().st_mtime)

@@ -14,7 +14,8 @@ from dinov2.configs import default_yaml, load_and_merge_config_3d
 from dinov2.distributed.runtime import start_runtime
 from dinov2.files import write_text
 from dinov2.logging import setup_logging
-from dinov2.train.schedules import scaled_lr
+from dinov2.logging.folder import THEIR_PRETRAINING, refuse_another_programs_run
+from dinov2.train.schedules import with_derived_lr
 
 
 def setup_3d(args: argparse.Namespace) -> DictConfig:
@@ -29,14 +30,15 @@ def setup_3d(args: argparse.Namespace) -> DictConfig:
         `config.yaml` in the folder.
 
     Raises:
-        ConfigError: As `load_and_merge_config_3d`.
+        BadInput: As `load_and_merge_config_3d`, or the folder holds another program's pretraining.
     """
     folder = Path(args.output_dir or ".").absolute()
     named = {"train.output_dir": folder, "train.cache_dir": getattr(args, "cache_dir", None)}
     words = [*(args.opts or []), *(f"{key}={value}" for key, value in named.items() if value)]
     cfg = load_and_merge_config_3d(args.config_file or None, words)
+    refuse_another_programs_run(folder, THEIR_PRETRAINING)  # whose configuration this would write over
     runtime = start_runtime(cfg.train.num_threads, cfg.train.backend, cfg.train.timeout_s)
-    cfg = load_and_merge_config_3d(args.config_file or None, [*words, f"optim.lr={scaled_lr(cfg, runtime.world_size)!r}"])
+    cfg = with_derived_lr(cfg, runtime.world_size)
     folder.mkdir(parents=True, exist_ok=True)
     setup_logging(folder, runtime.rank)
     for seed in (torch.manual_seed, np.random.seed, random.seed):  # what scripts draw from, and the masks of DINOv2's collation

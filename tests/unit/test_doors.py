@@ -136,7 +136,18 @@ def test_a_script_begins_with_its_configuration_scaled_written_and_seeded(tmp_pa
     args.cache_dir = str(tmp_path / "cache")
     assert setup_3d(args).train.cache_dir == args.cache_dir
     assert drawn == (torch.rand(1), np.random.rand(), random.random())
-    assert setup_3d(command_line(tmp_path, "optim.lr=0.5")).optim.lr == 0.5
+    assert setup_3d(command_line(tmp_path, "optim.lr=0.5")).optim.lr == cfg.optim.lr, "always the rule's, as DINOv2's"
+
+
+def test_a_script_does_not_write_over_another_programs_pretraining(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "results.json").write_text("of the script's last run")
+    setup_3d(command_line(tmp_path))
+    (tmp_path / "out" / "last_checkpoint.rank_0").write_text("model_0000009.rank_0.pth")
+    (tmp_path / "out" / "config.yaml").write_text("theirs")
+    with pytest.raises(BadInput, match="another program's run .last_checkpoint.rank_0"):
+        setup_3d(command_line(tmp_path))
+    assert (tmp_path / "out" / "config.yaml").read_text() == "theirs"
 
 
 def test_a_script_gets_the_backbone_and_the_dtype_for_autocast(tmp_path: Path) -> None:
