@@ -41,9 +41,9 @@ def config_of_weights(state: StateDict, meta: dict[str, Any], source: str | Path
         size = meta["config"]["crops"].get("global_crops_size", 96)
     else:
         student, size = _told_by_tensors({k.removeprefix("backbone."): v for k, v in state.items()}, source)
-    cfg = saved_config({"student": student}, f"weights {source}", [*_shape_words(size), *overrides])
-    refuse_other_sizes(cfg, state, source)
-    return cfg
+    content, name, words = {"student": student}, f"weights {source}", _shape_words(size)
+    refuse_other_sizes(saved_config(content, name, words), state, source)
+    return saved_config(content, name, [*words, *overrides])
 
 
 def config_of_name(arch: str, overrides: Sequence[str] = ()) -> DictConfig:

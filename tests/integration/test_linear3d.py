@@ -247,7 +247,7 @@ def test_features_that_are_not_finite_are_named(data: Path, tmp_path: Path, capf
     from dinov2.features.setup import build_model_for_eval
 
     state = build_model_for_eval(load_and_merge_config_3d(None, NETWORK), "random").state_dict()
-    state["norm.weight"] = torch.full_like(state["norm.weight"], float("nan"))
+    state["norm.weight"] = torch.full_like(state["norm.weight"], 3e38)  # finite, and overflows as soon as it is used
     torch.save({"teacher": {f"backbone.{k}": v for k, v in state.items()}}, tmp_path / "w.pth")
     assert main(words(data, tmp_path / "out", pretrained_weights=tmp_path / "w.pth")) == EXIT_BAD_INPUT
     assert "features are not finite" in one_line(capfd)
