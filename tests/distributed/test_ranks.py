@@ -90,9 +90,7 @@ def assert_close(
     assert [r["iteration"] for r in rows] == [r["iteration"] for r in others] == list(range(20))
     for row, other in zip(rows, others, strict=True):
         for key, value in row.items():
-            if (
-                losses_only and not key.endswith("loss")
-            ) or key == "current_batch_size":  # a rank's own
+            if (losses_only and not key.endswith("loss")) or key == "current_batch_size":  # a rank's own
                 continue
             least = koleo_atol if koleo_atol and key == "koleo_loss" else max(atol, 1e-7)
             assert other[key] == pytest.approx(value, rel=max(rtol, 1e-6), abs=least), (key, row["iteration"])

@@ -94,7 +94,7 @@ def test_an_old_configuration_trains_at_the_rules_rate(trainer: Trainer, tmp_pat
     (tmp_path / "old.yaml").write_text(f"optim: {{lr: {lr}, scaling_rule: sqrt_wrt_1024}}\n")
     out = tmp_path / "run"
     words = ["--config-file", str(tmp_path / "old.yaml"), "optim.base_lr=0.002", "optim.warmup_epochs=0"]
-    result = trainer.run(out, *words)
+    result = trainer.call(out, *words)
     assert result.returncode == 0, result.stderr
     rate = 0.002 * (3 / 1024) ** 0.5  # three volumes a step
     assert metrics(out)[0]["lr"] == pytest.approx(rate, rel=1e-12)
@@ -175,13 +175,13 @@ def test_both_augmentations_train_alike(real_list: Path, small_config: Callable[
 def test_a_run_fills_the_cache_it_is_given_and_refuses_another_ones(trainer: Trainer, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     words = ["train.num_workers=2", "--cache-dir", str(cache)]
-    assert trainer.run(tmp_path / "a", *words).returncode == 0
+    assert trainer.call(tmp_path / "a", *words).returncode == 0
     assert len(list(cache.glob("??/*.vol"))) == 2
-    assert trainer.run(tmp_path / "b").returncode == 0
+    assert trainer.call(tmp_path / "b").returncode == 0
     assert metrics(tmp_path / "a") == metrics(tmp_path / "b")
     manifest = json.loads((cache / "cache.json").read_text())
     (cache / "cache.json").write_text(json.dumps({**manifest, "version": 7}))
-    one_line_error(trainer.run(tmp_path / "c", *words), str(cache), "has version 7")
+    one_line_error(trainer.call(tmp_path / "c", *words), str(cache), "has version 7")
 
 
 @pytest.mark.slow
@@ -264,23 +264,23 @@ def test_sigterm_saves_and_exits_with_75(trainer: Trainer, tmp_path: Path) -> No
 @pytest.mark.slow
 def test_any_number_of_workers_writes_the_same_metrics(trainer: Trainer, tmp_path: Path) -> None:
     for workers in (0, 1, 3):
-        assert trainer.run(tmp_path / str(workers), f"train.num_workers={workers}").returncode == 0
+        assert trainer.call(tmp_path / str(workers), f"train.num_workers={workers}").returncode == 0
     assert metrics(tmp_path / "0") == metrics(tmp_path / "1") == metrics(tmp_path / "3")
 
 
 @pytest.mark.slow
 def test_a_run_is_continued_only_with_its_own_architecture_and_data(trainer: Trainer, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    assert trainer.run(out, "optim.epochs=1").returncode == 0
-    one_line_error(trainer.run(out, "student.embed_dim=32"), "checkpoint of another architecture", "saved (24,), now (32,)")
+    assert trainer.call(out, "optim.epochs=1").returncode == 0
+    one_line_error(trainer.call(out, "student.embed_dim=32"), "checkpoint of another architecture", "saved (24,), now (32,)")
 
     changed = Trainer(tmp_path / "changed.json")
     shutil.copy(trainer.datalist, changed.datalist)
     changed.datalist.write_text(changed.datalist.read_text().replace('"spacing": [2.0', '"spacing": [1.9'))
-    one_line_error(changed.run(out), "another datalist", "--allow-changed-data")
-    assert changed.run(out, "--allow-changed-data").returncode == 0
+    one_line_error(changed.call(out), "another datalist", "--allow-changed-data")
+    assert changed.call(out, "--allow-changed-data").returncode == 0
 
-    fresh = trainer.run(out, "--no-resume", "student.embed_dim=32", "optim.epochs=1")
+    fresh = trainer.call(out, "--no-resume", "student.embed_dim=32", "optim.epochs=1")
     assert fresh.returncode == 0, fresh.stderr
     assert (out / "previous_1" / "eval" / "training_11" / "teacher_checkpoint.pth").exists()
     assert teacher(out, 5)["backbone.norm.weight"].shape == (32,)
@@ -289,14 +289,14 @@ def test_a_run_is_continued_only_with_its_own_architecture_and_data(trainer: Tra
 @pytest.mark.slow
 def test_a_damaged_checkpoint_is_named_and_the_one_before_still_works(trainer: Trainer, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    assert trainer.run(out, "optim.epochs=1").returncode == 0
+    assert trainer.call(out, "optim.epochs=1").returncode == 0
     newest = out / "checkpoints" / "0000005"
     for part in newest.glob("*.distcp"):
         part.write_bytes(part.read_bytes()[: part.stat().st_size // 2])
     (out / "checkpoints" / ".incomplete-0000009").mkdir()  # as a kill in the middle of writing leaves it
-    one_line_error(trainer.run(out), "0000005", "damaged checkpoint", "delete this folder")
+    one_line_error(trainer.call(out), "0000005", "damaged checkpoint", "delete this folder")
     shutil.rmtree(newest)
-    result = trainer.run(out)
+    result = trainer.call(out)
     assert result.returncode == 0 and "iterations 4 to 11" in result.stderr
     assert not list((out / "checkpoints").glob(".incomplete*"))
 
@@ -316,7 +316,7 @@ def test_a_full_disk_is_one_line_and_what_was_finished_stays(
 
     full = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, preexec_fn=small_disk)
     one_line_error(full, *words, "the last complete checkpoint is intact")
-    result = trainer.run(out)
+    result = trainer.call(out)
     assert result.returncode == 0, result.stderr
     assert not list((out / "checkpoints").glob(".incomplete*"))
 
@@ -327,10 +327,10 @@ def test_only_one_run_uses_a_folder_at_a_time(trainer: Trainer, tmp_path: Path) 
     first = trainer.start(out, "optim.epochs=200")
     while lines(out) < 1:
         time.sleep(0.05)
-    one_line_error(trainer.run(out), str(out), "another run is using it")
+    one_line_error(trainer.call(out), str(out), "another run is using it")
     first.kill()
     first.communicate()
-    assert trainer.run(out, "optim.epochs=1", "--no-resume").returncode == 0
+    assert trainer.call(out, "optim.epochs=1", "--no-resume").returncode == 0
 
 
 @pytest.mark.parametrize(
@@ -359,22 +359,22 @@ def test_entries_that_cannot_be_used_are_named_and_counted_and_the_run_goes_on(t
     items = json.loads(trainer.datalist.read_text())
     bad = ["missing.nii.gz", "empty.nii.gz", "text.nii"]
     trainer.datalist.write_text(json.dumps(items + [{"image": str(tmp_path / b), "shape": [40, 40, 40]} for b in bad]))
-    result = trainer.run(tmp_path / "run", "train.num_workers=1")
+    result = trainer.call(tmp_path / "run", "train.num_workers=1")
     assert result.returncode == 0 and "Traceback" not in result.stderr, result.stderr
     for name in bad:
         assert result.stderr.count(f"/{name}: ") == 1, name
     assert "3 of 5 volumes could not be used" in result.stderr
 
     trainer.datalist.write_text(json.dumps([{"image": b, "shape": [40, 40, 40]} for b in bad]))
-    one_line_error(trainer.run(tmp_path / "none"), "none of its 3 volumes can be used")
+    one_line_error(trainer.call(tmp_path / "none"), "none of its 3 volumes can be used")
 
 
 @pytest.mark.slow
 def test_the_high_resolution_stage_starts_from_the_first_stages_teacher(trainer: Trainer, tmp_path: Path) -> None:
-    assert trainer.run(tmp_path / "one", "optim.epochs=1").returncode == 0
+    assert trainer.call(tmp_path / "one", "optim.epochs=1").returncode == 0
     weights = tmp_path / "one" / "eval" / "training_5" / "teacher_checkpoint.pth"
     second = ["crops.global_crops_size=20", "crops.local_crops_size=12", f"student.full_pretrained_weights={weights}"]
-    result = trainer.run(tmp_path / "two", "optim.epochs=1", *second)
+    result = trainer.call(tmp_path / "two", "optim.epochs=1", *second)
     assert result.returncode == 0, result.stderr
     assert "positions of a grid of 4 cubed interpolated to (5, 5, 5)" in result.stderr
     saved = torch.load(tmp_path / "two" / "eval" / "training_5" / "teacher_checkpoint.pth", weights_only=True)
