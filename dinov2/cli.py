@@ -10,7 +10,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dinov2.errors import EXIT_BAD_INPUT, EXIT_OK, BadInput
+from dinov2.errors import EXIT_BAD_INPUT, EXIT_OK, BadInput, one_line
+from dinov2.files import refuse_output, shown, words, write_text
 from dinov2.logging import setup_logging
 from dinov2.version import __version__
 
@@ -33,7 +34,8 @@ PROGRAMS = {  # sub-commands whose words all go to a program's own `main`: its m
 
 def say(text: str) -> None:
     """The command's output, as opposed to its log."""
-    sys.stdout.write(text + "\n")
+    encoding = sys.stdout.encoding or "utf-8"  # that of the terminal may lack letters of a name
+    sys.stdout.write(text.encode(encoding, "backslashreplace").decode(encoding) + "\n")
 
 
 def config_show(args: argparse.Namespace) -> int:
@@ -74,11 +76,13 @@ def doctor(args: argparse.Namespace) -> int:
     """Say what this machine has, what is missing and what that means."""
     from dinov2.doctor import report
 
+    if args.report:
+        refuse_output(args.report, "--report")
     text = report()
     say(text)
     if args.report:
         try:
-            args.report.write_text(text + "\n", encoding="utf-8")
+            write_text(args.report, text + "\n")
         except OSError as err:
             raise BadInput(f"--report {args.report}: {err.strerror}: choose another file") from err
     return EXIT_OK
@@ -130,7 +134,7 @@ def classify(args: argparse.Namespace) -> int:
 
 def index(args: argparse.Namespace) -> int:
     """List the volumes below folders, checked and described; what cannot be used is set aside with its reason."""
-    from dinov2.data.corpus.index.command import IndexRequest, merge, parse_shard
+    from dinov2.data.corpus.index.command import IndexRequest, merge, parse_shard, refuse_outputs
     from dinov2.data.corpus.index.command import index as run_index
     from dinov2.data.corpus.index.examine import ExamineOptions
     from dinov2.data.corpus.index.metadata import compile_pattern
@@ -151,6 +155,7 @@ def index(args: argparse.Namespace) -> int:
         shard=parse_shard(args.shard),
         num_workers=default_workers() if args.workers is None else args.workers,
     )
+    refuse_outputs(request, args.report)
     code = merge(args.folders, request, say) if args.merge else run_index(args.folders, request, say)
     if code == EXIT_OK and args.report:
         from dinov2.data.corpus.report import write_report
@@ -164,6 +169,7 @@ def curate(args: argparse.Namespace) -> int:
     """Choose the volumes of a list to train on, by a file of rules."""
     from dinov2.data.corpus.curation import curate as run_curate
 
+    refuse_output(args.output, "--output")
     return run_curate(args.list, args.rules, args.output, args.explain, say)
 
 
@@ -190,6 +196,7 @@ def embed(args: argparse.Namespace) -> int:
         shard=shard_of_rank(parse_shard(args.shard)),
         num_workers=default_workers() if args.workers is None else args.workers,
     )
+    refuse_output(args.output, "--output")
     if not args.source.exists():
         raise BadInput(f"{args.source}: no such list or folder")
     encoder = load_encoder(args.weights, device_of_rank(args.device), args.config_file, args.dtype)
@@ -208,6 +215,7 @@ def checkpoint_export(args: argparse.Namespace) -> int:
     """Write the teacher of a training checkpoint or weights file in another form."""
     from dinov2.checkpointer.export import export
 
+    refuse_output(args.output, "output")
     count = export(args.path, args.output, args.chunks, not args.no_heads, args.licence)
     say(f"{args.output}: {count} tensors")
     return EXIT_OK
@@ -366,12 +374,12 @@ def _add_embed(commands: Commands) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a sub-command; a user's mistake is one line and exit code 2."""
-    argv = list(sys.argv[1:] if argv is None else argv)
-    if argv and argv[0] in PROGRAMS:
-        module, _ = PROGRAMS[argv[0]]
-        return importlib.import_module(module).main(argv[1:])
     setup_logging()
     try:
+        argv = words(argv)
+        if argv and argv[0] in PROGRAMS:
+            module, _ = PROGRAMS[argv[0]]
+            return importlib.import_module(module).main(argv[1:])
         if argv[:1] == ["split"]:
             from dinov2.data.downstream.split_command import main as split_main
 
@@ -379,5 +387,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = build_parser().parse_args(argv)
         return args.function(args)
     except BadInput as err:
-        logger.error("%s", err)
-        return EXIT_BAD_INPUT
+        logger.error("%s", one_line(err))
+    except OSError as err:  # a full disk, a folder that went away, a name that a system cannot have
+        logger.error("%s: %s", shown(err.filename or "a file"), err.strerror or err)
+    return EXIT_BAD_INPUT

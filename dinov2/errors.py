@@ -15,6 +15,11 @@ class BadInput(ValueError):
     """Input that cannot be used; the message is one line: what, where, what to do. Programs exit with 2."""
 
 
+def one_line(err: Exception) -> str:
+    """A message as the terminal gets it: a line, whatever is in the names in it."""
+    return str(err).encode("utf-8", "backslashreplace").decode().replace("\n", "\\n").replace("\r", "\\r")
+
+
 class BadVolume(BadInput):
     """One volume of a list that cannot be used; it is named, counted and replaced, the run goes on.
 

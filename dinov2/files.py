@@ -1,11 +1,14 @@
-"""Files that are whole or not there: written to a temporary name and renamed. JSON that every reader takes. Paths in lists."""
+"""Users' files: text and JSON read or refused by name, paths as they are given and as lists have them, files written whole."""
 
 from __future__ import annotations
 
+import codecs
 import json
 import math
 import os
-from collections.abc import Iterator
+import stat
+import sys
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,6 +16,153 @@ from typing import Any
 from dinov2.errors import BadInput
 
 TEMPORARY = ".tmp."  # prefix of the names that a killed process may leave; the ending stays, because writers choose by it
+MOST_NAME_BYTES = 235  # of a file's name, 255 less what its temporary name adds
+MOST_TEXT_BYTES = 2**31  # a list of some million volumes
+MOST_FACTS_BYTES = 2**24  # a file that describes a scan or a data set
+_MOST_DIGITS = 300  # a whole number beyond is none that anything counts, and no float holds it
+
+
+def words(argv: Sequence[str] | None) -> list[str]:
+    """The words of a command line, `~` expanded in those that are paths: `~/x`, `--flag=~/x`, `key=~/x`.
+
+    Args:
+        argv: None: this process's own.
+
+    Raises:
+        BadInput: A word that is not in UTF-8.
+    """
+    expanded = []
+    for word in sys.argv[1:] if argv is None else argv:
+        name, equals, value = word.partition("=")
+        is_pair = equals and "/" not in name
+        expanded.append(f"{name}={user_path(value)}" if is_pair else user_path(word))
+    return expanded
+
+
+def user_path(given: str | Path) -> str:
+    """A path as a user gives it, `~` expanded.
+
+    Raises:
+        BadInput: Its name is not in UTF-8, or has a zero in it.
+    """
+    path = os.path.expanduser(given)
+    if not is_utf8(path) or "\0" in path:
+        raise BadInput(f"{shown(path)}: a name that is not in UTF-8: rename it")
+    return path
+
+
+def is_utf8(name: str) -> bool:
+    """Whether a file's name is text: what it is not, tables, JSON and several readers cannot hold."""
+    return not any("\ud800" <= c <= "\udfff" for c in name)
+
+
+def shown(path: str | Path) -> str:
+    """A path for the terminal, whatever bytes its name has."""
+    return str(path).encode("utf-8", "backslashreplace").decode().replace("\0", "\\0")
+
+
+def read_text(path: str | Path, name: str = "", advice: str = "", most_bytes: int = MOST_TEXT_BYTES) -> str:
+    """The text of a user's file: UTF-8, with a byte order mark or without; line ends as they are.
+
+    Args:
+        path: A regular file, or a link to one; `~` is expanded.
+        name: How messages call it; default: its path.
+        advice: What to do where it is not there.
+        most_bytes: A larger file is refused.
+
+    Raises:
+        BadInput: It cannot be read, or is no such text.
+    """
+    path = user_path(path)
+    name = name or path
+    try:
+        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:  # a pipe does not block
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise BadInput(f"{name}: no regular file, but a pipe or a device: give a file")
+            data = file.read(most_bytes + 1)
+    except OSError as err:
+        raise BadInput(f"{name}: {err.strerror}" + (f": {advice}" if advice else "")) from err
+    if len(data) > most_bytes:
+        raise BadInput(f"{name}: longer than the {most_bytes >> 20} MiB that such a file may have: give another")
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise BadInput(f"{name}: is in UTF-16: save it as UTF-8")
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as err:
+        line = 1 + data.count(b"\n", 0, err.start)
+        raise BadInput(
+            f"{name}: is not in UTF-8 (byte {data[err.start]:#04x} in line {line}), perhaps in Latin-1: save it as UTF-8"
+        ) from err
+    if "\0" in text:
+        raise BadInput(f"{name}: is no text, or in UTF-16: save it as UTF-8")
+    return text
+
+
+def read_json(
+    path: str | Path,
+    name: str = "",
+    advice: str = "",
+    most_bytes: int = MOST_TEXT_BYTES,
+    remedy: str = "correct it or make it again",
+) -> Any:
+    """The content of a user's JSON file; arguments as of `read_text`, and what to do where it is no JSON.
+
+    Raises:
+        BadInput: As of `read_text`, or no JSON that can be used.
+    """
+    text = read_text(path, name, advice, most_bytes)
+    try:
+        return from_json(text)
+    except ValueError as err:
+        what = "is not valid JSON, perhaps half-written"
+        raise BadInput(f"{name or path} {what}: {err}: {remedy}") from err
+
+
+def from_json(text: str | bytes) -> Any:
+    """JSON, whoever wrote it.
+
+    Raises:
+        ValueError: It is none, is nested too deeply, or has a number of hundreds of digits.
+    """
+    try:
+        return json.loads(text, parse_int=_whole_number)
+    except RecursionError as err:
+        raise ValueError("nested too deeply") from err
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value of JSON is a finite number."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _whole_number(digits: str) -> int:
+    if len(digits) > _MOST_DIGITS:
+        raise ValueError(f"a number of {len(digits)} digits")
+    return int(digits)
+
+
+def refuse_output(path: str | Path, name: str = "") -> None:
+    """Refuse a name under which no file can be written: none at all, a folder's, a device's, one that is too long.
+
+    Args:
+        path: Of the file to be written; an earlier regular file is fine.
+        name: The flag that gave it.
+
+    Raises:
+        BadInput: There is something to refuse.
+    """
+    path = Path(user_path(path))
+    reason = "its name is too long" if len(os.fsencode(path.name)) > MOST_NAME_BYTES else ""
+    try:
+        mode = path.stat().st_mode
+        if not stat.S_ISREG(mode):
+            reason = "is a folder" if stat.S_ISDIR(mode) else "is no regular file, but a device or a pipe"
+    except FileNotFoundError:
+        pass
+    except OSError as err:
+        reason = err.strerror or type(err).__name__
+    if reason:
+        raise BadInput(f"{name} {path}: {reason}: give the name of a file to write".strip())
 
 
 @contextmanager
@@ -22,7 +172,11 @@ def replacing(path: Path, private: bool = False) -> Iterator[Path]:
     Args:
         path: What is to be written; an earlier file is replaced at once, never half.
         private: The temporary name is this process's own, for files that several may write at the same time.
+
+    Raises:
+        BadInput: As of `refuse_output`.
     """
+    refuse_output(path)
     temporary = path.with_name(f"{TEMPORARY}{os.getpid()}.{path.name}" if private else f"{TEMPORARY}{path.name}")
     try:
         yield temporary
@@ -56,7 +210,7 @@ def cannot_write(path: Path, err: OSError) -> BadInput:
 def write_text(path: Path, text: str) -> None:
     """Write a small file in UTF-8, whole or not at all."""
     with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")  # a reader never meets half a letter
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -95,7 +249,12 @@ def path_for_list(path: str | Path, folder: str | Path) -> str:
 
 
 def path_in_list(given: str, folder: str | Path) -> str:
-    """The absolute path of a file that a list in a folder names; `..` is the parent of the folder, not of a link to it."""
+    """The absolute path of a file that a list in a folder names; `..` is the parent of the folder, not of a link to it.
+
+    Raises:
+        BadInput: As of `user_path`.
+    """
+    given = user_path(given)
     start = os.path.realpath(folder) if _goes_up(given) else os.path.abspath(folder)
     return os.path.normpath(os.path.join(start, given))
 

@@ -7,7 +7,6 @@ checkpoint loads on any number of ranks and with any strategy.
 from __future__ import annotations
 
 import io
-import json
 import logging
 import os
 import shutil
@@ -31,7 +30,7 @@ from torch.distributed.checkpoint.state_dict_saver import AsyncSaveResponse
 from dinov2.checkpointer.index import SafeReader, saved_tensors
 from dinov2.distributed import barrier, gather_objects, get_global_rank, get_global_size, is_enabled, is_main_process
 from dinov2.errors import BadInput
-from dinov2.files import cannot_write, replacing, write_json, writing
+from dinov2.files import cannot_write, read_json, replacing, write_json, writing
 
 logger = logging.getLogger(__name__)
 
@@ -174,8 +173,8 @@ def _crc32(path: Path) -> int:
 def problems_of(folder: Path, rank: int = 0, ranks: int = 1) -> list[str]:
     """What of a checkpoint's files is not as it was written; each of `ranks` looks at its share."""
     try:
-        listed = json.loads((folder / CHECKSUMS).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        listed = read_json(folder / CHECKSUMS)
+    except BadInput:
         return [f"{CHECKSUMS} is missing or not readable"]
     needed = {".metadata", *(p.name for p in folder.glob("*.distcp"))}
     if not isinstance(listed, dict) or not needed <= listed.keys():

@@ -29,6 +29,7 @@ from dinov2.checkpointer.index import SafeReader, saved_tensors
 from dinov2.checkpointer.sealed import read_safetensors
 from dinov2.configs.loader import read_saved_config
 from dinov2.errors import BadInput
+from dinov2.files import user_path
 from dinov2.models.hub import WEIGHTS_SUFFIXES, fetch, is_repository
 from dinov2.models.vision_transformer import FACTORIES
 from dinov2.models.weights import StateDict, plain_names, unwrapped
@@ -119,7 +120,7 @@ def open_teacher(source: str | Path, cache_dir: str | Path | None = None) -> Tea
 
 def names_weights(source: str | Path) -> bool:
     """Whether a word stands for weights rather than for a list of volumes."""
-    path, name = Path(source), str(source)
+    path, name = Path(user_path(source)), str(source)
     if path.is_file() or path.suffix in WEIGHTS_SUFFIXES:
         return path.suffix in WEIGHTS_SUFFIXES
     return path.is_dir() or name == "demo" or is_repository(name)
@@ -131,7 +132,7 @@ def _find(source: str | Path, cache_dir: str | Path | None) -> tuple[Path, str |
     Raises:
         BadInput: It is nowhere.
     """
-    name, path = str(source), Path(source)
+    name, path = str(source), Path(user_path(source))
     if name == "demo":
         if not DEMO.is_file():
             raise BadInput(
@@ -227,6 +228,7 @@ def open_weights(path: str | Path) -> Any:
     Raises:
         BadInput: Missing, not such a file, one that holds more, or one rank's share of an FSDP1 run.
     """
+    path = user_path(path)
     if _RANK_FILE.search(Path(path).name):
         raise BadInput(f"weights {path}: one rank's share of an FSDP1 run: use its {TEACHER_FILE}")
     refuse_pointer(path)

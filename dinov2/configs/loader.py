@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import yaml
 from omegaconf import DictConfig, ListConfig, OmegaConf
@@ -14,6 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from dinov2.configs.errors import ConfigError, nearest
 from dinov2.configs.schema import Config, StudentConfig
+from dinov2.files import MOST_FACTS_BYTES, read_text, user_path
 
 _HERE = Path(__file__).resolve().parent  # dinov2/configs
 
@@ -30,8 +32,9 @@ def find_config(name_or_path: str | Path) -> Path:
     Raises:
         ConfigError: Neither a file nor a known name; the message lists the nearest name.
     """
-    if Path(name_or_path).is_file():
-        return Path(name_or_path)
+    given = Path(user_path(name_or_path))
+    if given.is_file():
+        return given
     known = {p.relative_to(folder).with_suffix("").as_posix(): p for folder in recipe_folders() for p in folder.rglob("*.yaml")}
     name = str(name_or_path).removeprefix("configs/").removesuffix(".yaml")
     if name not in known:
@@ -66,11 +69,26 @@ def _explain(err: OmegaConfBaseException, source: str, schema: type) -> ConfigEr
     return ConfigError(f"{source}: {full_key}: {problem}")
 
 
-def _read_yaml(path: Path) -> DictConfig:
+def read_yaml(path: Path, load: Callable[[IO[str]], Any] = yaml.safe_load) -> Any:
+    """What a user's YAML file holds.
+
+    Args:
+        path: The file.
+        load: The reader of its text.
+
+    Raises:
+        BadInput: It cannot be read.
+    """
+    text = read_text(path, most_bytes=MOST_FACTS_BYTES)
     try:
-        node = OmegaConf.load(path)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException) as err:
-        raise ConfigError(f"{path}: not a readable YAML file: {' '.join(str(err).split())}") from err
+        return load(io.StringIO(text))
+    except (ValueError, RecursionError, yaml.YAMLError, OmegaConfBaseException) as err:
+        reason = "nested too deeply" if isinstance(err, RecursionError) else " ".join(str(err).split())
+        raise ConfigError(f"{path}: not a readable YAML file: {reason}") from err
+
+
+def _read_yaml(path: Path) -> DictConfig:
+    node = read_yaml(path, OmegaConf.load)
     if isinstance(node, ListConfig):
         raise ConfigError(f"{path}: holds a list, expected `key: value` pairs")
     return node
@@ -130,7 +148,7 @@ def _without_nothing(content: Any, schema: type) -> Any:
             value = _without_nothing(value, type(default))
         elif f and value is None and "None" not in str(f.type) and default is not dataclasses.MISSING:
             value = default
-        kept[name] = value
+        kept[name] = user_path(value) if f and f.metadata.get("is_path") and isinstance(value, str) else value
     return kept
 
 

@@ -32,7 +32,7 @@ def key(default: Any, meaning: str, is_path: bool = False, is_decisive: bool = T
     Args:
         default: Its default.
         meaning: One line, which the generated YAML repeats as a comment.
-        is_path: A text that `None` is no value of.
+        is_path: A text that `None` is no value of; `~` is expanded, and weights do not carry it.
         is_decisive: False for a key of a recipe that changes no result, only whether there is one.
     """
     metadata = {"meaning": meaning, "is_path": is_path}
@@ -80,7 +80,9 @@ def memory_budget(mode: str) -> float | None:
 
 @dataclass
 class ModelConfig:
-    WEIGHTS: str = key("", "path of weights to start the student's backbone from; the same as student.pretrained_weights")
+    WEIGHTS: str = key(
+        "", "path of weights to start the student's backbone from; the same as student.pretrained_weights", is_path=True
+    )
 
 
 @dataclass
@@ -172,7 +174,7 @@ class TrainConfig:
     batch_size_per_gpu: int = key(128, "volumes per rank and forward pass")
     accumulation_steps: int = key(1, "passes per update; the effective batch is batch_size_per_gpu x ranks x this")
     data_min_axis_size: int = key(24, "keep only volumes whose smallest axis is greater than this (voxels)")
-    dataset_path: str = key("", "datalist (JSON) of the volumes to train on")
+    dataset_path: str = key("", "datalist (JSON) of the volumes to train on", is_path=True)
     output_dir: str = key("./output_test", "folder for checkpoints, metrics and logs; --output-dir overrides it", is_path=True)
     saveckp_freq: int = key(20, "accepted for old files, no effect: use train.checkpoint_period")
     checkpoint_period: int = key(3750, "iterations between two training checkpoints")
@@ -185,7 +187,9 @@ class TrainConfig:
     )
     OFFICIAL_EPOCH_LENGTH: int = key(1250, "iterations that the schedules count as one epoch")
     cache_dataset: bool = key(True, "accepted for old files, no effect: see train.cache_dir and train.memory_store_mb")
-    cache_dir: str = key("", "folder of preprocessed volumes on disk, filled as they are used; empty: none; --cache-dir")
+    cache_dir: str = key(
+        "", "folder of preprocessed volumes on disk, filled as they are used; empty: none; --cache-dir", is_path=True
+    )
     cache_max_gb: float | None = key(None, "the cache folder stops growing at about this size (GiB); null: no limit")
     memory_store_mb: int = key(
         1024, "preprocessed volumes kept in memory, MiB of a rank, shared by its loader processes; 0 keeps none"
@@ -240,8 +244,10 @@ class StudentConfig:
     drop_path_rate: float = key(0.3, "stochastic depth: share of samples that skip a residual branch")
     layerscale: float | None = key(1e-05, "initial value of LayerScale; null leaves LayerScale out")
     drop_path_uniform: bool = key(True, "the same rate in every block; false rises linearly from 0")
-    pretrained_weights: str = key("", "teacher checkpoint to start the backbone from")
-    full_pretrained_weights: str = key("", "teacher checkpoint to start backbone and heads from, student and teacher")
+    pretrained_weights: str = key("", "teacher checkpoint to start the backbone from", is_path=True)
+    full_pretrained_weights: str = key(
+        "", "teacher checkpoint to start backbone and heads from, student and teacher", is_path=True
+    )
     ffn_layer: str = key("mlp", "mlp, swiglu or swiglufused")
     block_chunks: int = key(4, "groups of blocks in the state dict's names; 0 is flat; weights of either form load")
     qkv_bias: bool = key(True, "bias of the query/key/value projection")

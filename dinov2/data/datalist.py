@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dinov2.errors import BadInput
-from dinov2.files import path_for_list, path_in_list, replacing
+from dinov2.files import is_number, path_for_list, path_in_list, read_json, replacing, to_json, user_path
 from dinov2.geometry import Spacing, triple
 
 logger = logging.getLogger(__name__)
@@ -83,14 +83,8 @@ def read_datalist(path: str | Path) -> Datalist:
     Raises:
         BadInput: Missing, not JSON, not a list, empty, or an entry of the wrong form, by number.
     """
-    path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-        items = json.loads(text)
-    except OSError as err:
-        raise BadInput(f"datalist {path}: {err.strerror}: set train.dataset_path to a JSON list of volumes") from err
-    except ValueError as err:
-        raise BadInput(f"datalist {path} is not valid JSON: {err}") from err
+    path = Path(user_path(path))
+    items = read_json(path, f"datalist {path}", "set train.dataset_path to a JSON list of volumes")
     if not isinstance(items, list):
         raise BadInput(f"datalist {path} holds a {type(items).__name__}, expected a list of {{image, shape, spacing}}")
     if not items:
@@ -105,16 +99,15 @@ def _entry(item: Any, path: Path, i: int) -> Entry:
         raise BadInput(f'{where}: expected an object with "image": path, got {json.dumps(item)[:80]}')
     where = f"{where} ({item['image']})"
     shape, spacing = item.get("shape"), item.get("spacing")
-    numbers = (int, float)
-    if not (isinstance(shape, list) and len(shape) in (3, 4) and all(isinstance(s, int) and s > 0 for s in shape)):
+    if not (isinstance(shape, list) and len(shape) in (3, 4) and all(type(s) is int and s > 0 for s in shape)):
         raise BadInput(f"{where}: shape must be three or four positive integers, got {json.dumps(shape)}")
-    ok = isinstance(spacing, list) and len(spacing) >= 3 and all(isinstance(s, numbers) for s in spacing[:3])
+    ok = isinstance(spacing, list) and len(spacing) >= 3 and all(is_number(s) for s in spacing[:3])
     if spacing is not None and not ok:
         raise BadInput(f"{where}: spacing must be three numbers (mm), got {json.dumps(spacing)}")
     axes, channel = item.get("axes"), item.get("channel")
     if axes not in (None, *FOURTH_AXES):
         raise BadInput(f'{where}: axes must be "xyzt" or "xyzc", got {json.dumps(axes)}')
-    if channel is not None and not (isinstance(channel, int) and channel >= 0):
+    if channel is not None and not (type(channel) is int and channel >= 0):
         raise BadInput(f"{where}: channel must be a whole number from 0, got {json.dumps(channel)}")
     return Entry(
         image=path_in_list(item["image"], path.parent),
@@ -140,7 +133,7 @@ def write_datalist(path: str | Path, items: Iterable[dict[str, Any]]) -> int:
     ):  # item by item: a list may be longer than memory allows
         for item in items:  # one by one: a list may be longer than memory allows
             row = {**item, "image": path_for_list(item["image"], path.parent)}
-            file.write(("[\n" if count == 0 else ",\n") + json.dumps(row))
+            file.write(("[\n" if count == 0 else ",\n") + to_json(row))
             count += 1
         file.write("\n]\n" if count else "[]\n")
     return count

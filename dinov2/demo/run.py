@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import shlex
 from collections.abc import Callable
@@ -27,7 +26,7 @@ from dinov2.eval.measures.dense_readout import raw_features
 from dinov2.features.encoder import load_encoder
 from dinov2.features.features import patch_features, volume_features
 from dinov2.features.setup import build_model_for_eval
-from dinov2.files import write_json
+from dinov2.files import read_json, write_json
 from dinov2.logging import Say, read_metrics, setup_logging
 from dinov2.logging.folder import locked_folder, refuse_another_programs_run
 from dinov2.models import Backbone
@@ -112,9 +111,9 @@ def list_folder(folder: Path, output: Path, say: Say) -> Entry | None:
     request = IndexRequest(output / "found.json", num_workers=default_workers())
     if index([folder], request, say) != EXIT_OK:
         return None
-    for row in json.loads(request.quarantine_path.read_text(encoding="utf-8")):
+    for row in read_json(request.quarantine_path):
         logger.warning("left out: %s: %s", row["path"], row["detail"])
-    found = json.loads(request.output.read_text(encoding="utf-8"))
+    found = read_json(request.output)
     entries = [e for e in read_datalist(request.output).entries if not e.extra.get("label_map")] if found else []
     if len(entries) < 2:
         raise BadInput(f"--data {folder}: {len(entries)} usable volumes below it, at least 2 are needed")

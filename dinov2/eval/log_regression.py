@@ -34,7 +34,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return run_program(run, get_args_parser().parse_args(argv))
+    return run_program(run, get_args_parser(), argv)
 
 
 def run(args: argparse.Namespace) -> int:

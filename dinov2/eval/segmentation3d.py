@@ -48,7 +48,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse, run, and turn a user's mistake into one line and exit code 2."""
-    return run_program(run, get_args_parser().parse_args(argv))
+    return run_program(run, get_args_parser(), argv)
 
 
 def run(args: argparse.Namespace) -> int:

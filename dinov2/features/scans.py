@@ -19,6 +19,7 @@ from dinov2.data.datalist import Entry
 from dinov2.data.preprocess import INT16_SCALE, PERCENTILES, foreground_box, normalise, slice_axis, to_16_bits
 from dinov2.data.volumes.opening import RawVolume, check_same_grid, open_volume
 from dinov2.errors import BadInput
+from dinov2.files import user_path
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +71,7 @@ def load_scan(files: Sequence[str | Path | Entry], percentiles: tuple[float, flo
 
 
 def _channels(file: str | Path | Entry) -> list[RawVolume]:
-    entry = file if isinstance(file, Entry) else Entry(str(file), ())
+    entry = file if isinstance(file, Entry) else Entry(user_path(file), ())
     raw = open_volume(entry)
     if raw.num_times > 1:
         logger.info("%s: the first of its %d time points is taken", raw.path, raw.num_times)

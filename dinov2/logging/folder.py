@@ -11,6 +11,7 @@ from pathlib import Path
 from dinov2.distributed import barrier
 from dinov2.distributed.runtime import Runtime
 from dinov2.errors import BadInput
+from dinov2.files import user_path
 from dinov2.logging.provenance import RUN_FILE
 
 logger = logging.getLogger(__name__)
@@ -49,7 +50,9 @@ def locked_folder(path: str | Path) -> Iterator[Path]:
     Raises:
         BadInput: It cannot be written, or another run has it.
     """
-    folder = Path(path)
+    if not str(path):
+        raise BadInput("the output folder has no name: choose an --output-dir")
+    folder = Path(user_path(path))
     try:
         folder.mkdir(parents=True, exist_ok=True)
         handle = (folder / ".lock").open("a")
@@ -70,6 +73,8 @@ def run_folder(path: str, runtime: Runtime) -> Iterator[Path]:
     Raises:
         BadInput: As `locked_folder`, or it holds another program's run; nothing is written to it then.
     """
+    if not path:
+        raise BadInput("the output folder has no name: choose an --output-dir")
     refuse_another_programs_run(Path(path))  # on every rank: a run of ours has its run.json before any of these
     if runtime.rank == 0:
         with locked_folder(path) as folder:

@@ -25,7 +25,7 @@ def setup_logging(output_dir: Path | None = None, rank: int = 0, level: int = lo
     level = level if rank == 0 else max(level, logging.WARNING)
     handlers: list[logging.Handler] = [logging.StreamHandler()]
     if output_dir is not None and rank == 0:
-        handlers.append(_LogFile(output_dir / "log.txt"))
+        handlers.append(_LogFile(output_dir / "log.txt", encoding="utf-8", errors="backslashreplace"))
     logging.basicConfig(level=level, format=FORMAT, datefmt="%H:%M:%S", handlers=handlers, force=True)
     logging.captureWarnings(True)
     logging.getLogger("nibabel.global").setLevel(logging.ERROR)  # it corrects headers aloud; what matters is checked here

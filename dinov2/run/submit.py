@@ -9,8 +9,8 @@ import logging
 import os
 import shutil
 import subprocess
-import sys
 import time
+import unicodedata
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,7 +18,8 @@ from pathlib import Path
 
 import submitit
 
-from dinov2.errors import EXIT_BAD_INPUT, EXIT_OK, EXIT_RESUMABLE, BadInput
+from dinov2.errors import EXIT_BAD_INPUT, EXIT_OK, EXIT_RESUMABLE, BadInput, one_line
+from dinov2.files import words
 from dinov2.logging import setup_logging
 
 logger = logging.getLogger(__name__)
@@ -70,6 +71,19 @@ class Job:
         return cls(**{f.name: getattr(args, f.name) for f in dataclasses.fields(cls)})
 
 
+def job_words(argv: Sequence[str] | None) -> list[str]:
+    """The words of a launcher, as of `words`.
+
+    Raises:
+        BadInput: One has a line break or another control character, which would be a line of its own in the job's script.
+    """
+    given = words(argv)
+    for word in given:
+        if any(unicodedata.category(c) in ("Cc", "Zl", "Zp") for c in word):
+            raise BadInput(f"{word!r}: has a line break or another control character: leave it out")
+    return given
+
+
 def launch(module: str, flags: argparse.ArgumentParser, argv: Sequence[str] | None, doc: str) -> int:
     """The main function of a launcher: check the program's arguments here, before the job waits in a queue; then submit it.
 
@@ -82,18 +96,18 @@ def launch(module: str, flags: argparse.ArgumentParser, argv: Sequence[str] | No
     cluster = argparse.ArgumentParser(description=doc, epilog=flags.format_help())
     cluster.formatter_class = argparse.RawDescriptionHelpFormatter
     add_cluster_arguments(cluster)
-    args, rest = cluster.parse_known_args(sys.argv[1:] if argv is None else list(argv))
-    own = flags.parse_intermixed_args(rest)
     setup_logging()
     if args.use_volta32:
         logger.info("--use-volta32 has no effect: choose machines by --partition or --exclude")
     try:
+        args, rest = cluster.parse_known_args(job_words(argv))
+        own = flags.parse_intermixed_args(rest)
         if not own.output_dir:
             raise BadInput("--output-dir is needed: the job's logs and checkpoints go there")
         folder = Path(own.output_dir).absolute() / "slurm"
         job = submit(Program(module, rest), Job.asked_for(args), folder, args.nodes, args.ngpus, args.cpu)
     except BadInput as err:
-        logger.error("%s", err)
+        logger.error("%s", one_line(err))
         return EXIT_BAD_INPUT
     logger.info("submitted job %s; its log: %s", job, Path(own.output_dir) / "slurm" / f"{job}_0_log.err")
     return EXIT_OK

@@ -14,9 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from dinov2.configs import find_config, load_and_merge_config_3d
+from dinov2.configs import find_config, load_and_merge_config_3d, read_yaml
 from dinov2.configs.errors import nearest
 from dinov2.errors import BadInput
 
@@ -45,10 +43,7 @@ def read_stages(name_or_path: str, output_dir: str | Path, overrides: list[str])
         BadInput: An ill-formed file, or a stage that would start from a teacher which the earlier one does not write.
     """
     path = find_config(name_or_path)
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as err:
-        raise BadInput(f"{path}: not a readable YAML file: {' '.join(str(err).split())}") from err
+    content = read_yaml(path)
     items = content.get("stages") if isinstance(content, dict) else None
     if not isinstance(items, list) or not items or not all(isinstance(i, dict) for i in items):
         raise BadInput(f"{path}: expected `stages:`, a list of {{name, config, weights_from, iteration, overrides}}")

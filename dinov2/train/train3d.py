@@ -91,7 +91,7 @@ class Request:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse, run, and turn a user's mistake into one line and exit code 2."""
-    return run_program(run_request, get_args_parser().parse_intermixed_args(argv))
+    return run_program(run_request, get_args_parser(), argv)
 
 
 def run_request(args: argparse.Namespace) -> int:

@@ -41,7 +41,7 @@ def build(datalist: Datalist, folder: Path, max_gb: float | None, num_workers: i
     """Cache every volume of a list, every time point of those with a time axis; what is there already is left.
 
     Returns:
-        The exit code: 0, 2 where the folder could not take all, 75 where it was interrupted.
+        The exit code: 0, 2 where the folder could not take all or no entry can be used, 75 where it was interrupted.
 
     Raises:
         BadInput: The folder cannot be used, or its disk is too small by the forecast.
@@ -73,7 +73,7 @@ def build(datalist: Datalist, folder: Path, max_gb: float | None, num_workers: i
     if refusal:
         say(f"{folder}: stopped because the folder {refusal}; what is in it stays usable")
         return EXIT_BAD_INPUT
-    return EXIT_OK
+    return EXIT_OK if total["bad"] < len(entries) else EXIT_BAD_INPUT
 
 
 def _build_in_order(cache: VolumeCache, entries: list[Entry], num_workers: int, say: Say) -> Iterator[Built]:

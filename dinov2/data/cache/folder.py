@@ -24,7 +24,7 @@ from dinov2.data.datalist import Entry
 from dinov2.data.preprocess import PREPROCESSING, Volume
 from dinov2.data.volumes.formats import source_files
 from dinov2.errors import BadInput
-from dinov2.files import TEMPORARY, replacing, to_json
+from dinov2.files import TEMPORARY, read_json, replacing, to_json
 
 logger = logging.getLogger(__name__)
 
@@ -65,15 +65,11 @@ class VolumeCache:
             if not others:
                 with replacing(path, private=True) as temporary:
                     temporary.write_text(to_json(wanted, indent=1) + "\n", encoding="utf-8")
-            text = path.read_text(encoding="utf-8")
-        except FileNotFoundError as err:
-            raise BadInput(f"cache folder {self.folder} holds other files and no {MANIFEST}: choose an empty one") from err
+            if not path.exists():
+                raise BadInput(f"cache folder {self.folder} holds other files and no {MANIFEST}: choose an empty one")
         except OSError as err:
             raise BadInput(f"cache folder {self.folder}: {err.strerror}: choose another --cache-dir") from err
-        try:
-            found = json.loads(text)
-        except ValueError as err:
-            raise BadInput(f"cache folder {self.folder}: {MANIFEST} is not valid JSON: delete the folder") from err
+        found = read_json(path, f"cache folder {self.folder}: {MANIFEST}", remedy="delete the folder")
         if found != wanted:
             raise BadInput(f"cache folder {self.folder}: {_difference(found, wanted)}: choose another --cache-dir or delete it")
 

@@ -24,9 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from dinov2.configs import find_config
+from dinov2.configs import find_config, read_yaml
 from dinov2.configs.errors import nearest
 from dinov2.data.datalist import Entry, read_datalist, write_datalist
 from dinov2.errors import EXIT_OK, BadInput
@@ -71,10 +69,7 @@ def read_rules(name_or_path: str | Path) -> Rules:
         BadInput: Not there, not YAML, an unknown key or a value that a rule cannot have, by the rule's name.
     """
     path = find_config(name_or_path)
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as err:
-        raise BadInput(f"{path}: not a readable YAML file: {' '.join(str(err).split())}") from err
+    content = read_yaml(path)
     if not isinstance(content, dict) or not isinstance(content.get("rules"), list):
         raise BadInput(f"{path}: expected `rules:`, a list of rules")
     _only(content, ("seed", "rules", "expected"), str(path))

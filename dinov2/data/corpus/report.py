@@ -7,7 +7,6 @@ inline PNG.
 from __future__ import annotations
 
 import html
-import json
 import logging
 import math
 from collections import Counter, defaultdict
@@ -21,7 +20,7 @@ from dinov2.data.datalist import Entry, read_datalist
 from dinov2.data.preprocess import slice_axis
 from dinov2.data.volumes.opening import open_volume
 from dinov2.errors import BadInput, BadVolume
-from dinov2.files import write_text
+from dinov2.files import read_json, write_text
 from dinov2.visual.page import MAX_ROWS, histogram, page, picture, table
 
 logger = logging.getLogger(__name__)
@@ -49,6 +48,7 @@ _MEANINGS = {
     "symlink_loop": "a link back to a folder above it",
     "missing": "a link to nothing",
     "sidecar": "the JSON file beside it cannot be used",
+    "name": "a name that is not in UTF-8",
     "unsupported": "a variant that is not read",
     "reader_missing": "the library that reads it is not installed",
 }
@@ -74,10 +74,7 @@ def write_report(list_path: Path, quarantine_path: Path, output: Path) -> None:
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as err:
-        raise BadInput(f"{path}: cannot be read ({err}): run `dinov2 index` first") from err
+    return read_json(path, advice="run `dinov2 index` first")
 
 
 def _page(entries: list[Entry], quarantine: list[dict[str, Any]]) -> str:

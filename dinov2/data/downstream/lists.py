@@ -24,7 +24,7 @@ from dinov2.data.downstream.recipes import TERTILES, Recipe
 from dinov2.data.names import names_apart
 from dinov2.data.volumes.formats import format_by_name, is_scan_path
 from dinov2.errors import BadInput
-from dinov2.files import path_for_list, path_in_list, write_text
+from dinov2.files import is_number, path_for_list, path_in_list, read_json, to_json, user_path, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +52,7 @@ class Item:
 def datalist_path(base_data_dir: str | Path, recipe: Recipe) -> Path:
     """Where a dataset's list is."""
     kind = "100" if recipe.task == "segmentation" else "cls"
-    return Path(base_data_dir) / f"{recipe.name}_{kind}_datalist.json"
+    return Path(user_path(base_data_dir)) / f"{recipe.name}_{kind}_datalist.json"
 
 
 def read_downstream_datalist(base_data_dir: str | Path, recipe: Recipe) -> dict[str, list[Item]]:
@@ -94,12 +94,7 @@ def read_downstream_datalist(base_data_dir: str | Path, recipe: Recipe) -> dict[
 
 def _load(path: Path) -> dict[str, Any]:
     """A list whose parts are lists of objects, none of them empty."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as err:
-        raise BadInput(f"datalist {path}: {err.strerror}: {_instead_of(path)}") from err
-    except ValueError as err:
-        raise BadInput(f"datalist {path} is not valid JSON, perhaps half-written: {err}: make it again") from err
+    content = read_json(path, f"datalist {path}", _instead_of(path))
     if not isinstance(content, dict):
         raise BadInput(f"datalist {path} holds a {type(content).__name__}, expected {{training, validation, test}}")
     for split in SPLITS:
@@ -153,11 +148,11 @@ def _label(item: dict[str, Any], recipe: Recipe, folder: Path, where: str) -> st
     if value is None:
         raise BadInput(f"{where} ({_brief(item)}): has no label: add it, or leave the case out of the list")
     if recipe.task == "regression":
-        if not _is_number(value):
+        if not is_number(value):
             raise BadInput(f"{where} ({_brief(item)}): label {json.dumps(value)[:80]} is not a number: correct the list")
         return float(value)
     if recipe.bins:
-        inside = [_is_number(value) and low <= value < high for low, high in recipe.bins.values()]
+        inside = [is_number(value) and low <= value < high for low, high in recipe.bins.values()]
     else:
         inside = [value in (number, name) for number, name in (recipe.classes or {}).items()]
     if not any(inside):
@@ -175,7 +170,7 @@ def _within_bins(content: dict[str, Any], recipe: Recipe, path: Path) -> dict[st
 
     def is_outside(item: dict[str, Any]) -> bool:
         value = item.get("label")
-        return _is_number(value) and not any(low <= value < high for low, high in recipe.bins.values())
+        return is_number(value) and not any(low <= value < high for low, high in recipe.bins.values())
 
     kept = {split: [item for item in content[split] if not is_outside(item)] for split in SPLITS}
     left_out = {split: len(content[split]) - len(kept[split]) for split in SPLITS}
@@ -186,10 +181,6 @@ def _within_bins(content: dict[str, Any], recipe: Recipe, path: Path) -> dict[st
     if empty:
         raise BadInput(f"datalist {path}: no case of its {empty[0]} part has a label in the recipe's bins {dict(recipe.bins)}")
     return {**content, **kept}
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def with_tertiles(recipe: Recipe, base_data_dir: str | Path) -> Recipe:
@@ -203,7 +194,7 @@ def with_tertiles(recipe: Recipe, base_data_dir: str | Path) -> Recipe:
     path = datalist_path(base_data_dir, recipe)
     values = [item.get("label") for item in _load(path)["training"]]
     for i, value in enumerate(values):
-        if not _is_number(value):
+        if not is_number(value):
             raise BadInput(
                 f"datalist {path}, training {i}: label {json.dumps(value)[:80]} is not a number, bins are {TERTILES}"
             )
@@ -290,7 +281,7 @@ def write_downstream_datalist(path: str | Path, splits: dict[str, list[dict[str,
 
     rows = {split: [{k: relative(k, v) for k, v in item.items()} for item in splits[split]] for split in SPLITS}
     random.Random(seed).shuffle(rows["training"])
-    lists = [f'"{split}": [\n' + ",\n".join(json.dumps(r) for r in rows[split]) + "\n]" for split in SPLITS]
+    lists = [f'"{split}": [\n' + ",\n".join(to_json(r) for r in rows[split]) + "\n]" for split in SPLITS]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, f'{{"shuffle_seed": {seed},\n' + ",\n".join(lists) + "}\n")

@@ -20,7 +20,7 @@ from dinov2.data.downstream.recipes import Recipe
 from dinov2.data.downstream.split import Row, find_pairs, segmentation_rows
 from dinov2.data.volumes.formats import FORMAT_NAMES, format_by_name, stem
 from dinov2.errors import BadInput
-from dinov2.files import write_text
+from dinov2.files import path_in_list, read_json, read_text, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +77,7 @@ def write_recipe(datalist: Path, text: str) -> Path:
         raise BadInput(f"--output {datalist}: the recipe NAME.yaml is used with NAME{LIST_ENDING}: choose such a name")
     path = datalist.with_name(datalist.name.removesuffix(LIST_ENDING) + ".yaml")
     try:
-        if path.exists() and path.read_text(encoding="utf-8") != text:
+        if path.exists() and read_text(path) != text:
             raise BadInput(
                 f"{path}: another recipe is there: move it away, or keep it and make the list with --images and --labels"
             )
@@ -89,12 +89,7 @@ def write_recipe(datalist: Path, text: str) -> Path:
 
 
 def _load(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as err:
-        raise BadInput(f"--nnunet {path}: {err.strerror}: give the raw folder, such as Dataset004_Hippocampus") from err
-    except ValueError as err:
-        raise BadInput(f"{path} is not valid JSON: {err}") from err
+    content = read_json(path, f"--nnunet {path}", "give the raw folder, such as Dataset004_Hippocampus")
     if not isinstance(content, dict):
         raise BadInput(f"{path} holds a {type(content).__name__}, expected nnU-Net's channel_names and labels")
     return content
@@ -155,13 +150,17 @@ def _listed(content: Mapping[str, Any], path: Path) -> dict[str, tuple[Sequence[
     try:
         if "dataset" in content:
             return {
-                case: ([path.parent / image for image in given["images"]], path.parent / given["label"])
+                case: ([_beside(path, image) for image in given["images"]], _beside(path, given["label"]))
                 for case, given in sorted(content["dataset"].items())
             }
-        pairs = [(path.parent / given["image"], path.parent / given["label"]) for given in content.get("training", [])]
+        pairs = [(_beside(path, given["image"]), _beside(path, given["label"])) for given in content.get("training", [])]
     except (TypeError, KeyError, AttributeError) as err:
         raise BadInput(f"{path}: its list of cases is not nnU-Net's: expected image (or images) and label of each") from err
     return {stem(label): (_files_of(image), label) for image, label in sorted(pairs)}
+
+
+def _beside(description: Path, given: str) -> Path:
+    return Path(path_in_list(given, description.parent))
 
 
 def _files_of(image: Path) -> list[Path]:

@@ -18,6 +18,7 @@ from dinov2.configs.errors import ConfigError, nearest
 from dinov2.configs.loader import load_typed, recipe_folders
 from dinov2.configs.schema import key, require, require_choice, section
 from dinov2.data.preprocess import PERCENTILES
+from dinov2.files import user_path
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -302,7 +303,7 @@ def load_recipe(name_or_path: str | Path) -> Recipe:
     Raises:
         ConfigError: No such file or name, an unknown key, or a value that cannot be used; one line.
     """
-    path = Path(name_or_path)
+    path = Path(user_path(name_or_path))
     if not path.is_file():
         folders = [folder / FOLDER for folder in recipe_folders()]
         known = {p.stem: p for folder in folders for p in sorted(folder.glob("*.yaml"))}

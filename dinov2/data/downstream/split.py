@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import csv
-import json
+import io
 import logging
+import math
 import random
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -12,13 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from dinov2.data.downstream.lists import SPLITS
-from dinov2.data.volumes.formats import scans_in, stem
+from dinov2.data.volumes.formats import is_scan_path, scans_in, stem
 from dinov2.errors import BadInput
+from dinov2.files import path_for_list, path_in_list, read_json, read_text, user_path
 
 logger = logging.getLogger(__name__)
 
 BIDS = r"(sub-[^_]+)"
 CHANNEL = re.compile(r"_(\d{4})$")  # of nnU-Net's imagesTr: NAME_0000, NAME_0001, ... beside labelsTr's NAME
+_NO_VALUES = ("", "n/a", "#n/a", "<na>", "nat")  # and `nan`; `none` and `na` can be the name of a class
 Row = dict[str, Any]
 
 
@@ -75,12 +78,12 @@ def read_table(path: Path, image_column: str, label_column: str, patient_column:
     """Rows of a classification or regression from a CSV file, paths starting at its folder; numbers are read as numbers.
 
     Raises:
-        BadInput: It cannot be read, a column is missing, or a row lacks its image, label or patient.
+        BadInput: It cannot be read, a column is missing, or a row lacks its image, label or patient, or names no file.
     """
+    text = read_text(path, f"--table {path}")
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            table = list(csv.DictReader(file))
-    except (OSError, UnicodeDecodeError, csv.Error) as err:
+        table = list(csv.DictReader(io.StringIO(text, newline="")))
+    except csv.Error as err:
         raise BadInput(f"--table {path}: cannot be read: {err}") from err
     if not table:
         raise BadInput(f"--table {path}: has no rows: give a CSV file with a first line of column names")
@@ -90,19 +93,44 @@ def read_table(path: Path, image_column: str, label_column: str, patient_column:
         raise BadInput(f"--table {path}: has no column {missing[0]}: it has {', '.join(k for k in table[0] if k)}")
     rows: list[Row] = []
     for number, line in enumerate(table, 2):
-        empty = [name for name in wanted if not (line[name] or "").strip()]
+        where = f"--table {path}, line {number}"
+        empty = [name for name in wanted if _is_empty(line[name])]
         if empty:
-            raise BadInput(f"--table {path}, line {number}: {empty[0]} is empty: complete it or remove the line")
-        given = line[image_column].strip()
+            found = f"is {line[empty[0]].strip()}, no value" if (line[empty[0]] or "").strip() else "is empty"
+            raise BadInput(f"{where}: {empty[0]} {found}: complete it or remove the line")
+        image = _image_of(line[image_column].strip(), path.parent, where)
         patient = {"patient": line[patient_column].strip()} if patient_column else {}
         label = _number_or_word(line[label_column].strip())
-        rows.append({"case": stem(given), **patient, "image": path.parent / given, "label": label})
+        rows.append({"case": stem(image), **patient, "image": image, "label": label})
     if len({row["case"] for row in rows}) < len(rows):  # the same file names in several folders
-        rows = [{**row, "case": str(row["image"].with_name(row["case"]))} for row in rows]
+        rows = [{**row, "case": str(Path(path_for_list(row["image"], path.parent)).with_name(row["case"]))} for row in rows]
     if not patient_column:
         whose = patients_of([row["case"] for row in rows], None)
         rows = [{**row, "patient": whose[row["case"]]} for row in rows]
     return rows
+
+
+def _is_empty(text: str | None) -> bool:
+    """Whether a cell has no value: tables write one that is missing in several words."""
+    word = (text or "").strip().casefold()
+    try:
+        return not math.isfinite(float(word))
+    except ValueError:
+        return word in _NO_VALUES
+
+
+def _image_of(given: str, folder: Path, where: str) -> Path:
+    """The scan that a cell names, as the table's writer or as Windows spells paths.
+
+    Raises:
+        BadInput: It is not there.
+    """
+    spellings = (given, given.replace("\\", "/"))
+    for spelling in spellings:
+        if is_scan_path(found := path_in_list(spelling, folder)):
+            return Path(found)
+    missing = path_in_list(spellings[1], folder)
+    raise BadInput(f"{where}: no such file or DICOM folder {missing}: correct it, or complete the data")
 
 
 def _number_or_word(text: str) -> float | int | str:
@@ -192,7 +220,7 @@ def _by_name(folder: Path, flag: str, ending: str, name: Callable[[Path], str]) 
         raise BadInput(f"{flag} {folder}: holds no {f'{ending} ' if ending else ''}image files")
     found: dict[str, list[Path]] = {}
     for path in files:
-        found.setdefault(name(path), []).append(path)
+        found.setdefault(name(Path(user_path(path))), []).append(path)
     return found
 
 
@@ -242,10 +270,7 @@ def read_parts(path: Path, key: str | None) -> dict[str, list[str]]:
     Raises:
         BadInput: Not such a file.
     """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as err:
-        raise BadInput(f"--parts {path}: cannot be read as JSON: {err}") from err
+    content = read_json(path, f"--parts {path}")
     found = content.get(key) if key and isinstance(content, dict) else content
     if not isinstance(found, dict) or not all(isinstance(found.get(split), list) for split in SPLITS):
         where = f"under {key!r}" if key else "at its top (--parts-key names another place)"

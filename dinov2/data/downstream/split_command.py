@@ -20,6 +20,7 @@ from dinov2.data.downstream.split import (
 )
 from dinov2.data.downstream.stratify import fold_parts, stratified_parts
 from dinov2.errors import EXIT_OK, BadInput
+from dinov2.files import refuse_output
 from dinov2.logging import Say
 
 logger = logging.getLogger(__name__)
@@ -69,6 +70,7 @@ def main(argv: Sequence[str], say: Say) -> int:
 def run(args: argparse.Namespace, say: Say) -> int:
     if args.folds is not None and (args.fractions or args.parts):
         raise BadInput("--folds decides the parts: leave out --fractions and --parts")
+    refuse_output(args.output, "--output")
     rows, recipe = read_rows(args)
     lists = lists_of_folds(rows, args) if args.folds is not None else {args.output: deal(rows, args)}
     if recipe is not None:

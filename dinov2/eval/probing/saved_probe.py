@@ -28,6 +28,7 @@ from dinov2.eval.probing.training import Probe
 from dinov2.eval.run import Setting
 from dinov2.features.features import class_features
 from dinov2.features.setup import build_model_for_eval
+from dinov2.files import refuse_output, user_path
 from dinov2.logging import Say
 from dinov2.models.architecture import refuse_other_sizes
 from dinov2.models.weights import plain_names, refuse_non_finite
@@ -92,7 +93,7 @@ class SavedProbe:
         Raises:
             BadInput: A file cannot be used.
         """
-        case = prepare_case(Item(tuple(map(str, images)), None, stem(images[0])), self.recipe)
+        case = prepare_case(Item(tuple(map(user_path, images)), None, stem(images[0])), self.recipe)
         view = central_cube(case.image, self.image_size)[None].to(self.runtime.device)
         with evaluation_autocast(self.cfg, self.runtime.device.type):
             features = class_features(self.backbone, view, self.layers)[:, self.columns]
@@ -115,6 +116,8 @@ def classify(probe: Path, inputs: Sequence[Path], weights: str | None, output: P
     Raises:
         BadInput: The probe cannot be used.
     """
+    if output:
+        refuse_output(output, "--output")
     saved = SavedProbe(probe, weights)
     scans = [[path] for path in inputs] if saved.recipe.channels == 1 else [list(inputs)]
     names, done, failed = saved.recipe.output_names, {}, 0

@@ -5,7 +5,6 @@ Reading order: `train` (the loop) -> `Inputs` (features of a step) -> `validate`
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 from collections.abc import Callable, Generator
@@ -34,7 +33,7 @@ from dinov2.eval.probing.linear_heads import LinearHeads, cosine_factor, head_gr
 from dinov2.eval.probing.parts import feature_layers, labels_of
 from dinov2.eval.run import Setting
 from dinov2.features.features import class_features
-from dinov2.files import write_json
+from dinov2.files import read_json, write_json
 from dinov2.logging import MetricWriter
 from dinov2.logging.progress import Progress, track
 from dinov2.models import DinoVisionTransformer3d
@@ -304,7 +303,7 @@ def validate(setting: Setting, probe: Probe, features: Tensor) -> None:
 
 def summarise_seeds(folder: Path, seeds: list[int]) -> None:
     """`results.json` of several seeds: mean and standard deviation of each score, and each seed's own."""
-    runs = [json.loads((folder / f"seed_{seed}" / "results.json").read_text()) for seed in seeds]
+    runs = [read_json(folder / f"seed_{seed}" / "results.json", remedy="use --no-resume") for seed in seeds]
     scores = ("test_auc", "test_f1", "test_balanced_accuracy", "test_calibration_error")
     table = {name: [run[name] for run in runs] for name in scores}
     means = {name: float(np.mean(np.array(values, float))) for name, values in table.items()}

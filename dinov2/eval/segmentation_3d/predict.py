@@ -22,7 +22,7 @@ from dinov2.distributed.runtime import start_runtime
 from dinov2.errors import EXIT_BAD_INPUT, EXIT_OK, BadInput, BadVolume
 from dinov2.eval.segmentation_3d.build import load_segmentation
 from dinov2.eval.segmentation_3d.inference import predict_masks
-from dinov2.files import replacing
+from dinov2.files import refuse_output, replacing, user_path
 from dinov2.logging.progress import track
 
 logger = logging.getLogger(__name__)
@@ -86,8 +86,11 @@ def plan_jobs(inputs: Sequence[Path], output: Path, recipe: Recipe) -> list[tupl
         if not is_one_case:
             raise BadInput(f"--output {output}: must end in .nii.gz")
         jobs = [(Item(tuple(map(str, inputs)), None, stem(inputs[0])), output)]
+    if not is_one_case and output.exists() and not output.is_dir():
+        raise BadInput(f"--output {output}: is a file: for a folder of cases give a folder")
     source_of: dict[Path, str] = {}
     for item, target in jobs:
+        refuse_output(target, "--output")
         if target in source_of:
             first, second = (Path(p).name for p in (source_of[target], item.images[0]))
             raise BadInput(f"--input {inputs[0]}: {first} and {second} would both become {target.name}: rename one of them")
@@ -112,6 +115,8 @@ def cases_of(folder: Path, recipe: Recipe) -> list[tuple[str, list[Path]]]:
         scans, series = scans_in(folder), first_slices(folder)
     except OSError as err:
         raise BadInput(f"--input {folder}: {err.filename or folder} cannot be read: {err.strerror}") from err
+    for path in (*scans, *series):
+        user_path(path)  # refuses a name that is not text
     if not scans and not series:
         raise BadInput(f"--input {folder}: no {FORMAT_NAMES} file in it")
     numbered: dict[str, list[tuple[int, Path]]] = {}

@@ -17,9 +17,9 @@ if __package__ in (None, ""):  # started as a file: the repository, not this fol
     sys.path[0] = str(Path(__file__).resolve().parents[3])
 
 from dinov2.cli import build_parser
-from dinov2.errors import EXIT_BAD_INPUT, EXIT_OK, BadInput
+from dinov2.errors import EXIT_BAD_INPUT, EXIT_OK, BadInput, one_line
 from dinov2.logging import setup_logging
-from dinov2.run.submit import Job, Program, add_job_arguments, submit_array
+from dinov2.run.submit import Job, Program, add_job_arguments, job_words, submit_array
 
 logger = logging.getLogger("dinov2.run.eval")
 
@@ -46,16 +46,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     cluster.add_argument("--shards", type=int, required=True, help="jobs")
     cluster.add_argument("--gpus", type=int, default=0, help="per job; 0: none")
     add_job_arguments(cluster, job_name="dinov2-embed", timeout=720)
-    args, rest = cluster.parse_known_args(argv)
     setup_logging()
     try:
+        args, rest = cluster.parse_known_args(job_words(argv))
         if args.shards < 1:
             raise BadInput(f"--shards {args.shards}: at least 1")
         shards, last, folder = shard_commands(rest, args.shards, args.cpus_per_task)
         programs = [Program("dinov2.cli", command) for command in shards]
         jobs = submit_array(programs, Program("dinov2.cli", last), Job.asked_for(args), folder, args.gpus)
     except BadInput as err:
-        logger.error("%s", err)
+        logger.error("%s", one_line(err))
         return EXIT_BAD_INPUT
     logger.info("submitted %s; logs: %s; the last job to end writes the table", ", ".join(jobs), folder)
     return EXIT_OK

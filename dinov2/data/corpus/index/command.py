@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import os
 from collections import Counter
@@ -16,13 +15,13 @@ from typing import Any
 
 from dinov2.data.corpus.index.examine import ExamineOptions, Row, died, examine
 from dinov2.data.corpus.index.journal import Journal, journal_path, read_journal
-from dinov2.data.corpus.index.quality import Limits, judge
+from dinov2.data.corpus.index.quality import Limits, judge, parted_series
 from dinov2.data.corpus.index.walk import Unit, walk
 from dinov2.data.datalist import write_datalist
 from dinov2.data.pool import unordered
 from dinov2.data.volumes.formats import FORMAT_NAMES
 from dinov2.errors import EXIT_OK, EXIT_RESUMABLE, BadInput
-from dinov2.files import write_text
+from dinov2.files import refuse_output, shown, to_json, write_text
 from dinov2.logging import Say
 from dinov2.logging.progress import Progress
 from dinov2.signals import stop_requests
@@ -71,6 +70,24 @@ class IndexRequest:
         }
 
 
+def refuse_outputs(request: IndexRequest, report: Path | None = None) -> None:
+    """Refuse what cannot be written, or would be written twice, before a file is read.
+
+    Raises:
+        BadInput: An output that is no file, or is another one too.
+    """
+    refuse_output(request.output, "--output")  # first: the others are named after it
+    outputs = {"--output": request.output, "--quarantine": request.quarantine_path, "its journal": journal_path(request.output)}
+    outputs |= {"--report": report} if report else {}
+    taken: dict[str, str] = {}
+    for flag, path in outputs.items():
+        refuse_output(path, flag)
+        place = os.path.realpath(path)
+        if place in taken:
+            raise BadInput(f"{flag} {path}: is {taken[place]} too: choose another name")
+        taken[place] = flag
+
+
 def index(folders: list[Path], request: IndexRequest, say: Say) -> int:
     """Examine what is new or changed below some folders, then write list and quarantine.
 
@@ -80,18 +97,19 @@ def index(folders: list[Path], request: IndexRequest, say: Say) -> int:
     Raises:
         BadInput: A folder is not there, nothing in them is a volume, or the output cannot be written.
     """
+    refuse_outputs(request)
     with Journal(journal_path(request.output), request.row_options()) as journal:
         if journal.was_of_other_options:
             logger.warning("%s: was made with other options; everything is examined again", journal.path)
         units = [u for u in walk(folders) if _is_of_shard(u, request.shard)]
         todo = [u for u in units if not journal.knows(u.path, u.stamp)]
-        say(f"{len(units)} files and series below {', '.join(_shown(f) for f in folders)}; {len(todo)} new or changed")
+        say(f"{len(units)} files and series below {', '.join(shown(f) for f in folders)}; {len(todo)} new or changed")
         if not _examine(todo, journal, request):
-            say(f"stopped; the same command continues ({_shown(journal.path)} has what was seen)")
+            say(f"stopped; the same command continues ({shown(journal.path)} has what was seen)")
             return EXIT_RESUMABLE
         journal.keep_only({u.path for u in units})
         if not units and request.shard == (1, 1):
-            raise BadInput(f"{', '.join(_shown(f) for f in folders)}: no {FORMAT_NAMES} file in it")
+            raise BadInput(f"{', '.join(shown(f) for f in folders)}: no {FORMAT_NAMES} file in it")
         _write(journal, request, say)
     return EXIT_OK
 
@@ -106,6 +124,7 @@ def merge(lists: list[Path], request: IndexRequest, say: Say) -> int:
     for path, options, _ in sources[1:]:
         if options != sources[0][1]:
             raise BadInput(f"{path}: was made with other options than {lists[0]}: index its shard again with the same ones")
+    refuse_outputs(request)
     own = journal_path(request.output)
     if own in (journal_path(path) for path in lists):
         raise BadInput(f"--output {request.output}: is one of the lists to merge: choose another")
@@ -150,9 +169,10 @@ def _write(journal: Journal, request: IndexRequest, say: Say) -> None:
     """Judge all rows and write list and quarantine, row by row."""
     set_aside: list[Row] = []
     counts: Counter[str] = Counter()
+    parted = parted_series(journal.rows())
 
     def listed() -> Iterator[Row]:
-        for is_good, row in judge(journal.rows(), request.limits):
+        for is_good, row in judge(journal.rows(), request.limits, parted):
             if is_good:
                 counts["label maps"] += bool(row.get("label_map"))
                 yield row
@@ -166,19 +186,14 @@ def _write(journal: Journal, request: IndexRequest, say: Say) -> None:
     except OSError as err:
         raise BadInput(f"{request.output}: {err.strerror}: make room or choose another --output; nothing is lost") from err
     labels = f" ({counts['label maps']} of them label maps, which `dinov2 curate` leaves out)" if counts["label maps"] else ""
-    say(f"{_shown(request.output)}: {num_listed} volumes{labels}")
+    say(f"{shown(request.output)}: {num_listed} volumes{labels}")
     reasons = ", ".join(f"{n} {reason}" for reason, n in Counter(r["reason"] for r in set_aside).most_common())
-    say(f"{_shown(request.quarantine_path)}: {len(set_aside)} set aside" + (f": {reasons}" if reasons else ""))
+    say(f"{shown(request.quarantine_path)}: {len(set_aside)} set aside" + (f": {reasons}" if reasons else ""))
 
 
 def _write_json(path: Path, rows: list[Row]) -> None:
-    text = ",\n".join(json.dumps(row) for row in rows)
+    text = ",\n".join(to_json(row) for row in rows)
     write_text(path, f"[\n{text}\n]\n" if rows else "[]\n")
-
-
-def _shown(path: Path) -> str:
-    """A path for the terminal, whatever bytes its name has."""
-    return str(path).encode("utf-8", "backslashreplace").decode()
 
 
 def parse_shard(text: str) -> tuple[int, int]:

@@ -79,12 +79,14 @@ def examine_unit(unit: Unit, options: ExamineOptions) -> list[Row]:
     series, bad = series_of(os.path.join(unit.path, name) for name in unit.slices)
     for path, err in bad:
         rows.append(problem(path, err.reason, str(err)))
-    for slices in series.values():
-        rows += _rows(min(s.path for s in slices), unit, options, partial(stack, slices))
+    for uid, slices in series.items():
+        rows += _rows(min(s.path for s in slices), unit, options, partial(stack, slices), str(uid))
     return sorted(rows, key=lambda row: row.get("path") or row["entry"]["image"])
 
 
-def _rows(path: str, unit: Unit, options: ExamineOptions, open_it: Callable[[], ImageFile]) -> list[Row]:
+def _rows(
+    path: str, unit: Unit, options: ExamineOptions, open_it: Callable[[], ImageFile], series: str | None = None
+) -> list[Row]:
     try:
         image = open_it()
         sidecar = read_sidecar(unit)
@@ -102,10 +104,19 @@ def _rows(path: str, unit: Unit, options: ExamineOptions, open_it: Callable[[], 
     rows = []
     for channel in channels:
         try:
-            rows.append(_row({**entry, **channel}, image, unit))
+            row = _row({**entry, **channel}, image, unit)
+            rows.append({**row, "place": _place(series, image)} if series else row)
         except BadVolume as err:
             rows.append(problem(path, err.reason, str(err)))
     return rows
+
+
+def _place(series: str, image: ImageFile) -> list[str]:
+    """What tells the parts of one series: a hash of its UID, and where its first and last slice lie (0.1 mm)."""
+    assert image.affine is not None  # of DICOM it is known
+    ends = [image.affine @ (0, 0, k, 1) for k in (0, image.shape[2] - 1)]
+    uid = hashlib.blake2b(series.encode(), digest_size=8).hexdigest()
+    return [uid, " ".join(f"{x:.1f}" for x in np.concatenate([end[:3] for end in ends]) + 0.0)]
 
 
 def _plain_shape(shape: tuple[int, ...]) -> list[int]:
@@ -120,8 +131,11 @@ def _channels(entry: Row, image: ImageFile, axes: str | None, unit: Unit, option
     if len(shape) != 4:
         return [{}]
     names = unit.dataset.channels if len(unit.dataset.channels) == shape[3] else ()
-    is_timed = len(image.spacing) > 3 and image.spacing[3] > 0 and not names
+    is_timed = len(image.spacing) > 3 and image.spacing[3] > 0 and not (names or unit.dataset.unread)
     unexplained = {"time": "xyzt", "channels": "xyzc"}.get(options.fourth_axis)
+    if unit.dataset.unread and not (axes or image.is_channels or unexplained):
+        what = f"a fourth axis of {shape[3]}, and {unit.dataset.unread}, which may say what it is, cannot be read: correct it"
+        raise BadVolume(f"{entry['image']}: {what}, or --fourth-axis time or channels", "axes")
     axes = axes or ("xyzc" if image.is_channels or names else "xyzt" if is_timed else unexplained)
     if axes == "xyzt":
         return [{"axes": "xyzt"}]

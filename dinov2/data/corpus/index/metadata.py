@@ -10,12 +10,12 @@ import json
 import os
 import re
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 from dinov2.data.corpus.index.walk import Unit
 from dinov2.data.datalist import FOURTH_AXES
 from dinov2.errors import BadInput, BadVolume
+from dinov2.files import MOST_FACTS_BYTES, is_number, read_json
 
 KEYS = ("dataset", "modality", "organ", "patient")
 
@@ -123,13 +123,13 @@ def read_sidecar(unit: Unit) -> dict[str, Any]:
     if unit.sidecar is None:
         return {}
     try:
-        content = json.loads(Path(unit.sidecar).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as err:
-        raise BadVolume(f"{unit.sidecar}: cannot be read as JSON: {err}", "sidecar") from err
+        content = read_json(unit.sidecar, most_bytes=MOST_FACTS_BYTES)
+    except BadInput as err:
+        raise BadVolume(str(err), "sidecar") from err
     if not isinstance(content, dict):
         raise BadVolume(f"{unit.sidecar}: holds a {type(content).__name__}, expected an object", "sidecar")
     spacing, axes = content.get("spacing"), content.get("axes")
-    is_spacing = isinstance(spacing, list) and len(spacing) == 3 and all(isinstance(s, int | float) for s in spacing)
+    is_spacing = isinstance(spacing, list) and len(spacing) == 3 and all(is_number(s) for s in spacing)
     if spacing is not None and not is_spacing:
         raise BadVolume(f"{unit.sidecar}: spacing must be three numbers (mm), got {json.dumps(spacing)}", "sidecar")
     if axes not in (None, *FOURTH_AXES):

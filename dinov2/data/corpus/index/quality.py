@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import os
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,10 +26,32 @@ class Limits:
     max_non_finite: float = 0.0
 
 
-def judge(rows: Iterable[Row], limits: Limits) -> Iterator[tuple[bool, dict[str, Any]]]:
+def parted_series(rows: Iterable[Row]) -> dict[str, list[str]]:
+    """The folders of each DICOM series whose slices lie in several, by its mark.
+
+    Copies of a series, and its time points or phases in a folder each, lie at the same places.
+    """
+    places: dict[str, dict[str, set[str]]] = {}
+    for row in rows:
+        if "place" in row:
+            series, place = row["place"]
+            places.setdefault(series, {}).setdefault(os.path.dirname(row["entry"]["image"]), set()).add(place)
+    return {
+        series: sorted(folders)
+        for series, folders in places.items()
+        if len(folders) > 1 and len({frozenset(found) for found in folders.values()}) > 1
+    }
+
+
+def judge(rows: Iterable[Row], limits: Limits, parted: Mapping[str, list[str]]) -> Iterator[tuple[bool, dict[str, Any]]]:
     """(True, a datalist entry) or (False, a row of the quarantine) for each row, in order.
 
     Of volumes with the same content the first stays; rows come in order of their paths.
+
+    Args:
+        rows: Of the journal.
+        limits: The user's.
+        parted: As of `parted_series`.
     """
     kept: dict[str, str] = {}
     for row in rows:
@@ -36,7 +59,7 @@ def judge(rows: Iterable[Row], limits: Limits) -> Iterator[tuple[bool, dict[str,
             yield False, row
             continue
         entry = row["entry"]
-        found = _fault(row, limits)
+        found = _parted(row, parted) or _fault(row, limits)
         if found is None and entry["sha"] in kept:
             found = ("duplicate", f"the same voxels as {kept[entry['sha']]}")
         if found is None:
@@ -44,6 +67,15 @@ def judge(rows: Iterable[Row], limits: Limits) -> Iterator[tuple[bool, dict[str,
             yield True, entry
         else:
             yield False, problem(entry["image"], *found)
+
+
+def _parted(row: Row, parted: Mapping[str, list[str]]) -> tuple[str, str] | None:
+    folders = parted.get(row.get("place", [""])[0])
+    if folders is None:
+        return None
+    own = os.path.dirname(row["entry"]["image"])
+    others = ", ".join(folder for folder in folders if folder != own)
+    return "missing_slices", f"other slices of its series lie in {others}: put them into one folder"
 
 
 def _fault(row: Row, limits: Limits) -> tuple[str, str] | None:

@@ -17,6 +17,7 @@ from typing import Any
 from dinov2.data.volumes.dicom import is_dicom
 from dinov2.data.volumes.formats import DICOM, format_by_name, is_volume_file, source_files, stem
 from dinov2.errors import BadInput
+from dinov2.files import MOST_FACTS_BYTES, is_utf8, read_json, user_path
 
 SIDECAR = ".json"
 _MARKERS = ("dataset_description.json", "dataset.json", "participants.tsv", "participants.csv")  # BIDS, Decathlon
@@ -25,7 +26,7 @@ _NOT_IMAGES = (
     ".raw", ".sha256", ".tar", ".toml", ".tsv", ".txt", ".xlsx", ".xml", ".yaml", ".yml", ".zip", ".zraw",
 )  # fmt: skip
 
-_SERIES = ("series", 0, 0)  # in the stamp of DICOM files: once their rows had no `series`, and such are examined anew
+_SERIES = ("series", 1, 0)  # in the stamp of DICOM files: once their rows had no `series` or `place`: examined anew
 
 Identity = tuple[int, int]  # device and inode: the same folder by whatever name
 
@@ -38,11 +39,13 @@ class DatasetInfo:
         name: Of the data set.
         channels: Names of a fourth axis that is channels (Decathlon's `dataset.json`), else empty.
         modality: As written there; empty where it is not.
+        unread: Name of a description that is there and cannot be read, which might have said more.
     """
 
     name: str
     channels: tuple[str, ...] = ()
     modality: str = ""
+    unread: str = ""
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,7 @@ def walk(folders: list[Path]) -> Iterator[Unit]:
         BadInput: One is not there.
     """
     seen: set[Identity] = set()
-    for folder in folders:
+    for folder in (Path(user_path(given)) for given in folders):
         if not folder.is_dir():
             raise BadInput(f"{folder}: no such folder: give folders of volumes")
         root = os.path.abspath(folder)
@@ -94,7 +97,14 @@ def walk(folders: list[Path]) -> Iterator[Unit]:
             except OSError as err:
                 yield _problem(place, root, _reason(err), err.strerror or type(err).__name__)
                 continue
-            dataset = _dataset(place, {e.name for e in entries}) or dataset
+            for entry in entries:
+                if not is_utf8(entry.name) and not entry.name.startswith("."):
+                    yield _problem(entry.path, root, "name", "a name that is not in UTF-8: rename it")
+            entries = [e for e in entries if is_utf8(e.name)]
+            own, unread = _dataset(place, {e.name for e in entries})
+            for path, err in unread:
+                yield _problem(path, root, "sidecar", f"the data set's description cannot be used: {err}")
+            dataset = own or dataset
             yield from _units(place, root, dataset, entries)
             below = [e.path for e in entries if _is_folder(e) and not e.name.startswith(".")]
             todo += [(path, dataset, (*above, identity)) for path in reversed(below)]
@@ -155,22 +165,31 @@ def _file_unit(
 
 
 def _stamp(parts: list[tuple[str, int, int]], dataset: DatasetInfo) -> str:
-    text = json.dumps([parts, [dataset.name, *dataset.channels, dataset.modality]])
+    said = [dataset.name, *dataset.channels, dataset.modality, *([dataset.unread] if dataset.unread else [])]
+    text = json.dumps([parts, said])
     return hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
 
 
-def _dataset(folder: str, names: set[str]) -> DatasetInfo | None:
-    """What a folder's own description says of the data set in it; None without one."""
+def _dataset(folder: str, names: set[str]) -> tuple[DatasetInfo | None, list[tuple[str, str]]]:
+    """What a folder's own description says of the data set in it, None without one; what of it cannot be read, and why."""
     if not names.intersection(_MARKERS):
-        return None
+        return None, []
     facts: dict[str, Any] = {}
+    unread: list[tuple[str, str]] = []
     for marker in (m for m in _MARKERS if m in names and m.endswith(SIDECAR)):
+        path = os.path.join(folder, marker)
         try:
-            found = json.loads(Path(folder, marker).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            continue  # a description that cannot be read describes nothing; the volumes are examined all the same
-        facts = {**found, **facts} if isinstance(found, dict) else facts
+            found = read_json(path, most_bytes=MOST_FACTS_BYTES)
+        except BadInput as err:
+            unread.append((path, str(err).removeprefix(path).removeprefix(": ").strip()))
+            continue
+        if isinstance(found, dict):
+            facts = {**found, **facts}
+        else:
+            unread.append((path, f"holds a {type(found).__name__}, expected an object"))
     names_of = facts.get("modality", facts.get("channel_names"))
     channels = tuple(str(v) for v in names_of.values()) if isinstance(names_of, dict) else ()
     name = facts.get("Name") or facts.get("name") or Path(folder).name
-    return DatasetInfo(str(name), channels if len(channels) > 1 else (), channels[0] if len(channels) == 1 else "")
+    modality = channels[0] if len(channels) == 1 else ""
+    described = os.path.basename(unread[0][0]) if unread else ""
+    return DatasetInfo(str(name), channels if len(channels) > 1 else (), modality, described), unread

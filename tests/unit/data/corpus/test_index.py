@@ -337,9 +337,35 @@ def test_what_may_not_be_read_is_named(open_folder: Path) -> None:
     }  # fmt: skip
 
 
-def test_names_of_any_bytes_and_lengths_are_listed_and_found_again(tmp_path: Path) -> None:
+def test_names_that_are_no_text_are_set_aside_by_name_and_refused_elsewhere(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """JSON and Parquet hold text, and several readers take nothing else."""
+    good = save_nifti(tmp_path / "data" / "a.nii", scan())
+    bad = os.fsdecode(os.fsencode(tmp_path / "data") + b"/latin1-\xe9.nii")
+    shutil.copy(good, bad)
+    Path(os.fsdecode(os.fsencode(tmp_path / "data") + b"/f\xfc")).mkdir()
+    listed, quarantine = run(tmp_path / "data", tmp_path / "list.json")
+    assert len(listed) == 1 and {reason for reason, _ in quarantine.values()} == {"name"} and len(quarantine) == 2
+    (tmp_path / "bad.json").write_text(json.dumps([{"image": bad, "shape": [14, 12, 10]}]))
+    capfd.readouterr()
+    words = ["embed", "LIST", "--weights", "demo", "--output", str(tmp_path / "o.parquet")]
+    for command in (
+        [w.replace("LIST", str(tmp_path / "bad.json")) for w in words],
+        ["predict", "--weights", "demo", "--input", bad, "--output", str(tmp_path / "o.nii.gz")],
+        ["classify", "--probe", "p.pth", "--input", bad],
+        ["train", f"train.dataset_path={tmp_path / 'bad.json'}", f"--output-dir={tmp_path / 'run'}"],
+        ["train", f"train.dataset_path={bad}", f"--output-dir={tmp_path / 'run'}"],
+        ["index", bad, "--output", str(tmp_path / "other.json")],
+    ):
+        assert main(command) == 2
+        said = capfd.readouterr().err
+        assert "not in UTF-8: rename it" in said and "Traceback" not in said, said
+
+
+def test_names_of_any_letters_and_lengths_are_listed_and_found_again(tmp_path: Path) -> None:
     data = tmp_path / "data"
-    names = [os.fsdecode(b"latin1-\xe9.nii.gz"), "雪だるま ☃ \"q'.nii.gz", "n" * 240 + ".nii.gz", "line\nbreak.nii"]
+    names = ["雪だるま ☃ \"q'.nii.gz", "n" * 240 + ".nii.gz", "line\nbreak.nii"]
     for seed, name in enumerate(names):
         plain = save_nifti(tmp_path / ("plain.nii" if name.endswith(".nii") else "plain.nii.gz"), scan(seed))
         data.mkdir(exist_ok=True)
@@ -494,3 +520,83 @@ def test_the_index_lists_every_real_volume(local_data: Path, tmp_path: Path) -> 
     listed, quarantine = run(tmp_path / "data", tmp_path / "list.json", "--pattern", "{dataset}")
     assert len(listed) == 6 and set(quarantine) == {"broken.nii.gz"}
     assert {(e["modality"], bool(e.get("label_map"))) for e in listed} == {("MR", False), ("CT", False), ("CT", True)}
+
+
+# ---------------------------------------------------------------------- what is there and not understood
+
+
+def with_channels(folder: Path, description: bytes) -> Path:
+    """A data set of one volume of two channels, whose header gives the fourth axis a spacing."""
+    save_nifti(folder / "imagesTr" / "c1.nii.gz", np.stack([scan(), scan(1)], -1), (*SPACING, 1.0))
+    (folder / "dataset.json").write_bytes(description)
+    return folder
+
+
+DESCRIPTION = '{"name": "T\xe4", "modality": {"0": "T1", "1": "FLAIR"}}'
+
+
+def test_a_description_with_a_byte_order_mark_is_read(tmp_path: Path) -> None:
+    data = with_channels(tmp_path / "data", b"\xef\xbb\xbf" + DESCRIPTION.encode())
+    listed, quarantine = run(data, tmp_path / "list.json")
+    assert [e["channel_name"] for e in listed] == ["T1", "FLAIR"] and listed[0]["dataset"] == "T\xe4" and not quarantine
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "utf-16", "list", "deep"])
+def test_a_description_that_cannot_be_read_is_set_aside_and_so_is_what_it_may_explain(encoding: str, tmp_path: Path) -> None:
+    content = {"list": b"[1]", "deep": b"[" * 200_000}.get(encoding) or DESCRIPTION.encode(encoding)
+    data = with_channels(tmp_path / "data", content)
+    save_nifti(data / "imagesTr" / "plain.nii.gz", scan(2))
+    listed, quarantine = run(data, tmp_path / "list.json")
+    assert [Path(e["image"]).name for e in listed] == ["plain.nii.gz"]
+    assert {name: reason for name, (reason, _) in quarantine.items()} == {"dataset.json": "sidecar", "c1.nii.gz": "axes"}
+    assert "cannot be used" in quarantine["dataset.json"][1] and "dataset.json, which may say" in quarantine["c1.nii.gz"][1]
+    listed, quarantine = run(data, tmp_path / "list.json", "--fourth-axis", "channels")
+    assert len(listed) == 3 and quarantine.keys() == {"dataset.json"}
+    (data / "dataset.json").write_bytes(DESCRIPTION.encode())
+    listed, quarantine = run(data, tmp_path / "list.json")
+    assert [e.get("channel_name") for e in listed] == ["T1", "FLAIR", None] and not quarantine
+
+
+def test_sidecars_in_other_encodings_and_of_other_kinds_are_read_or_named(tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    for number, name in enumerate(("mark", "latin", "deep", "huge", "nan", "pipe", "zeros")):
+        save_nifti(data / f"{name}.nii", scan(number))
+    (data / "mark.json").write_bytes(b'\xef\xbb\xbf{"Modality": "PT"}')
+    (data / "latin.json").write_bytes('{"Modality": "Sch\xe4del"}'.encode("latin-1"))
+    (data / "deep.json").write_bytes(b"[" * 200_000)
+    (data / "huge.json").write_bytes(b'{"spacing": [1' + b"0" * 400 + b", 1, 1]}")
+    (data / "nan.json").write_bytes(b'{"spacing": [NaN, 1e999, 1]}')
+    os.mkfifo(data / "pipe.json")
+    (data / "zeros.json").symlink_to("/dev/zero")
+    listed, quarantine = run(data, tmp_path / "list.json")
+    assert [(e["image"], e["modality"]) for e in listed] == [("data/mark.nii", "PET")]
+    assert {reason for reason, _ in quarantine.values()} == {"sidecar"} and len(quarantine) == 6
+    assert "save it as UTF-8" in quarantine["latin.nii"][1] and "no regular file" in quarantine["pipe.nii"][1]
+
+
+def test_a_series_in_two_folders_is_set_aside_by_name_and_its_phases_and_copies_are_not(tmp_path: Path) -> None:
+    data, voxels = tmp_path / "data", scan()
+    save_dicom(data / "whole", voxels, series="1.1")
+    shutil.copytree(data / "whole", data / "whole_again")
+    save_dicom(data / "phase0", scan(1), series="1.2")
+    save_dicom(data / "phase1", scan(2), series="1.2")
+    save_dicom(data / "below" / "first", scan(3), series="1.3")
+    (data / "below" / "second").mkdir()
+    for k, file in enumerate(sorted((data / "below" / "first").iterdir(), key=place_of)):
+        if k >= 5:
+            file.rename(data / "below" / "second" / file.name)
+    listed, _ = run(data, tmp_path / "list.json", "--min-axis", "5")
+    assert sorted(Path(e["image"]).parent.name for e in listed) == ["phase0", "phase1", "whole"]
+    rows = json.loads((tmp_path / "list.quarantine.json").read_text())
+    found = {Path(r["path"]).parent.name: (r["reason"], r["detail"]) for r in rows}
+    assert found.pop("whole_again")[0] == "duplicate"
+    assert found == {
+        own: ("missing_slices", f"other slices of its series lie in {data / 'below' / other}: put them into one folder")
+        for own, other in (("first", "second"), ("second", "first"))
+    }
+
+
+def place_of(path: Path) -> float:
+    import pydicom
+
+    return float(pydicom.dcmread(path).ImagePositionPatient[2])

@@ -132,6 +132,8 @@ def test_a_table_becomes_a_list_and_its_thirds_classes(tmp_path: Path) -> None:
 
 def test_names_of_classes_stay_names(tmp_path: Path) -> None:
     rows = [f"{i}.nii,{'fm'[i % 2]}" for i in range(10)]
+    for i in range(10):
+        (tmp_path / f"{i}.nii").touch()
     (tmp_path / "t.csv").write_text("image,label\n" + "\n".join(rows) + "\n")
     assert main(["split", "--table", str(tmp_path / "t.csv"), "--output", str(tmp_path / "l.json")]) == 0
     content = json.loads((tmp_path / "l.json").read_text())
@@ -178,3 +180,48 @@ def test_a_head_with_its_skull_is_warned_of(tmp_path: Path, caplog: pytest.LogCa
         assert not caplog.records
         warn_of_skulls([Item((str(stripped),), 0, "a"), Item((str(tmp_path / "head.nii.gz"),), 0, "b")], load_recipe("ICBM"))
     assert "head.nii.gz: does not look skull-stripped" in caplog.text
+
+
+def test_tables_as_other_programs_write_them(tmp_path: Path) -> None:
+    """A byte order mark, paths with backslashes, `~`."""
+    (tmp_path / "scans").mkdir()
+    names = [f"{i}.nii" for i in range(6)]
+    for name in names:
+        (tmp_path / "scans" / name).touch()
+    lines = [rf"scans\{name},{i}" for i, name in enumerate(names)]
+    (tmp_path / "t.csv").write_bytes(b"\xef\xbb\xbf" + "\r\n".join(["image,label", *lines]).encode() + b"\r\n")
+    assert main(["split", "--table", str(tmp_path / "t.csv"), "--output", str(tmp_path / "l.json")]) == 0
+    content = json.loads((tmp_path / "l.json").read_text())
+    assert sorted(row["image"] for split in SPLITS for row in content[split]) == [f"scans/{name}" for name in names]
+
+
+@pytest.mark.parametrize(
+    "row, expected",
+    [
+        ("a.nii,nan", "line 7: label is nan, no value: complete it or remove the line"),
+        ("a.nii,NaN", "label is NaN, no value"),
+        ("a.nii,inf", "label is inf, no value"), ("a.nii,N/A", "label is N/A, no value"),
+        ("a.nii,  ", "line 7: label is empty"), ("a.nii", "line 7: label is empty"),
+        ("gone.nii,1", "line 7: no such file or DICOM folder"), (r"x\gone.nii,1", "/x/gone.nii: correct it"),
+    ],
+)  # fmt: skip
+def test_rows_without_a_value_or_a_file_are_named_while_splitting(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], row: str, expected: str
+) -> None:
+    for name in "abcdef":
+        (tmp_path / f"{name}.nii").touch()
+    (tmp_path / "t.csv").write_text("image,label\n" + "".join(f"{n}.nii,1\n" for n in "bcdef") + row + "\n")
+    assert main(["split", "--table", str(tmp_path / "t.csv"), "--output", str(tmp_path / "l.json")]) == 2
+    said = capfd.readouterr().err
+    assert expected in said and said.count("\n") == 1 and not (tmp_path / "l.json").exists(), said
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "utf-16"])
+def test_a_table_or_list_in_another_encoding_is_named(encoding: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "t.csv").write_bytes("image,label\nSchädel.nii,1\n".encode(encoding))
+    (tmp_path / "p.json").write_bytes('["Schädel.nii"]'.encode(encoding))
+    output = ["--output", str(tmp_path / "l.json")]
+    folders = ["--images", str(BUNDLED), "--labels", str(BUNDLED)]
+    for command in (["--table", str(tmp_path / "t.csv")], [*folders, "--parts", str(tmp_path / "p.json")]):
+        assert main(["split", *command, *output]) == 2
+        assert f"{Path(command[-1]).name}: is " in (said := capfd.readouterr().err) and "save it as UTF-8" in said, said
