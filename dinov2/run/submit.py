@@ -97,10 +97,10 @@ def launch(module: str, flags: argparse.ArgumentParser, argv: Sequence[str] | No
     cluster.formatter_class = argparse.RawDescriptionHelpFormatter
     add_cluster_arguments(cluster)
     setup_logging()
-    if args.use_volta32:
-        logger.info("--use-volta32 has no effect: choose machines by --partition or --exclude")
     try:
         args, rest = cluster.parse_known_args(job_words(argv))
+        if args.use_volta32:
+            logger.info("--use-volta32 has no effect: choose machines by --partition or --exclude")
         own = flags.parse_intermixed_args(rest)
         if not own.output_dir:
             raise BadInput("--output-dir is needed: the job's logs and checkpoints go there")

@@ -102,8 +102,8 @@ def walk(folders: list[Path]) -> Iterator[Unit]:
                     yield _problem(entry.path, root, "name", "a name that is not in UTF-8: rename it")
             entries = [e for e in entries if is_utf8(e.name)]
             own, unread = _dataset(place, {e.name for e in entries})
-            for path, err in unread:
-                yield _problem(path, root, "sidecar", f"the data set's description cannot be used: {err}")
+            for path, why in unread:
+                yield _problem(path, root, "sidecar", f"the data set's description cannot be used: {why}")
             dataset = own or dataset
             yield from _units(place, root, dataset, entries)
             below = [e.path for e in entries if _is_folder(e) and not e.name.startswith(".")]
