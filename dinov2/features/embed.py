@@ -255,7 +255,7 @@ def _load(percentiles: tuple[float, float], item: tuple[int, Entry]) -> Loaded:
     try:
         scan = load_scan([entry], percentiles)
         sha = entry.extra.get("sha") or content_sha(entry)
-        spacing = entry.spacing_mm or open_volume(entry).spacing_mm
+        spacing = open_volume(entry).spacing_mm
     except BadVolume as err:
         return place, None, problem(entry.image, err.reason, str(err))
     except MemoryError:

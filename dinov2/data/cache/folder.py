@@ -22,7 +22,7 @@ from typing import Any, BinaryIO
 from dinov2.data.cache.file import DamagedItem, Item, encode, open_item
 from dinov2.data.datalist import Entry
 from dinov2.data.preprocess import PREPROCESSING, Volume
-from dinov2.data.volumes.formats import source_files
+from dinov2.data.volumes.formats import READING, source_files
 from dinov2.errors import BadInput
 from dinov2.files import TEMPORARY, read_json, replacing, to_json
 
@@ -98,7 +98,7 @@ class VolumeCache:
         return {"file": file, "spacing": entry.spacing_mm, "axes": entry.axes, "channel": entry.channel}
 
     def fingerprint(self, path: str) -> dict[str, Any] | None:
-        """What tells a source file's content, read once per process; None where it cannot be read."""
+        """What tells a source file's content and how it is read, once per process; None where it cannot be read."""
         if path not in self._fingerprints:
             try:
                 self._fingerprints[path] = _fingerprint(Path(path))
@@ -208,7 +208,7 @@ def _fingerprint(path: Path) -> dict[str, Any]:
             file.seek(max(0, stat.st_size - _SAMPLE_BYTES))
             digest.update(file.read(_SAMPLE_BYTES))
         stats.append([part.name, stat.st_size, stat.st_mtime_ns])
-    return {"stat": stats, "sample": digest.hexdigest()}
+    return {"stat": stats, "sample": digest.hexdigest(), "reading": READING}
 
 
 @contextmanager

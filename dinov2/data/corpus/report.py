@@ -38,6 +38,7 @@ _MEANINGS = {
     "constant": "all voxels are (nearly) the same",
     "small_axis": "too few voxels along an axis",
     "spacing": "no spacing, or one that cannot be",
+    "geometry": "where its voxels lie cannot be told from its header",
     "duplicate": "the same voxels as another volume",
     "axes": "a fourth axis that nothing explains, or none",
     "missing_slices": "slices are missing in a DICOM series, or unevenly spaced",

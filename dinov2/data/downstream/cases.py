@@ -24,6 +24,7 @@ from dinov2.data.downstream.recipes import IGNORED, Recipe, scheme_hint
 from dinov2.data.preprocess import INT16_SCALE, Volume, foreground_box
 from dinov2.data.volumes.formats import NIFTI, PAIR, format_by_name
 from dinov2.data.volumes.grids import GridMap
+from dinov2.data.volumes.nifti import result_header
 from dinov2.data.volumes.opening import RawVolume, check_same_grid, open_volume
 from dinov2.errors import BadInput
 from dinov2.geometry import Spacing, triple
@@ -137,10 +138,9 @@ def _affine(raw: RawVolume) -> np.ndarray:
     Raises:
         BadInput: It has none that can be used.
     """
-    affine = raw.image.affine
-    if affine is None or not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9:
-        raise BadInput(f"{raw.path}: its header does not say where its voxels lie (no usable affine): save it with an affine")
-    return affine
+    if raw.image.affine is None:
+        raise BadInput(f"{raw.path}: its format does not say where its voxels lie (no affine): save it in another")
+    return raw.affine
 
 
 def _num_channels(raw: RawVolume) -> int:
@@ -148,8 +148,7 @@ def _num_channels(raw: RawVolume) -> int:
 
 
 def _grid(raw: RawVolume, recipe: Recipe, resize_scale: float) -> GridMap:
-    affine = np.asarray(_affine(raw), dtype=np.float64)
-    own = GridMap(triple(raw.image.shape[:3]), affine, recipe.space.orientation, None)
+    own = GridMap(triple(raw.image.shape[:3]), _affine(raw), recipe.space.orientation, None)
     wanted = recipe.space.spacing_mm or (own.spacing_mm if resize_scale != 1 else None)
     return dataclasses.replace(own, wanted_spacing_mm=None if wanted is None else triple(s / resize_scale for s in wanted))
 
@@ -186,12 +185,12 @@ def _read_label(raw: RawVolume, recipe: Recipe) -> np.ndarray:
     Raises:
         BadInput: Values that the recipe does not know, by name.
     """
-    stored = raw.read()
+    stored = raw.read_labels()
     values = np.unique(stored)
     known = {v: v for v in recipe.values} | (recipe.label_map or {}) | dict.fromkeys(recipe.ignore, IGNORED)
     unknown = [float(v) for v in values if v not in known]
     if unknown:
-        shown = ", ".join(f"{v:g}" for v in unknown[:8]) + (", ..." if len(unknown) > 8 else "")
+        shown = ", ".join(f"{v:.9g}" for v in unknown[:8]) + (", ..." if len(unknown) > 8 else "")
         what = f"label values {shown} are not among {recipe.name}'s {', '.join(map(str, known))}"
         remedy = scheme_hint(recipe, values.tolist()) or "correct the recipe (classes, regions, label_map) or the file"
         raise BadInput(f"{raw.path}: {what}: {remedy}")
@@ -216,7 +215,7 @@ def restore_prediction(prediction: Tensor, case: Case) -> nib.Nifti1Image:
 
     Returns:
         [X, Y, Z] uint8, or int16 where the values need it. A NIfTI file's own header (both affines and their codes, units) is
-        kept; of other formats the affine.
+        kept, and set right where it contradicts itself or is not in mm; of other formats the affine.
 
     Raises:
         ValueError: Another shape than the case's.
@@ -226,10 +225,10 @@ def restore_prediction(prediction: Tensor, case: Case) -> nib.Nifti1Image:
         raise ValueError(f"{case.name}: prediction {label.shape}, expected the case's {case.grid.shape}")
     stored = case.grid.restore(label).astype(np.uint8 if label.max(initial=0) < 256 else np.int16)
     path = Path(case.item.images[0])
-    source = nib.load(path) if format_by_name(path) in (NIFTI, PAIR) and not path.is_dir() else None
-    if not isinstance(source, nib.AnalyzeImage):  # what NIfTI's classes derive from
+    is_nifti = format_by_name(path) in (NIFTI, PAIR) and not path.is_dir()
+    header = result_header(str(path), case.grid.stored_affine) if is_nifti else None
+    if header is None:
         return nib.Nifti1Image(stored, case.grid.stored_affine)
-    header = source.header.copy()
     header.set_data_dtype(stored.dtype)
     header["cal_min"] = header["cal_max"] = 0  # the image's window means nothing here
     return nib.Nifti1Image(stored, case.grid.stored_affine, header)  # the same affine: both forms of the header stay

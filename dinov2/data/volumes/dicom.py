@@ -5,31 +5,42 @@ Headers are read by pydicom, voxels (of any compression) by SimpleITK, so that n
 
 from __future__ import annotations
 
+import filecmp
 import math
 import os
+import shutil
 import struct
+import tempfile
+import zlib
 from collections import defaultdict
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
+from dinov2.data.volumes.places import SAME, check_positive, column_spacing
 from dinov2.data.volumes.readers import READ_ERRORS, ImageFile, check_size, first_line, lps_affine, simpleitk
 from dinov2.errors import BadVolume
 
 DICOM_SUFFIXES = (".dcm", ".dicom", ".ima")
-GAP_TOLERANCE = 0.1  # share of the usual distance by which one between two slices may differ
+GAP_TOLERANCE = 0.1  # share of the usual distance, or of a pixel, by which a slice may lie off its place on a straight line
 _SAME_PLACE_MM = 1e-3
+_MARK = b"DICM"  # after 128 bytes that may be anything
+_MAX_INFLATED = 2**28  # bytes of a deflated slice; 8,192 x 8,192 pixels of 4
+_LAST_FIRST_TAG = 0x18  # of group 8: a file without preamble begins with its length, character set, image type, date or names
+_MAX_FIRST_VALUE = 256  # bytes of that
+_DEFLATED = "1.2.840.10008.1.2.1.99"
 _COMPRESSION = 1032  # the most that a slice may be compressed; JPEG's is far less
 _NO_SERIES = "a folder without a DICOM series: give a scan's file, or the folder that has its slices"
-_SHOWN = 8  # series of a folder that a message names
+_SHOWN = 8  # series or files of a folder that a message names
+_COMPARED = 16  # slices, one of which is taken to be like most
 _DIRECTORY = "1.2.840.10008.1.3.10"  # DICOMDIR, a table of contents
 _TAGS = (
     "SeriesInstanceUID", "Modality", "BodyPartExamined", "PatientID", "Rows", "Columns", "NumberOfFrames", "SamplesPerPixel",
     "BitsAllocated", "PixelRepresentation", "PixelSpacing", "SliceThickness", "ImageOrientationPatient", "ImagePositionPatient",
-    "SeriesNumber", "SeriesDescription",
+    "SeriesNumber", "SeriesDescription", "SOPInstanceUID",
 )  # fmt: skip
 
 
@@ -40,10 +51,12 @@ class Slice:
     Attributes:
         series: Which files belong together.
         shape: Columns, rows.
-        spacing: mm between columns, between rows, and the slice's thickness (for a series of one).
-        axes: Direction of growing column and row number, 6 numbers, LPS.
+        spacing: mm between columns, between rows.
+        thickness: mm, for a series of one; 0 where the header has none.
+        axes: Direction of growing column and row number, 6 numbers, LPS, of length 1.
         position: mm, LPS, of the first voxel's centre.
         dtype: As stored.
+        instance: The picture's own name, which a copy of the file shares.
         tags: `modality`, `organ`, `patient`, `series` (number and description) where the header has them.
         fault: Why its voxels cannot be used; its series is then set aside as a whole.
     """
@@ -51,10 +64,12 @@ class Slice:
     path: str
     series: str
     shape: tuple[int, int]
-    spacing: tuple[float, float, float]
+    spacing: tuple[float, float]
+    thickness: float
     axes: tuple[float, ...]
     position: tuple[float, ...]
     dtype: str
+    instance: str
     tags: dict[str, str]
     fault: BadVolume | None = None
 
@@ -64,7 +79,7 @@ class Slice:
 
 
 def is_dicom(path: str | Path) -> bool:
-    """By ending, or by the mark that a DICOM file has after 128 bytes.
+    """By ending, by the mark that a DICOM file has after 128 bytes, or without these by the tag that it begins with.
 
     Raises:
         OSError: It cannot be read.
@@ -72,7 +87,19 @@ def is_dicom(path: str | Path) -> bool:
     if str(path).lower().endswith(DICOM_SUFFIXES):
         return True
     with open(path, "rb") as file:
-        return file.read(132)[128:] == b"DICM"
+        start = file.read(132)
+    return start[128:] == _MARK or _is_bare(start)
+
+
+def _is_bare(start: bytes) -> bool:
+    """Whether a file's first bytes are a tag: that of group 2's length, or one of the first of group 8 with a short value."""
+    if start[128:132] == _MARK or len(start) < 8:
+        return False
+    if start[:2] != b"\x08\x00" or start[2] > _LAST_FIRST_TAG or start[3] != 0:
+        return start[:8] == b"\x02\x00\x00\x00UL\x04\x00"
+    is_typed = start[4:6].isalpha() and start[4:6].isupper()
+    length = int.from_bytes(start[6:8] if is_typed else start[4:8], "little")
+    return length <= _MAX_FIRST_VALUE and length % 2 == 0
 
 
 def read_slice(path: str) -> Slice | None:
@@ -88,8 +115,11 @@ def read_slice(path: str) -> Slice | None:
         raise BadVolume("DICOM needs pydicom: pip install pydicom", "reader_missing") from err
     try:
         with open(path, "rb") as file:
-            header = pydicom.dcmread(file, stop_before_pixels=True, specific_tags=list(_TAGS))
-            held = os.fstat(file.fileno()).st_size - file.tell()
+            is_bare = _is_bare(file.read(132))
+            file.seek(0)
+            is_deflated = _check_deflated(path, file)
+            header = pydicom.dcmread(file, stop_before_pixels=True, specific_tags=list(_TAGS), force=is_bare)
+            held = os.fstat(file.fileno()).st_size - (0 if is_deflated else file.tell())
         if header.file_meta.get("MediaStorageSOPClassUID") == _DIRECTORY:
             return None
         return _slice(path, header, held)
@@ -103,6 +133,34 @@ def read_slice(path: str) -> Slice | None:
         raise BadVolume(f"{path}: DICOM header cannot be read: {first_line(err)}") from err
 
 
+def _check_deflated(path: str, file: BinaryIO) -> bool:
+    """Whether all that follows the file's first elements is deflated; if so, that it does not fill the memory.
+
+    Raises:
+        BadVolume: It is larger than any slice.
+    """
+    start = file.read(2048)
+    file.seek(0)
+    if _DEFLATED.encode() not in start:
+        return False
+    from pydicom.filereader import read_file_meta_info
+
+    meta = read_file_meta_info(path)
+    if meta.get("TransferSyntaxUID") != _DEFLATED:
+        return False
+    first = 12 if start[128:132] != _MARK else 144  # bytes before the length of the first group counts, itself included
+    file.seek(first + int(meta.FileMetaInformationGroupLength))
+    inflate, size = zlib.decompressobj(-zlib.MAX_WBITS), 0
+    rest = file.read(1 << 16)
+    while rest and size <= _MAX_INFLATED:
+        size += len(inflate.decompress(rest, 1 << 24))
+        rest = inflate.unconsumed_tail or file.read(1 << 16)
+    file.seek(0)
+    if size > _MAX_INFLATED:
+        raise BadVolume(f"{path}: deflated, of more than {_MAX_INFLATED:,} bytes: no slice is so large", "truncated")
+    return True
+
+
 def _slice(path: str, header: Any, held: int) -> Slice:
     kind = str(header.get("Modality", ""))
     if not header.get("Rows") or not header.get("Columns"):
@@ -114,10 +172,13 @@ def _slice(path: str, header: Any, held: int) -> Slice:
     if not all(header.get(t) for t in ("PixelSpacing", "ImageOrientationPatient", "ImagePositionPatient")):
         raise BadVolume(f"{path}: DICOM image without place and spacing ({kind or 'no modality'})", "not_an_image")
     bits = int(header.get("BitsAllocated") or 16)
-    is_plain = not header.file_meta.TransferSyntaxUID.is_compressed
-    fault = None
+    syntax = header.file_meta.get("TransferSyntaxUID")  # of a file without preamble none
+    is_plain = syntax is None or not (syntax.is_compressed or syntax.is_deflated)
+    fault, axes = None, tuple(float(x) for x in header.ImageOrientationPatient)
+    position, pixel = tuple(float(x) for x in header.ImagePositionPatient), tuple(float(s) for s in header.PixelSpacing)
     try:
         check_size(path, header.Rows * header.Columns * bits // 8, held, 1 if is_plain else _COMPRESSION)
+        axes = _directions(path, axes, position, pixel)
     except BadVolume as err:
         fault = err
     series = f"{header.get('SeriesNumber') or ''} {header.get('SeriesDescription') or ''}"
@@ -127,18 +188,37 @@ def _slice(path: str, header: Any, held: int) -> Slice:
         "patient": str(header.get("PatientID") or ""),
         "series": " ".join(series.split()),
     }
-    between_rows, between_columns = (float(s) for s in header.PixelSpacing)
     return Slice(
         path=path,
         series=str(header.SeriesInstanceUID),
         shape=(int(header.Columns), int(header.Rows)),
-        spacing=(between_columns, between_rows, float(header.get("SliceThickness") or 1.0)),
-        axes=tuple(float(x) for x in header.ImageOrientationPatient),
-        position=tuple(float(x) for x in header.ImagePositionPatient),
+        spacing=(pixel[-1], pixel[0]),  # between columns, between rows
+        thickness=float(header.get("SliceThickness") or 0.0),
+        axes=axes,
+        position=position,
         dtype=f"{'int' if header.get('PixelRepresentation') else 'uint'}{bits}",
+        instance=str(header.get("SOPInstanceUID") or ""),
         tags={k: v for k, v in tags.items() if v},
         fault=fault,
     )
+
+
+def _directions(path: str, axes: Sequence[float], position: Sequence[float], pixel: Sequence[float]) -> tuple[float, ...]:
+    """The two directions of an image's plane, of length 1.
+
+    Raises:
+        BadVolume: Numbers are missing or not finite, or these are no two directions at a right angle.
+    """
+    counts, wanted = (len(axes), len(position), len(pixel)), (6, 3, 2)
+    if counts != wanted or not np.isfinite([*axes, *position, *pixel]).all():
+        what = f"orientation {tuple(axes)}, position {tuple(position)}, pixel spacing {tuple(pixel)}"
+        raise BadVolume(f"{path}: {what}: expected {', '.join(map(str, wanted))} finite numbers", "geometry")
+    check_positive(path, pixel)
+    pair = np.reshape(axes, (2, 3))
+    lengths = np.linalg.norm(pair, axis=1)
+    if abs(lengths - 1).max() > SAME or abs(pair[0] @ pair[1]) > SAME:
+        raise BadVolume(f"{path}: orientation {tuple(axes)} is no two directions at a right angle", "geometry")
+    return tuple(float(x) for x in (pair / lengths[:, None]).ravel())
 
 
 def series_of(paths: Iterable[str]) -> tuple[dict[str, list[Slice]], list[tuple[str, BadVolume]]]:
@@ -156,39 +236,122 @@ def series_of(paths: Iterable[str]) -> tuple[dict[str, list[Slice]], list[tuple[
 
 
 def stack(slices: list[Slice]) -> ImageFile:
-    """The volume of a series: x along the columns, y along the rows, z from the lowest slice up the normal.
+    """The volume of a series: x along the columns, y along the rows, z from the lowest slice to the highest by the normal.
+
+    The slices' positions give z its direction too: of a tilted gantry it is not the normal.
 
     Raises:
-        BadVolume: A slice is cut short, they are of several shapes or directions, several at one place, or one is missing.
+        BadVolume: A slice is cut short or has no place, they are of several shapes or directions, several at one place, one is
+            missing, or they do not lie on a straight line.
     """
     first = slices[0]
     for one in slices:
         if one.fault:
             raise BadVolume(f"{first.path}: the series has a bad slice, {one.fault}", one.fault.reason)
-    for what in ("shape", "axes", "spacing"):
-        if not all(np.allclose(getattr(s, what), getattr(first, what), atol=1e-3) for s in slices):
-            raise BadVolume(f"{first.path}: the series has slices of several {what}: separate them", "mixed_slices")
+    slices = _without_copies(slices)
+    _check_alike(slices)
     slices = sorted(slices, key=lambda s: float(np.dot(first.normal, s.position)))
-    places = np.array([np.dot(first.normal, s.position) for s in slices])
-    gap_mm = _gap(first.path, np.diff(places)) if len(slices) > 1 else first.spacing[2]
-    spacing = (*first.spacing[:2], gap_mm)
-    direction = np.stack([first.axes[:3], first.axes[3:], first.normal], axis=1)
-    affine = lps_affine(direction, spacing, slices[0].position)
+    step = _step(slices)
+    affine = lps_affine(np.stack([first.axes[:3], first.axes[3:], step], axis=1), (*first.spacing, 1.0), slices[0].position)
     shape = (*first.shape, len(slices))
 
     def read(_fourth: int) -> np.ndarray:
-        sitk = simpleitk()
         voxels = np.empty(shape, np.float32, order="F")
         for k, one in enumerate(slices):
-            image = sitk.ReadImage(one.path, sitk.sitkFloat32)  # scaled by its own slope, which a PET's slices differ in
-            voxels[:, :, k] = sitk.GetArrayViewFromImage(image).reshape(shape[1], shape[0]).T
+            voxels[:, :, k] = _picture(one.path).reshape(shape[1], shape[0]).T
         return voxels
 
-    return ImageFile(min(s.path for s in slices), shape, spacing, np.dtype(first.dtype), affine, False, read, first.tags)
+    name = min(s.path for s in slices)
+    return ImageFile(name, shape, column_spacing(affine), np.dtype(first.dtype), affine, False, read, first.tags)
 
 
-def _gap(name: str, gaps_mm: np.ndarray) -> float:
-    """The distance of the slices, where it is one."""
+def _picture(path: str) -> np.ndarray:
+    """[1, rows, columns] float32 of one file, scaled by its own slope, which a PET's slices differ in."""
+    sitk = simpleitk()
+    with open(path, "rb") as file:
+        start = file.read(132)
+        if start[:2] != b"\x02\x00" or start[128:] == _MARK:
+            return sitk.GetArrayFromImage(sitk.ReadImage(path, sitk.sitkFloat32))
+        with tempfile.NamedTemporaryFile(suffix=".dcm") as whole:  # the library wants the preamble before group 2
+            file.seek(0)
+            whole.write(bytes(128) + _MARK)
+            shutil.copyfileobj(file, whole)
+            whole.flush()
+            return sitk.GetArrayFromImage(sitk.ReadImage(whole.name, sitk.sitkFloat32))
+
+
+def _without_copies(slices: list[Slice]) -> list[Slice]:
+    """Each picture once; files that share its name and place, and not its voxels, stay and are refused as two at one place."""
+    kept: dict[tuple[str, tuple[float, ...]], list[Slice]] = defaultdict(list)
+    for one in sorted(slices, key=lambda s: (len(s.path), s.path)):
+        same = kept[one.instance, one.position]
+        if not (one.instance and any(_are_copies(one, other) for other in same)):
+            same.append(one)
+    return [one for same in kept.values() for one in same]
+
+
+def _are_copies(one: Slice, other: Slice) -> bool:
+    """The same in all that is read of them; headers may differ in the rest."""
+    if replace(one, path=other.path, tags=other.tags) != other:
+        return False
+    if filecmp.cmp(one.path, other.path, shallow=False):
+        return True
+    try:
+        return np.array_equal(_picture(one.path), _picture(other.path))
+    except READ_ERRORS:
+        return False
+
+
+def _check_alike(slices: list[Slice]) -> None:
+    """All of one shape, direction and pixel spacing.
+
+    Raises:
+        BadVolume: The files that differ from most, by name.
+    """
+    for what, words in (("shape", "shapes"), ("axes", "directions"), ("spacing", "pixel spacings")):
+        values = np.array([getattr(s, what) for s in slices])
+        alike = np.array([np.isclose(values, value, rtol=1e-5, atol=1e-3).all(axis=1) for value in values[:_COMPARED]])
+        others = [
+            os.path.basename(s.path) for s, same in zip(slices, alike[alike.sum(axis=1).argmax()], strict=True) if not same
+        ]
+        if others:
+            shown = ", ".join(sorted(others)[:_SHOWN]) + (", ..." if len(others) > _SHOWN else "")
+            found = f"slices of several {words}: {len(others)} of {len(slices)} differ from the rest ({shown})"
+            raise BadVolume(f"{slices[0].path}: the series has {found}: move them elsewhere", "mixed_slices")
+
+
+def _step(slices: list[Slice]) -> np.ndarray:
+    """mm (LPS) from one slice's first voxel to the next one's, of sorted slices on a straight line.
+
+    Raises:
+        BadVolume: They do not lie on one at even distances; of one slice alone the thickness is not known.
+    """
+    first = slices[0]
+    if len(slices) == 1:
+        if not (math.isfinite(first.thickness) and first.thickness > 0):
+            raise BadVolume(f"{first.path}: a single slice without a thickness: its extent is not known", "spacing")
+        return first.normal * first.thickness
+    positions = np.array([s.position for s in slices])  # [n, 3]
+    _check_gaps(first.path, np.diff(positions @ first.normal))
+    step = (positions[-1] - positions[0]) / (len(slices) - 1)
+    off = positions - positions[0] - np.arange(len(slices))[:, None] * step
+    along = np.abs(off @ first.normal)
+    aside = np.linalg.norm(off - np.outer(off @ first.normal, first.normal), axis=1)
+    if along.max() > GAP_TOLERANCE * float(step @ first.normal):
+        what = f"its slices are not evenly spaced (up to {along.max():.3g} mm off, {step @ first.normal:.3g} apart)"
+        raise BadVolume(f"{first.path}: {what}", "missing_slices")
+    if aside.max() > GAP_TOLERANCE * min(first.spacing):
+        what = f"its slices do not lie on a straight line (up to {aside.max():.3g} mm aside)"
+        raise BadVolume(f"{first.path}: {what}: separate or correct them", "mixed_slices")
+    return step
+
+
+def _check_gaps(name: str, gaps_mm: np.ndarray) -> None:
+    """That the distances of the slices are about one.
+
+    Raises:
+        BadVolume: Several at one place, one missing, or uneven.
+    """
     usual = float(np.median(gaps_mm))
     if gaps_mm.min() < _SAME_PLACE_MM:
         at_one_place = int((gaps_mm < _SAME_PLACE_MM).sum())
@@ -200,7 +363,6 @@ def _gap(name: str, gaps_mm: np.ndarray) -> float:
         what = f"{missing} of {total} slices are missing" if missing else "its slices are not evenly spaced"
         at = f"distances of {gaps_mm.min():.3g} to {gaps_mm.max():.3g} mm, usually {usual:.3g}"
         raise BadVolume(f"{name}: {what} ({at})", "missing_slices")
-    return float(gaps_mm.mean())
 
 
 def open_series(path: str) -> ImageFile:

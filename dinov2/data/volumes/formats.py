@@ -13,7 +13,8 @@ from functools import partial
 from pathlib import Path
 
 from dinov2.data.volumes.dicom import DICOM_SUFFIXES, is_dicom, open_series, other_slices
-from dinov2.data.volumes.readers import ImageFile, is_second_half, open_itk, open_nibabel, open_numpy, other_half, voxels_beside
+from dinov2.data.volumes.nifti import other_half
+from dinov2.data.volumes.readers import ImageFile, is_second_half, open_itk, open_nibabel, open_numpy, voxels_beside
 
 
 def _itself_alone(path: Path) -> list[Path]:
@@ -49,6 +50,8 @@ NUMPY = Format("NumPy", (".npy", ".npz"), open_numpy)
 DICOM = Format("DICOM", DICOM_SUFFIXES, open_series, other_slices, ("pydicom", "SimpleITK"))  # also known by a mark in the file
 FORMATS = (NIFTI, PAIR, MGH, NRRD, METAIMAGE, NUMPY, DICOM)
 FORMAT_NAMES = " or ".join([", ".join(f.name for f in FORMATS[:-1]), FORMATS[-1].name])
+
+READING = 2  # raised with every change of what is read from the same files; part of the cache's keys and the index's stamps
 
 _BY_SUFFIX = dict(sorted(((s, f) for f in FORMATS for s in f.suffixes), key=lambda row: -len(row[0])))  # .nii.gz before .gz
 

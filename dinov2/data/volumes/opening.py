@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import math
+import logging
 import os
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,15 @@ import numpy as np
 from dinov2.data.datalist import Entry
 from dinov2.data.volumes.formats import format_of
 from dinov2.data.volumes.grids import farthest_corner_mm
+from dinov2.data.volumes.places import check_affine, check_positive, column_spacing, differs, shown_mm
 from dinov2.data.volumes.readers import READ_ERRORS, ImageFile, first_line
 from dinov2.errors import BadVolume
 from dinov2.geometry import Spacing, triple
 
+logger = logging.getLogger(__name__)
+
 SAME_PLACE = 0.5  # of the smallest voxel edge, by which the corners of files of one grid may lie apart
+_FLOAT32 = 1e-6  # relative, a few times the rounding of float32
 
 
 @dataclass(frozen=True)
@@ -31,6 +36,7 @@ class RawVolume:
         spacing_mm: Of the first three axes.
         num_times: Length of the time axis; 1 without one.
         channel: Which channel is read; None without channels.
+        notes: What header or list say of its place otherwise than the affine, which counts.
     """
 
     path: str
@@ -38,14 +44,13 @@ class RawVolume:
     spacing_mm: Spacing
     num_times: int
     channel: int | None
+    notes: tuple[str, ...] = ()
 
     @property
     def affine(self) -> np.ndarray:
         """[4, 4] stored voxel -> mm (RAS+), a copy; of a format without one, the spacing."""
         own = self.image.affine
-        if own is None or not np.isfinite(own).all():
-            return np.diag([*self.spacing_mm, 1.0])
-        return np.array(own, dtype=np.float64)
+        return np.diag([*self.spacing_mm, 1.0]) if own is None else np.array(own, dtype=np.float64)
 
     def read(self, time: int = 0) -> np.ndarray:
         """The voxels of one time point, [H, W, D] float32, axes as stored.
@@ -59,6 +64,24 @@ class RawVolume:
             raise
         except READ_ERRORS as err:
             raise BadVolume(f"{self.path}: cannot be read: {first_line(err)}", _reason(err)) from err
+
+    def read_labels(self) -> np.ndarray:
+        """As `read`, of a label map: values that only storing has moved off whole numbers are these again."""
+        return as_whole(self.read(), self.image.step)
+
+
+def as_whole(values: np.ndarray, step: float) -> np.ndarray:
+    """Values within rounding of whole numbers as these, all others as they are.
+
+    Args:
+        values: float32.
+        step: `ImageFile.step`. Each whole number was stored as the nearest value that there is, so half a step away at most.
+    """
+    nearest = np.rint(values)
+    rounding = _FLOAT32 * np.abs(nearest)
+    if 0 < step < 1:  # of a larger one the values that there are say nothing of what was meant
+        rounding = step / 2 + _FLOAT32 * np.max(np.abs(values), initial=1)
+    return np.where(np.abs(values - nearest) <= rounding, nearest, values)
 
 
 def open_image(path: str) -> ImageFile:
@@ -89,7 +112,16 @@ def open_volume(entry: Entry) -> RawVolume:
     Raises:
         BadVolume: Missing, not an image, not 3D or 4D, a fourth axis that nothing explains, no usable spacing.
     """
-    return raw_volume(entry, open_image(entry.image))
+    raw = raw_volume(entry, open_image(entry.image))
+    for note in raw.notes:
+        _say_once(raw.path, note)
+    return raw
+
+
+@lru_cache(maxsize=65536)
+def _say_once(path: str, note: str) -> None:
+    """A file is opened again and again."""
+    logger.warning("%s: %s", path, note)
 
 
 def raw_volume(entry: Entry, image: ImageFile) -> RawVolume:
@@ -111,15 +143,29 @@ def raw_volume(entry: Entry, image: ImageFile) -> RawVolume:
     num_times, channel = 1, None
     if len(shape) == 4:
         num_times, channel = _fourth_axis(entry, image, shape[3])
-    spacing = entry.spacing_mm or image.spacing[:3]
-    if not spacing:
-        raise BadVolume(f"{path}: the format has no spacing: add it (mm) to the datalist's entry", "spacing")
-    if not all(math.isfinite(s) and s > 0 for s in spacing):
-        what = f"spacing {tuple(spacing)} is not positive: correct the header or the datalist's spacing"
-        raise BadVolume(f"{path}: {what}", "spacing")
+    spacing, notes = _spacing(entry, image)
     if min(shape) == 0:
         raise BadVolume(f"{path}: is empty, shape {shape}", "axes")
-    return RawVolume(path, image, triple(spacing), num_times, channel)
+    return RawVolume(path, image, spacing, num_times, channel, notes)
+
+
+def _spacing(entry: Entry, image: ImageFile) -> tuple[Spacing, tuple[str, ...]]:
+    """The affine's, of a format without one the list's; and what says otherwise.
+
+    The file's own notes are its list's where that has the right spacing: making it said them.
+    """
+    if image.affine is None:
+        spacing = entry.spacing_mm or image.spacing[:3]
+        if not spacing:
+            raise BadVolume(f"{entry.image}: the format has no spacing: add it (mm) to the datalist's entry", "spacing")
+        check_positive(entry.image, spacing)
+        return triple(spacing), ()
+    check_affine(entry.image, image.affine)
+    own = column_spacing(image.affine)
+    if entry.spacing_mm is None:
+        return own, image.notes
+    note = f"the list's spacing is {shown_mm(entry.spacing_mm)}, the file's {shown_mm(own)}, which counts"
+    return own, (note,) if differs(own, entry.spacing_mm) else ()
 
 
 def _fourth_axis(entry: Entry, image: ImageFile, length: int) -> tuple[int, int | None]:
@@ -168,4 +214,6 @@ def describe(path: str | Path) -> dict[str, Any]:
         BadVolume: It cannot be opened.
     """
     image = open_image(str(path))
+    if image.affine is not None:
+        check_affine(str(path), image.affine)
     return {"image": str(path), "shape": list(image.shape), "spacing": [round(z, 6) for z in image.spacing[:3]]}

@@ -21,6 +21,8 @@ from nibabel.filebasedimages import ImageFileError
 from nibabel.spatialimages import HeaderDataError
 from nibabel.tripwire import TripWireError
 
+from dinov2.data.volumes.nifti import PAIR, compression, load_nifti, nifti_place
+from dinov2.data.volumes.places import check_positive, column_spacing, differs, header_text, of_text_header, shown_mm
 from dinov2.errors import BadVolume
 
 # what reading a damaged, truncated or foreign file raises; RuntimeError is SimpleITK's, and zipfile's for encrypted members,
@@ -30,8 +32,7 @@ READ_ERRORS = (
     zipfile.BadZipFile, TripWireError,
 )  # fmt: skip
 
-_PLAIN_SUFFIXES = (".nii", ".img", ".hdr", ".mgh")
-_PAIR = re.compile(r"(?P<stem>.+)\.(?P<half>hdr|img)(?P<compression>\.(?:gz|bz2|zst))?", re.IGNORECASE)
+_PLAIN_SUFFIXES = (".nii", ".img", ".hdr", ".mgh", ".gz", ".bz2", ".zst", ".mgz")  # of content that is not compressed
 _DEFLATE_RATIO = 1032  # the most that deflate shrinks anything
 _OTHER_RATIO = 100_000  # bzip2 and zstd shrink zeros further
 _HEADER_BYTES = 65536  # of a text header, more than any has
@@ -45,12 +46,14 @@ class ImageFile:
     Attributes:
         path: The file; of a DICOM series the first of its files by name.
         shape: As stored, x first; a last axis of channels included.
-        spacing: One number per stored axis (mm, then s); empty where the format has none.
+        spacing: One number per stored axis: mm, lengths of the affine's columns; then s. Empty where the format has none.
         dtype: As stored, before any scaling.
         affine: [4, 4] voxel -> mm, RAS+; None where the format has none.
         is_channels: The fourth axis is known to be channels.
         read: Place on the fourth axis (0 without one) -> [X, Y, Z] float32.
         tags: What a DICOM header says of modality, organ, patient and series.
+        notes: What its header says of its place otherwise than the affine, which counts.
+        step: Between two values that its storage can hold, where that is whole numbers with a slope; else 0.
     """
 
     path: str
@@ -61,6 +64,8 @@ class ImageFile:
     is_channels: bool
     read: Callable[[int], np.ndarray]
     tags: dict[str, str] | None = None
+    notes: tuple[str, ...] = ()
+    step: float = 0.0
 
 
 def first_line(err: BaseException) -> str:
@@ -90,15 +95,13 @@ def open_nibabel(path: str) -> ImageFile:
         BadVolume: Shorter than its header says.
         Exception: One of `READ_ERRORS`.
     """
-    image = nib.load(path, keep_file_open=True)  # a time axis is read in one pass over the file
+    image, affine, notes = _loaded(path)
     if not isinstance(image, nib.spatialimages.SpatialImage):
         raise BadVolume(f"{path}: holds no volume on a grid ({type(image).__name__})", "not_an_image")
-    zooms, shape = _stored_zooms(image), tuple(int(s) for s in image.shape)
+    shape = tuple(int(s) for s in image.shape)
     data = Path(image.file_map["image"].filename or path)
     dtype = image.get_data_dtype()
-    suffix = data.suffix.lower()
-    ratio = _DEFLATE_RATIO if suffix in (".gz", ".mgz") else 1 if suffix in _PLAIN_SUFFIXES else _OTHER_RATIO
-    check_size(path, math.prod(shape) * dtype.itemsize, data.stat().st_size, ratio)
+    check_size(path, math.prod(shape) * dtype.itemsize, data.stat().st_size, _ratio(data))
     is_vector = len(shape) == 5 and shape[3] == 1 and shape[4] > 1  # what ITK writes for several channels
     lead = (slice(None),) * 3
 
@@ -107,17 +110,35 @@ def open_nibabel(path: str) -> ImageFile:
         return np.array(image.dataobj[index], dtype=np.float32)
 
     shape_kept = (*shape[:3], shape[4]) if is_vector else shape
-    return ImageFile(path, shape_kept, zooms, dtype, image.affine, is_vector, read)
+    spacing = (*column_spacing(affine), *(float(z) for z in image.header.get_zooms()[3:]))
+    step = float(getattr(image.dataobj, "slope", 1.0)) if np.issubdtype(dtype, np.integer) else 0.0
+    return ImageFile(path, shape_kept, spacing, dtype, affine, is_vector, read, notes=notes, step=abs(step))
 
 
-def _stored_zooms(image: Any) -> tuple[float, ...]:
-    """Spacings as the file has them; nibabel's own reader replaces a zero by 1."""
-    if not isinstance(image.header, nib.Nifti1Header):
-        return tuple(float(z) for z in image.header.get_zooms())
-    holder = image.file_map.get("header", image.file_map["image"])
-    with holder.get_prepare_fileobj("rb") as file:
-        header = type(image.header).from_fileobj(file, check=False)
-    return tuple(float(z) for z in header.get_zooms())
+def _loaded(path: str) -> tuple[Any, np.ndarray, tuple[str, ...]]:
+    """nibabel's image, the affine that counts, and what the header says otherwise; a time axis is read in one pass."""
+    found = load_nifti(path)
+    if found is not None:
+        return found[0], *nifti_place(path, found[1])
+    image = nib.load(path, keep_file_open=True)
+    affine = getattr(image, "affine", None)
+    if not isinstance(image.header, nib.analyze.AnalyzeHeader) or affine is None:
+        return image, np.full((4, 4), np.nan) if affine is None else affine, ()
+    with image.file_map["header"].get_prepare_fileobj("rb") as file:  # nibabel's own reader replaces a zero by 1
+        said = type(image.header).from_fileobj(file, check=False).get_zooms()[:3]
+    if np.allclose(affine, image.header.get_best_affine()):  # no .mat file beside it
+        check_positive(path, said)
+    own = column_spacing(affine)
+    note = f"its header's spacing is {shown_mm(said)}, its affine's {shown_mm(own)}"
+    return image, affine, (note,) if differs(own, said) else ()
+
+
+def _ratio(data: Path) -> int:
+    """The most by which a file's voxels may be compressed."""
+    found, suffix = compression(data), data.suffix.lower()
+    if found:
+        return _DEFLATE_RATIO if found == ".gz" else _OTHER_RATIO
+    return 1 if suffix in _PLAIN_SUFFIXES else _OTHER_RATIO
 
 
 def simpleitk() -> Any:
@@ -164,10 +185,17 @@ def open_itk(path: str, image_io: str = "") -> ImageFile:
         return np.array(sitk.GetArrayViewFromImage(image).T, dtype=np.float32)
 
     ndim, spacing = len(size), tuple(reader.GetSpacing())
-    direction = np.array(reader.GetDirection()).reshape(ndim, ndim)[:3, :3]
-    affine = lps_affine(direction, spacing, reader.GetOrigin()) if ndim >= 3 else None
     shape = (*size, num_channels) if num_channels > 1 else size
-    return ImageFile(path, shape, spacing, dtype, affine, num_channels > 1, read)
+    if ndim < 3:
+        return ImageFile(path, shape, spacing, dtype, None, num_channels > 1, read)
+    mm, notes = of_text_header(path, header_text(path, _HEADER_BYTES))
+    check_positive(path, spacing[:3])
+    direction = np.array(reader.GetDirection()).reshape(ndim, ndim)[:3, :3]
+    affine = np.diag([mm, mm, mm, 1.0]) @ lps_affine(direction, spacing, reader.GetOrigin())
+    own, said = column_spacing(affine), tuple(mm * s for s in spacing[:3])
+    if differs(own, said):
+        notes = (*notes, f"its header's spacing is {shown_mm(said)}, its affine's {shown_mm(own)}")
+    return ImageFile(path, shape, (*own, *spacing[3:]), dtype, affine, num_channels > 1, read, notes=notes)
 
 
 def lps_affine(direction: np.ndarray, spacing: tuple[float, ...], origin: tuple[float, ...]) -> np.ndarray:
@@ -246,20 +274,9 @@ def _of_array(path: str, shape: tuple[int, ...], dtype: np.dtype, load: Callable
     return ImageFile(path, tuple(int(s) for s in shape), (), dtype, None, False, read)
 
 
-def other_half(path: Path) -> list[Path]:
-    """The other file of a NIfTI or Analyze pair, as nibabel looks for it: of the same compression and case of the ending."""
-    found = _PAIR.fullmatch(path.name)
-    if not found:
-        return []
-    half = "img" if found["half"].lower() == "hdr" else "hdr"
-    half = half.upper() if found["half"].isupper() else half
-    other = path.with_name(f"{found['stem']}.{half}{found['compression'] or ''}")
-    return [other] if other.exists() else []
-
-
 def is_second_half(name: str, names: Collection[str]) -> bool:
     """The voxels of a pair whose header is among the names too."""
-    found = _PAIR.fullmatch(name)
+    found = PAIR.fullmatch(name)
     if not found or found["half"].lower() != "img":
         return False
     return f"{found['stem']}.{'HDR' if found['half'].isupper() else 'hdr'}" in names

@@ -48,7 +48,7 @@ def random_crops(image: Path, label: Path, size: Sequence[int], count: int, seed
     """
     rng = np.random.default_rng(list(seed))
     volume = VolumeStore([Entry(str(image), tuple(describe(image)["shape"]))], 0).get(0, rng)
-    labels = torch.from_numpy(volume.align(np.asarray(open_volume(Entry(str(label), ())).read())).astype(np.int64))
+    labels = torch.from_numpy(volume.align(open_volume(Entry(str(label), ())).read_labels()).astype(np.int64))
     room = [(0, max(0, s - n)) for s, n in zip(size, labels.shape, strict=True)]
     padding = [x for pair in reversed(room) for x in pair]
     values, labels = F.pad(volume.data[0], padding, value=-1.0), F.pad(labels, padding)

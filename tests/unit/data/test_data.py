@@ -39,7 +39,7 @@ SmallConfig = Callable[..., DictConfig]
 
 
 def save(path: Path, voxels: np.ndarray, spacing: tuple[float, ...] = (1, 1, 1)) -> Path:
-    image = nib.Nifti1Image(voxels, np.eye(4))
+    image = nib.Nifti1Image(voxels, np.diag([*spacing[:3], 1]) if all(spacing) else None)  # the header's spacing alone
     image.header.set_zooms((*spacing, *[0.0] * (voxels.ndim - len(spacing)))[: voxels.ndim])
     nib.save(image, path)
     return path

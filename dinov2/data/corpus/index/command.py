@@ -175,6 +175,7 @@ def _write(journal: Journal, request: IndexRequest, say: Say) -> None:
         for is_good, row in judge(journal.rows(), request.limits, parted):
             if is_good:
                 counts["label maps"] += bool(row.get("label_map"))
+                counts["with notes"] += bool(row.get("header_notes"))
                 yield row
             else:
                 set_aside.append(row)
@@ -187,6 +188,8 @@ def _write(journal: Journal, request: IndexRequest, say: Say) -> None:
         raise BadInput(f"{request.output}: {err.strerror}: make room or choose another --output; nothing is lost") from err
     labels = f" ({counts['label maps']} of them label maps, which `dinov2 curate` leaves out)" if counts["label maps"] else ""
     say(f"{shown(request.output)}: {num_listed} volumes{labels}")
+    if counts["with notes"]:
+        say(f"  {counts['with notes']} with headers that contradict themselves: see `header_notes`; the affine counts")
     reasons = ", ".join(f"{n} {reason}" for reason, n in Counter(r["reason"] for r in set_aside).most_common())
     say(f"{shown(request.quarantine_path)}: {len(set_aside)} set aside" + (f": {reasons}" if reasons else ""))
 

@@ -22,7 +22,7 @@ from dinov2.data.corpus.index.walk import Unit
 from dinov2.data.datalist import Entry
 from dinov2.data.preprocess import bounding_box, fill_non_finite, intensity_range
 from dinov2.data.volumes.dicom import series_of, stack
-from dinov2.data.volumes.opening import RawVolume, open_image, open_volume, raw_volume
+from dinov2.data.volumes.opening import RawVolume, as_whole, open_image, open_volume, raw_volume
 from dinov2.data.volumes.readers import ImageFile
 from dinov2.errors import BadVolume
 from dinov2.geometry import Spacing
@@ -152,6 +152,9 @@ def _row(entry: Row, image: ImageFile, unit: Unit) -> Row:
     entry["spacing"] = [round(float(s), 6) for s in raw.spacing_mm]
     if image.affine is not None:
         entry["orientation"] = orientation(image.affine)
+    notes = dict.fromkeys((*image.notes, *raw.notes))
+    if notes:
+        entry["header_notes"] = list(notes)
     entry["dtype"] = str(image.dtype)
     facts, non_finite = describe_voxels(raw)
     entry |= facts
@@ -188,7 +191,7 @@ def describe_voxels(raw: RawVolume) -> tuple[Row, float]:
             facts = {
                 "percentiles": [float(f"{low:.6g}"), float(f"{high:.6g}")],
                 "foreground": [[b.start, b.stop] for b in box],
-                "few_values": has_few_values(voxels),
+                "few_values": has_few_values(voxels, raw.image.step),
             }
     return {**facts, "sha": digest.hexdigest()[:_SHA_CHARS]}, bad / (raw.num_times * voxels.size)
 
@@ -225,11 +228,19 @@ def _add_voxels(digest: Any, voxels: np.ndarray) -> None:
         digest.update(np.ascontiguousarray(voxels[:, :, k].T + np.float32(0), "<f4").data)
 
 
-def has_few_values(voxels: np.ndarray) -> bool:
-    """Whether it looks like a label map: at most `MAX_LABELS` different values, all of them whole numbers from 0."""
+def has_few_values(voxels: np.ndarray, step: float = 0.0) -> bool:
+    """Whether it looks like a label map: at most `MAX_LABELS` different values, all of them whole numbers from 0.
+
+    Args:
+        voxels: Any shape.
+        step: `ImageFile.step`, by which storing may have moved them.
+    """
     flat = voxels.ravel("K")
     for values in (flat[:: max(1, voxels.size // _SAMPLED) | 1], flat):  # an odd step, not to run along one plane
         found = np.unique(values)
-        if len(found) > MAX_LABELS or found[0] < 0 or not (found == np.rint(found)).all():
+        if len(found) > MAX_LABELS:
+            return False
+        whole = as_whole(found, step)
+        if whole[0] < 0 or not (whole == np.rint(whole)).all():
             return False
     return True

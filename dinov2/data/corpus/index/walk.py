@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from dinov2.data.volumes.dicom import is_dicom
-from dinov2.data.volumes.formats import DICOM, format_by_name, is_volume_file, source_files, stem
+from dinov2.data.volumes.formats import DICOM, READING, format_by_name, is_volume_file, source_files, stem
 from dinov2.errors import BadInput
 from dinov2.files import MOST_FACTS_BYTES, is_utf8, read_json, user_path
 
@@ -55,7 +55,7 @@ class Unit:
     Attributes:
         path: The file; the folder of DICOM files.
         root: The folder that was asked for.
-        stamp: Changes with the file, what lies beside it and belongs to it, and its data set's description.
+        stamp: Changes with the file, what lies beside it and belongs to it, its data set's description, and how it is read.
         dataset: The data set it is in.
         slices: Names of the DICOM files of a folder; empty for a file.
         sidecar: A JSON file with further facts.
@@ -166,7 +166,7 @@ def _file_unit(
 
 def _stamp(parts: list[tuple[str, int, int]], dataset: DatasetInfo) -> str:
     said = [dataset.name, *dataset.channels, dataset.modality, *([dataset.unread] if dataset.unread else [])]
-    text = json.dumps([parts, said])
+    text = json.dumps([READING, parts, said])
     return hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
 
 

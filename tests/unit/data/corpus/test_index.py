@@ -39,7 +39,7 @@ def scan(seed: int = 0, shape: tuple[int, int, int] = (14, 12, 10)) -> np.ndarra
 
 
 def save_nifti(path: Path, voxels: np.ndarray, spacing: tuple[float, ...] = SPACING) -> Path:
-    image = nib.Nifti1Image(voxels, np.diag([*SPACING, 1.0]))
+    image = nib.Nifti1Image(voxels, np.diag([*spacing[:3], 1.0]) if all(spacing) else None)  # the header's spacing alone
     image.header.set_zooms((*spacing, *[0.0] * (voxels.ndim - len(spacing)))[: voxels.ndim])
     path.parent.mkdir(parents=True, exist_ok=True)
     nib.save(image, path)

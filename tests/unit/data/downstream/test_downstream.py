@@ -252,8 +252,9 @@ def test_zero_spacing_is_refused_by_headers_alone(tmp_path: Path) -> None:
     nib.save(nib.load(item.images[0]), plain)
     data = bytearray(plain.read_bytes())
     data[80:84] = b"\0\0\0\0"  # pixdim[1]
+    data[254:256] = b"\0\0"  # sform_code, so that the qform counts
     plain.write_bytes(data)
-    with pytest.raises(BadInput, match=r"image\.nii: spacing .*0\.0.* is not positive"):
+    with pytest.raises(BadInput, match=r"image\.nii: its qform: spacing .*0\.0.* is not positive"):
         check_headers([item, dataclasses.replace(item, images=(str(plain),))], LIVER)
 
 
