@@ -27,7 +27,7 @@ class Entry:
     Attributes:
         image: Absolute path; of a DICOM series one of its files, or its folder.
         shape: [x, y, z] or [x, y, z, t] in voxels, as stored.
-        spacing_mm: (sx, sy, sz); None takes the file's.
+        spacing_mm: (sx, sy, sz) of a format without one; of another the file's counts, and a difference is said.
         axes: What a fourth axis is: `xyzt` time, `xyzc` channels; None: time where the header gives it a spacing.
         channel: Which channel of an `xyzc` volume.
         extra: Other keys of the list (modality, organ, dataset, patient, ...).

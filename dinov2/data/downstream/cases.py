@@ -25,7 +25,7 @@ from dinov2.data.preprocess import INT16_SCALE, Volume, foreground_box
 from dinov2.data.volumes.formats import NIFTI, PAIR, format_by_name
 from dinov2.data.volumes.grids import GridMap
 from dinov2.data.volumes.nifti import result_header
-from dinov2.data.volumes.opening import RawVolume, check_same_grid, open_volume
+from dinov2.data.volumes.opening import RawVolume, as_whole, check_same_grid, open_volume
 from dinov2.errors import BadInput
 from dinov2.geometry import Spacing, triple
 
@@ -185,16 +185,17 @@ def _read_label(raw: RawVolume, recipe: Recipe) -> np.ndarray:
     Raises:
         BadInput: Values that the recipe does not know, by name.
     """
-    stored = raw.read_labels()
+    stored = raw.read()
     values = np.unique(stored)
+    whole = as_whole(values, raw.image.step)  # what storing alone has moved off whole numbers
     known = {v: v for v in recipe.values} | (recipe.label_map or {}) | dict.fromkeys(recipe.ignore, IGNORED)
-    unknown = [float(v) for v in values if v not in known]
+    unknown = [float(v) for v in whole if v not in known]
     if unknown:
         shown = ", ".join(f"{v:.9g}" for v in unknown[:8]) + (", ..." if len(unknown) > 8 else "")
         what = f"label values {shown} are not among {recipe.name}'s {', '.join(map(str, known))}"
-        remedy = scheme_hint(recipe, values.tolist()) or "correct the recipe (classes, regions, label_map) or the file"
+        remedy = scheme_hint(recipe, whole.tolist()) or "correct the recipe (classes, regions, label_map) or the file"
         raise BadInput(f"{raw.path}: {what}: {remedy}")
-    meaning = np.array([known[v] for v in values.tolist()], dtype=np.int16)
+    meaning = np.array([known[v] for v in whole.tolist()], dtype=np.int16)
     return meaning[np.searchsorted(values, stored)]
 
 

@@ -372,18 +372,27 @@ def open_series(path: str) -> ImageFile:
         BadVolume: As of `read_slice` and `stack`; a folder of no series, or of several.
     """
     if os.path.isdir(path):
-        return stack(_only_series(path))
+        return _stacked(*_only_series(path))
     own = read_slice(path)
     if own is None:
         raise BadVolume(f"{path}: a DICOMDIR, no image", "not_an_image")
-    series, _ = series_of(dicom_files(Path(path).parent))
-    return stack(series[own.series])
+    series, bad = series_of(dicom_files(Path(path).parent))
+    return _stacked(series[own.series], bad)
 
 
-def _only_series(folder: str) -> list[Slice]:
+def _stacked(slices: list[Slice], bad: list[tuple[str, BadVolume]]) -> ImageFile:
+    """The volume, with a note of the files that are in no series; one of them may have been its slice."""
+    image = stack(slices)
+    if not bad:
+        return image
+    what = f"{len(bad)} DICOM files beside it are left out, {os.path.basename(bad[0][0])}: {bad[0][1]}"
+    return replace(image, notes=(*image.notes, what))
+
+
+def _only_series(folder: str) -> tuple[list[Slice], list[tuple[str, BadVolume]]]:
     series, bad = series_of(dicom_files(Path(folder)))
     if len(series) == 1:
-        return next(iter(series.values()))
+        return next(iter(series.values())), bad
     if not series:
         raise bad[0][1] if bad else BadVolume(f"{folder}: {_NO_SERIES}", "not_an_image")
     found = [min(slices, key=lambda s: s.path) for slices in series.values()]

@@ -57,7 +57,7 @@ def load_nifti(path: str) -> tuple[Any, Any] | None:
     halves = sorted([Path(path), *other_half(Path(path))], key=lambda half: ".img" in half.name.lower())  # the header first
     if not halves[0].is_file():
         return None
-    with _opened(halves[0]) as file:
+    with open_content(halves[0]) as file:
         block = file.read(_HEADER_BYTES)
     classes = {b"1": (nib.Nifti1Image, nib.Nifti1Pair), b"2": (nib.Nifti2Image, nib.Nifti2Pair)}
     magic = next((m for m in (block[344:348], block[4:8]) if m[:2] in (b"n+", b"ni") and m[2:3] in classes), None)
@@ -66,12 +66,12 @@ def load_nifti(path: str) -> tuple[Any, Any] | None:
     kind = classes[magic[2:3]][len(halves) - 1]
     headers = []
     for check in (True, False):
-        with _opened(halves[0]) as file:
+        with open_content(halves[0]) as file:
             headers.append(kind.header_class.from_fileobj(file, check=check))
     header, stored = headers
     _settle_quaternion(header)
     voxels = halves[-1]
-    place = str(voxels) if compression(voxels) == _by_name(voxels) else _opened(voxels)
+    place = str(voxels) if compression(voxels) == _by_name(voxels) else open_content(voxels)
     data = kind.ImageArrayProxy(place, header.copy(), keep_file_open=True)
     names = {"image": str(voxels)} | ({"header": str(halves[0])} if len(halves) > 1 else {})
     return kind(data, None, header, file_map=kind.make_file_map(names)), stored
@@ -79,10 +79,10 @@ def load_nifti(path: str) -> tuple[Any, Any] | None:
 
 def _by_name(path: Path) -> str:
     suffix = path.suffix.lower()
-    return suffix if suffix in _COMPRESSED else ""
+    return ".gz" if suffix == ".mgz" else suffix if suffix in _COMPRESSED else ""
 
 
-def _opened(path: Path) -> Any:
+def open_content(path: Path) -> Any:
     """The content, decompressed by what it is."""
     found = compression(path)
     if found == _by_name(path):

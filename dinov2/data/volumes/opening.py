@@ -65,10 +65,6 @@ class RawVolume:
         except READ_ERRORS as err:
             raise BadVolume(f"{self.path}: cannot be read: {first_line(err)}", _reason(err)) from err
 
-    def read_labels(self) -> np.ndarray:
-        """As `read`, of a label map: values that only storing has moved off whole numbers are these again."""
-        return as_whole(self.read(), self.image.step)
-
 
 def as_whole(values: np.ndarray, step: float) -> np.ndarray:
     """Values within rounding of whole numbers as these, all others as they are.
@@ -81,7 +77,8 @@ def as_whole(values: np.ndarray, step: float) -> np.ndarray:
     rounding = _FLOAT32 * np.abs(nearest)
     if 0 < step < 1:  # of a larger one the values that there are say nothing of what was meant
         rounding = step / 2 + _FLOAT32 * np.max(np.abs(values), initial=1)
-    return np.where(np.abs(values - nearest) <= rounding, nearest, values)
+    with np.errstate(invalid="ignore"):  # infinity is whole enough, and refused where it is met
+        return np.where(np.abs(values - nearest) <= rounding, nearest, values)
 
 
 def open_image(path: str) -> ImageFile:

@@ -21,7 +21,7 @@ from nibabel.filebasedimages import ImageFileError
 from nibabel.spatialimages import HeaderDataError
 from nibabel.tripwire import TripWireError
 
-from dinov2.data.volumes.nifti import PAIR, compression, load_nifti, nifti_place
+from dinov2.data.volumes.nifti import PAIR, compression, load_nifti, nifti_place, open_content
 from dinov2.data.volumes.places import check_positive, column_spacing, differs, header_text, of_text_header, shown_mm
 from dinov2.errors import BadVolume
 
@@ -120,7 +120,7 @@ def _loaded(path: str) -> tuple[Any, np.ndarray, tuple[str, ...]]:
     found = load_nifti(path)
     if found is not None:
         return found[0], *nifti_place(path, found[1])
-    image = nib.load(path, keep_file_open=True)
+    image = _mgh(path) or nib.load(path, keep_file_open=True)
     affine = getattr(image, "affine", None)
     if not isinstance(image.header, nib.analyze.AnalyzeHeader) or affine is None:
         return image, np.full((4, 4), np.nan) if affine is None else affine, ()
@@ -131,6 +131,15 @@ def _loaded(path: str) -> tuple[Any, np.ndarray, tuple[str, ...]]:
     own = column_spacing(affine)
     note = f"its header's spacing is {shown_mm(said)}, its affine's {shown_mm(own)}"
     return image, affine, (note,) if differs(own, said) else ()
+
+
+def _mgh(path: str) -> Any:
+    """A `.mgh` or `.mgz` whose compression is not its ending's; None for everything else."""
+    is_compressed = {".mgh": False, ".mgz": True}.get(Path(path).suffix.lower())
+    if is_compressed is None or is_compressed == (compression(Path(path)) == ".gz"):
+        return None
+    file = open_content(Path(path))
+    return nib.MGHImage.from_file_map({"image": nib.FileHolder(fileobj=file)})
 
 
 def _ratio(data: Path) -> int:

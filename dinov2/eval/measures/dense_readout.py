@@ -21,7 +21,7 @@ from torch import Tensor
 
 from dinov2.data.cache.store import VolumeStore
 from dinov2.data.datalist import Entry
-from dinov2.data.volumes.opening import describe, open_volume
+from dinov2.data.volumes.opening import as_whole, describe, open_volume
 
 PENALTIES = (1e-4, 1e-3, 1e-2)
 FOREGROUND_OFFSETS = (0.0, 0.5, 1.0, 1.5, 2.0)
@@ -48,7 +48,8 @@ def random_crops(image: Path, label: Path, size: Sequence[int], count: int, seed
     """
     rng = np.random.default_rng(list(seed))
     volume = VolumeStore([Entry(str(image), tuple(describe(image)["shape"]))], 0).get(0, rng)
-    labels = torch.from_numpy(volume.align(open_volume(Entry(str(label), ())).read_labels()).astype(np.int64))
+    raw = open_volume(Entry(str(label), ()))
+    labels = torch.from_numpy(volume.align(as_whole(raw.read(), raw.image.step)).astype(np.int64))
     room = [(0, max(0, s - n)) for s, n in zip(size, labels.shape, strict=True)]
     padding = [x for pair in reversed(room) for x in pair]
     values, labels = F.pad(volume.data[0], padding, value=-1.0), F.pad(labels, padding)

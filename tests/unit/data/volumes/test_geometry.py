@@ -226,6 +226,15 @@ def test_compression_is_told_by_the_first_bytes(tmp_path: Path, name: str, encod
     assert np.allclose(restore_prediction(case.image[0] * 0, case).affine, nib.load(plain).affine)
 
 
+@pytest.mark.parametrize("name", ["a.mgh", "a.mgz"])
+def test_a_freesurfer_files_compression_is_told_by_its_first_bytes(tmp_path: Path, name: str) -> None:
+    other = tmp_path / ("b.mgz" if name == "a.mgh" else "b.mgh")
+    nib.save(nib.MGHImage(voxels(), A), other)
+    other.rename(tmp_path / name)
+    raw = open_volume(Entry(str(tmp_path / name), ()))
+    assert np.array_equal(raw.read(), voxels()) and farthest_corner_mm(SHAPE, raw.affine, A) < 1e-3
+
+
 def test_an_analyze_header_without_a_spacing_is_not_of_one_millimetre(tmp_path: Path) -> None:
     image = nib.AnalyzeImage(voxels(), None)
     image.header.set_zooms(SPACING)
@@ -416,6 +425,17 @@ def test_the_thickness_counts_for_a_single_slice_alone(tmp_path: Path) -> None:
     nothing = save_series(tmp_path / "nothing", num_slices=1, change=move(0, SliceThickness=None))
     with pytest.raises(BadVolume, match="single slice without a thickness"):
         open_image(str(nothing))
+
+
+def test_a_slice_without_a_place_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """At the end of a series nothing else shows it."""
+    folder = save_series(tmp_path / "series", change=move(-15, ImagePositionPatient=None))
+    for path in (str(folder), first_file(folder)):
+        assert open_volume(Entry(path, ())).image.shape == (24, 20, 15)
+        assert "1 DICOM files beside it are left out, 1.2.3-08.dcm" in caplog.text
+        caplog.clear()
+    _, quarantine = run(folder, tmp_path / "list.json")
+    assert quarantine["1.2.3-08.dcm"][0] == "not_an_image"
 
 
 def test_a_copied_slice_counts_once(tmp_path: Path) -> None:
