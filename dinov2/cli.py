@@ -330,7 +330,8 @@ def _add_corpus(commands: Commands) -> None:
     action.add_argument("--fourth-axis", choices=("time", "channels", "refuse"), default="refuse", help="where no header says")
     action.add_argument("--spacing", type=float, nargs=3, metavar="MM", help="of files that have none (NumPy)")
     action.add_argument("--keep-ids", action="store_true", help="patients' ids as they are, instead of their hashes")
-    action.add_argument("--id-salt", default="", help="secret word of the hashes; the same for lists that are to be compared")
+    salt = "secret word of the hashes, the same for lists that are to be compared; default: a random one, kept beside the list"
+    action.add_argument("--id-salt", default="", help=salt)
     action.add_argument("--workers", type=int, help="processes; default: one per core; 0: this one")
     action.add_argument("--shard", default="1/1", metavar="I/N", help="only the I-th of N parts")
     action.add_argument("--merge", action="store_true", help="write one list of several shards'")

@@ -61,7 +61,9 @@ def shown(path: str | Path) -> str:
     return str(path).encode("utf-8", "backslashreplace").decode().replace("\0", "\\0")
 
 
-def read_text(path: str | Path, name: str = "", advice: str = "", most_bytes: int = MOST_TEXT_BYTES) -> str:
+def read_text(
+    path: str | Path, name: str = "", advice: str = "", most_bytes: int = MOST_TEXT_BYTES, remedy: str = "save it as UTF-8"
+) -> str:
     """The text of a user's file: UTF-8, with a byte order mark or without; line ends as they are.
 
     Args:
@@ -69,6 +71,7 @@ def read_text(path: str | Path, name: str = "", advice: str = "", most_bytes: in
         name: How messages call it; default: its path.
         advice: What to do where it is not there.
         most_bytes: A larger file is refused.
+        remedy: What to do where it is no UTF-8.
 
     Raises:
         BadInput: It cannot be read, or is no such text.
@@ -85,16 +88,16 @@ def read_text(path: str | Path, name: str = "", advice: str = "", most_bytes: in
     if len(data) > most_bytes:
         raise BadInput(f"{name}: longer than the {most_bytes >> 20} MiB that such a file may have: give another")
     if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        raise BadInput(f"{name}: is in UTF-16: save it as UTF-8")
+        raise BadInput(f"{name}: is in UTF-16: {remedy}")
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as err:
         line = 1 + data.count(b"\n", 0, err.start)
         raise BadInput(
-            f"{name}: is not in UTF-8 (byte {data[err.start]:#04x} in line {line}), perhaps in Latin-1: save it as UTF-8"
+            f"{name}: is not in UTF-8 (byte {data[err.start]:#04x} in line {line}), perhaps in Latin-1: {remedy}"
         ) from err
     if "\0" in text:
-        raise BadInput(f"{name}: is no text, or in UTF-16: save it as UTF-8")
+        raise BadInput(f"{name}: is no text, or in UTF-16: {remedy}")
     return text
 
 
@@ -103,19 +106,19 @@ def read_json(
     name: str = "",
     advice: str = "",
     most_bytes: int = MOST_TEXT_BYTES,
-    remedy: str = "correct it or make it again",
+    remedy: str = "",
 ) -> Any:
     """The content of a user's JSON file; arguments as of `read_text`, and what to do where it is no JSON.
 
     Raises:
         BadInput: As of `read_text`, or no JSON that can be used.
     """
-    text = read_text(path, name, advice, most_bytes)
+    text = read_text(path, name, advice, most_bytes, remedy or "save it as UTF-8")
     try:
         return from_json(text)
     except ValueError as err:
         what = "is not valid JSON, perhaps half-written"
-        raise BadInput(f"{name or path} {what}: {err}: {remedy}") from err
+        raise BadInput(f"{name or path} {what}: {err}: {remedy or 'correct it or make it again'}") from err
 
 
 def from_json(text: str | bytes) -> Any:

@@ -14,16 +14,8 @@ from torch import Tensor
 from dinov2.checkpointer.checkpointer import save_atomically
 from dinov2.checkpointer.sealed import write_safetensors
 from dinov2.checkpointer.teacher import open_trained
+from dinov2.configs.loader import without_path_keys
 from dinov2.errors import BadInput
-
-PATH_KEYS = (
-    ("train", "dataset_path"),
-    ("train", "output_dir"),
-    ("train", "cache_dir"),
-    ("student", "pretrained_weights"),
-    ("student", "full_pretrained_weights"),
-    ("MODEL", "WEIGHTS"),
-)
 
 
 def renamed(state: dict[str, Tensor], chunks: int | None) -> dict[str, Tensor]:
@@ -47,11 +39,7 @@ def renamed(state: dict[str, Tensor], chunks: int | None) -> dict[str, Tensor]:
 
 def without_paths(meta: dict[str, Any]) -> dict[str, Any]:
     """What weights say of themselves, without the paths of the machine that trained them."""
-    config = {name: dict(part) for name, part in meta.get("config", {}).items()}
-    for section, key in PATH_KEYS:
-        if config.get(section, {}).get(key):
-            config[section][key] = ""
-    return {**meta, "config": config} if config else meta
+    return {**meta, "config": without_path_keys(meta["config"])} if isinstance(meta.get("config"), dict) else meta
 
 
 def export(source: str | Path, target: Path, chunks: int | None, with_heads: bool, licence: str | None = None) -> int:

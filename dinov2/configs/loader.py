@@ -214,6 +214,17 @@ def saved_config(content: Any, source: str, overrides: Sequence[str] = ()) -> Di
     return _checked([(source, OmegaConf.create(_as_text(content)))], overrides)
 
 
+def without_path_keys(config: DictConfig | dict[Any, Any]) -> dict[Any, Any]:
+    """A configuration in plain types as weights carry it: the keys that are paths are empty."""
+    plain: Any = OmegaConf.to_container(config) if isinstance(config, DictConfig) else config
+    sections = {name: dict(part) if isinstance(part, dict) else part for name, part in plain.items()}
+    for name, f in config_keys():
+        section, _, leaf = name.partition(".")
+        if f.metadata.get("is_path") and isinstance(sections.get(section), dict) and sections[section].get(leaf):
+            sections[section][leaf] = ""
+    return sections
+
+
 def read_saved_config(path: Path) -> DictConfig:
     """The `config.yaml` of a run, as `saved_config`.
 

@@ -33,7 +33,7 @@ from dinov2.distributed import barrier, gather_objects, is_main_process
 from dinov2.distributed.runtime import Runtime, lost_rank_explained, start_runtime
 from dinov2.errors import BadInput
 from dinov2.features.setup import build_model_for_eval, config_for, require_whole_patches
-from dinov2.files import write_json, write_text
+from dinov2.files import read_json, write_json, write_text
 from dinov2.logging import setup_logging
 from dinov2.logging.folder import run_folder, set_aside
 from dinov2.logging.provenance import RUN_FILE, run_record
@@ -323,11 +323,11 @@ def _identity_of(output_dir: Path) -> dict[str, Any] | None:
     path = output_dir / IDENTITY
     if not path.exists() or not _has_saved(output_dir):
         return None
-    try:
-        before = json.loads(path.read_text())
-        return {**before, "config": _in_todays_schema(before["config"])}
-    except (ValueError, KeyError, TypeError) as err:
-        raise BadInput(f"{path}: not readable ({err}): use another --output-dir, or --no-resume") from err
+    remedy = "use another --output-dir, or --no-resume"
+    before = read_json(path, remedy=remedy)
+    if not isinstance(before, dict) or not isinstance(before.get("config"), str):
+        raise BadInput(f"{path}: is damaged, it holds no configuration: {remedy}")
+    return {**before, "config": _in_todays_schema(before["config"])}
 
 
 def _in_todays_schema(config: str) -> DictConfig | None:

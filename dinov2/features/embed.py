@@ -6,7 +6,6 @@ part; whoever finishes the last one writes the table.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections import Counter
@@ -32,6 +31,7 @@ from dinov2.features.embed_table import EmbeddingTable, Row
 from dinov2.features.encoder import Encoder
 from dinov2.features.scans import Scan, load_scan
 from dinov2.features.views import View
+from dinov2.files import read_json
 from dinov2.logging import Say
 from dinov2.logging.folder import locked_folder
 from dinov2.logging.progress import Progress
@@ -39,7 +39,7 @@ from dinov2.signals import stop_requests
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 2  # of the table; raised with its columns, so that no table is begun in one and ended in another
+FORMAT = 3  # of the table; raised with its columns, so that no table is begun in one and ended in another
 FEW_SCANS = 16  # are loaded in this process: others take seconds to start
 MANY_PATCHES = 30_000  # in one pass: attention, quadratic in them, is then nearly all of the time, minutes a scan on a CPU
 Loaded = tuple[int, Scan | None, Row]  # place in the list, the scan, what is known of it or why there is none
@@ -146,7 +146,7 @@ def _index(folder: Path, request: EmbedRequest, say: Say) -> tuple[Datalist, lis
     scans = [e for e in datalist.entries if not e.extra.get("label_map")]
     if not scans:
         raise BadInput(f"{folder}: only label maps in it: give a folder or a list of scans")
-    return Datalist(scans, datalist.sha256, datalist.path), json.loads(asked.quarantine_path.read_text(encoding="utf-8"))
+    return Datalist(scans, datalist.sha256, datalist.path), read_json(asked.quarantine_path)
 
 
 def _key(datalist: Datalist, encoder: Encoder, request: EmbedRequest) -> dict[str, Any]:

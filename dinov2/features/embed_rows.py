@@ -10,6 +10,7 @@ from typing import Any
 
 from dinov2.data.datalist import Datalist, Entry
 from dinov2.data.names import names_apart
+from dinov2.files import path_for_list
 
 FACTS = ("patient", "modality", "organ", "series")  # keys of a list's entries that are columns
 _NAME_BYTES = 200  # of a file's name at most, which may be 255 with what is added
@@ -32,11 +33,10 @@ class ListedScans:
     def row(self, place: int) -> dict[str, Any]:
         """The columns of a scan that its entry tells; None where it does not."""
         entry = self.entries[place]
-        image = Path(entry.image)
-        path = image.relative_to(self._folder) if image.is_relative_to(self._folder) else image
+        path = path_for_list(entry.image, self._folder)
         facts = {name: entry.extra.get(name) for name in FACTS}
         known = {name: None if value is None else str(value) for name, value in facts.items()}
-        return {"id": self._ids[place], "path": str(path), "channel": entry.channel, **known}
+        return {"id": self._ids[place], "path": path, "channel": entry.channel, **known}
 
     def file_name(self, place: int) -> str:
         """Of a file of its own, without ending; no other scan has it."""

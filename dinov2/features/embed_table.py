@@ -2,7 +2,7 @@
 
     feats.parquet            id, path, channel, sha, facts of the list, cls[E], pooled[E]; rows in the order of the list
     feats.quarantine.json    scans that were set aside: path, reason, detail
-    feats.parts/             key.json (what was asked for), 000012.parquet, ...; gone when the table is there
+    feats.parts/             key.json (what was asked for), 000012.parquet, ... (a checksum ends each); gone with the last one
     feats.patches/           with patch tokens: a .npz a scan, named after it
 
 A part is a fixed stretch of the list, made by whoever finds it missing and written aside and renamed, so that a run continues
@@ -15,6 +15,7 @@ import fcntl
 import json
 import logging
 import shutil
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,13 +24,14 @@ import numpy as np
 
 from dinov2.errors import BadInput
 from dinov2.features.embed_rows import FACTS
-from dinov2.files import replacing, write_json
+from dinov2.files import read_json, replacing, to_json, write_json
 
 logger = logging.getLogger(__name__)
 
 ROWS_PER_PART = 16
 PARTS_PER_GROUP = 64  # of the Parquet file's row groups
 _META = b"dinov2-3d"
+_CHECKSUM_BYTES = 8  # of a part's end
 Row = dict[str, Any]
 
 
@@ -45,6 +47,22 @@ def arrow() -> tuple[Any, Any]:
     except ImportError as err:
         raise BadInput("Parquet files need pyarrow: pip install pyarrow") from err
     return pyarrow, pyarrow.parquet
+
+
+def _checksum(content: bytes) -> bytes:
+    return f"{zlib.crc32(content):08x}".encode()
+
+
+def _checked(content: bytes) -> bytes:
+    """What a part was before its checksum was added.
+
+    Raises:
+        ValueError: It does not match.
+    """
+    body, checksum = content[:-_CHECKSUM_BYTES], content[-_CHECKSUM_BYTES:]
+    if _checksum(body) != checksum:
+        raise ValueError("does not match its checksum")
+    return body
 
 
 class EmbeddingTable:
@@ -104,13 +122,11 @@ class EmbeddingTable:
         try:
             self.parts.mkdir(parents=True, exist_ok=True)
             if file.exists():
-                self._require_same(json.loads(file.read_text(encoding="utf-8")), self.parts)
+                self._require_same(read_json(file, remedy=f"remove {self.parts} to begin anew"), self.parts)
             else:
                 write_json(file, self.key)
         except OSError as err:
             raise BadInput(f"--output {self.output}: {err.strerror}: choose another place") from err
-        except json.JSONDecodeError as err:
-            raise BadInput(f"{file}: is damaged: remove {self.parts} to begin anew") from err
 
     def _require_same(self, found: Any, place: Path) -> None:
         """A key that was begun with, against this one."""
@@ -148,8 +164,11 @@ class EmbeddingTable:
         """
         pa, pq = arrow()
         columns = [pa.array([row.get(f.name) for row in rows], f.type) for f in self._schema]
-        meta = {_META: json.dumps({"set_aside": set_aside})}
-        self._replace(self._part(part), lambda path: pq.write_table(pa.table(columns, self._schema.with_metadata(meta)), path))
+        meta = {_META: to_json({"set_aside": set_aside})}
+        sink = pa.BufferOutputStream()
+        pq.write_table(pa.table(columns, self._schema.with_metadata(meta)), sink)
+        content = sink.getvalue().to_pybytes()
+        self._replace(self._part(part), lambda path: path.write_bytes(content + _checksum(content)))
 
     def write_patches(self, name: str, patch: np.ndarray, affine: np.ndarray) -> str:
         """Keep a scan's patch tokens; returns the file's path from the table's folder.
@@ -198,15 +217,15 @@ class EmbeddingTable:
                 if not self._check_table():
                     self._assemble(about, set_aside)
         _, pq = arrow()
-        return pq.read_metadata(self.output).num_rows, json.loads(self.quarantine.read_text(encoding="utf-8"))
+        return pq.read_metadata(self.output).num_rows, read_json(self.quarantine)
 
     def _assemble(self, about: dict[str, Any], before: list[Row]) -> None:
         """The table comes last: where it is, all is there."""
         _, pq = arrow()
-        schema = self._schema.with_metadata({_META: json.dumps({"key": self.key, **about})})
+        schema = self._schema.with_metadata({_META: to_json({"key": self.key, **about})})
 
         def write(path: Path) -> None:
-            with pq.ParquetWriter(path, schema) as writer:
+            with pq.ParquetWriter(path, schema, write_page_checksum=True) as writer:
                 for group, _ in self._groups():
                     writer.write_table(group.cast(schema))
 
@@ -228,8 +247,9 @@ class EmbeddingTable:
             for part in range(first, min(first + PARTS_PER_GROUP, self.num_parts)):
                 path = self._part(part)
                 try:
-                    tables.append(pq.read_table(path, schema=self._schema))
-                    set_aside += json.loads(pq.read_schema(path).metadata[_META])["set_aside"]
+                    content = pa.BufferReader(_checked(path.read_bytes()))
+                    tables.append(pq.read_table(content, schema=self._schema))
+                    set_aside += json.loads(pq.read_schema(content).metadata[_META])["set_aside"]
                 except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as err:
                     raise BadInput(f"{path}: is damaged: remove it and start the same command again") from err
             yield pa.concat_tables(tables).combine_chunks(), set_aside

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, TextIO
 
-from dinov2.files import to_json, write_text
+from dinov2.errors import BadInput
+from dinov2.files import from_json, is_number, to_json, write_text
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -16,13 +16,22 @@ METRICS_FILE = "training_metrics.json"
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """The objects of a metrics file; a last line cut short by a kill is left out."""
+    """The objects of a metrics file; a last line cut short by a kill is left out.
+
+    Raises:
+        BadInput: A whole line is none.
+    """
     rows = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    for number, line in enumerate(path.read_bytes().splitlines(keepends=True) if path.exists() else [], 1):
         try:
-            rows.append(json.loads(line))
+            row = from_json(line)
         except ValueError:
-            break
+            row = None
+        if isinstance(row, dict) and is_number(row.get("iteration")):
+            rows.append(row)
+        elif line.endswith(b"\n"):
+            what = "is damaged, no object with an iteration: remove the line, or move the file away"
+            raise BadInput(f"{path}, line {number}: {what}")
     return rows
 
 

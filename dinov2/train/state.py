@@ -8,16 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torch import Tensor
 from torch.optim import AdamW
 
 from dinov2.checkpointer.checkpointer import Checkpointer, save_atomically
 from dinov2.configs import default_yaml
+from dinov2.configs.loader import without_path_keys
 from dinov2.data.datalist import Datalist
 from dinov2.data.preprocess import PREPROCESSING
 from dinov2.distributed import gather_objects, is_main_process
 from dinov2.errors import BadInput
+from dinov2.files import read_json
 from dinov2.fsdp.tensors import whole
 from dinov2.logging.provenance import RUN_FILE, versions
 from dinov2.train.flags import FlagExchange
@@ -107,7 +109,7 @@ def save_teacher(model: SSLMetaArch, cfg: DictConfig, folder: Path, iteration: i
     `data` is of `data_record`. `torch.load(path, weights_only=True)` opens it.
     """
     meta = {
-        "config": OmegaConf.to_container(cfg),
+        "config": without_path_keys(cfg),
         "preprocessing": PREPROCESSING,
         **data,
         "iteration": iteration,
@@ -131,15 +133,18 @@ def check_same_run(output_dir: Path, datalist_sha256: str, effective_batch: int,
     path = output_dir / RUN_FILE
     if not path.exists():
         return
-    record = json.loads(path.read_text())
-    batch = record.get("effective_batch", effective_batch)
+    remedy = "use --no-resume, or move it away to continue without knowing that batch and datalist are the same"
+    record = read_json(path, remedy=remedy)
+    batch = record.get("effective_batch", effective_batch) if isinstance(record, dict) else None
+    before = record.get("datalist_sha256") if isinstance(record, dict) else None
+    if type(batch) is not int or batch < 1 or not isinstance(before, str):
+        raise BadInput(f"{path}: is damaged, it does not say its batch and datalist: {remedy}")
     if batch != effective_batch:
         fits = f"batch_size_per_gpu x accumulation_steps = {batch // world_size}" if batch % world_size == 0 else None
         raise BadInput(
             f"{output_dir}: this run has {batch} volumes a step, {world_size} ranks as configured have {effective_batch}: "
             + (f"set train.{fits}" if fits else f"{world_size} ranks do not divide {batch}; use a number that does")
         )
-    before = record.get("datalist_sha256")
     if before == datalist_sha256:
         return
     message = f"{output_dir}: this run was started on another datalist (sha256 {before[:12]}..., now {datalist_sha256[:12]}...)"

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from dinov2.cli import main as dinov2
-from dinov2.errors import EXIT_BAD_INPUT, EXIT_OK
+from dinov2.errors import EXIT_BAD_INPUT, EXIT_OK, BadInput
 from dinov2.eval.linear3d import main
 from tests.conftest import ROOT, SMALL
 from tests.unit.data.corpus import test_index
@@ -144,6 +144,29 @@ def test_fine_tuning_changes_the_backbone_and_the_probe_carries_it(data: Path, t
     start = build_model_for_eval(load_and_merge_config_3d(None, NETWORK), "random").state_dict()
     assert not torch.equal(start["patch_embed.proj.weight"], probe["backbone"]["patch_embed.proj.weight"])
     assert not torch.equal(start["blocks.1.attn.qkv.weight"], probe["backbone"]["blocks.1.attn.qkv.weight"])
+
+
+def test_a_probe_finds_its_backbone_and_carries_no_path_of_the_machine(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dinov2.configs import load_and_merge_config_3d
+    from dinov2.eval.probing.saved_probe import SavedProbe
+    from dinov2.features.setup import build_model_for_eval
+
+    weights, out = tmp_path / "Maria" / "w.pth", tmp_path / "Maria" / "runs" / "one"
+    weights.parent.mkdir()
+    torch.save(build_model_for_eval(load_and_merge_config_3d(None, NETWORK), "random").state_dict(), weights)
+    assert main(words(data, out, epochs=1, pretrained_weights=weights)) == EXIT_OK
+    for folder in ("Maria", str(tmp_path), str(data)):
+        assert folder.encode() not in (out / "probe.pth").read_bytes(), folder
+    image = next(data.glob("*.nii*"))
+    monkeypatch.chdir(data)
+    before = SavedProbe(out / "probe.pth")([image])
+    (tmp_path / "Maria").rename(tmp_path / "Ann")  # both move together
+    assert torch.equal(SavedProbe(tmp_path / "Ann" / "runs" / "one" / "probe.pth")([image]), before)
+    (tmp_path / "Ann" / "w.pth").rename(tmp_path / "Ann" / "v.pth")
+    with pytest.raises(BadInput, match="no such file"):
+        SavedProbe(tmp_path / "Ann" / "runs" / "one" / "probe.pth")
 
 
 def _pickle_with_code(path: Path) -> None:

@@ -105,6 +105,8 @@ def test_a_segmentation_learns_is_tested_and_predicts_on_the_files_own_grid(
     log = (out / "log.txt").read_text()
     for words_of in ("training cases prepared: 1 of 6", "iterations: 2 of 120", "iterations: 119 of 120", "cases: 1 of 2"):
         assert re.search(rf"dinov2.logging.progress: {words_of}, .* left", log), words_of
+    for folder in (tmp_path, data):
+        assert str(folder).encode() not in (out / "best_model.pth").read_bytes()
     image = nib.load(data / "image9.nii.gz")  # stored the other way round
     target = tmp_path / "prediction.nii.gz"
     command = ["predict", "--weights", str(out / "best_model.pth"), "--input", str(data / "image9.nii.gz")]

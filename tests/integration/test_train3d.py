@@ -85,6 +85,7 @@ def test_a_run_on_real_volumes_leaves_everything_that_decided_it(trainer: Traine
     assert manual.returncode == 0, manual.stderr
     saved = torch.load(out / "eval" / "manual_11" / "teacher_checkpoint.pth", weights_only=True)
     assert_same_weights(saved["teacher"], teacher(out, 11))
+    assert str(out.parent).encode() not in (out / "eval" / "manual_11" / "teacher_checkpoint.pth").read_bytes()
     assert saved["meta"]["trained_on"] == {"scans": [], "patients": [], "num_unknown": 2}  # a list without hashes
 
 

@@ -6,6 +6,7 @@ Patients are told by data set and id (or its hash: lists to be compared need the
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +34,7 @@ class Seen:
 
     Attributes:
         scans: First characters of the content hashes.
-        patients: "<data set>/<id>", lower case.
+        patients: Hashes of "<data set>/<id>", so that weights carry no name of a folder.
         num_unknown: Volumes that nothing is known of.
     """
 
@@ -77,7 +78,11 @@ def seen_in(entries: list[Entry]) -> Seen:
 def patient_key(entry: Entry) -> str | None:
     """None where the list does not say; the same id in two data sets is two people."""
     patient = entry.extra.get("patient")
-    return None if patient is None else f"{entry.extra.get('dataset', '')}/{patient}".lower()
+    return None if patient is None else _hashed(f"{entry.extra.get('dataset', '')}/{patient}".lower())
+
+
+def _hashed(key: str) -> str:
+    return hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
 
 
 def with_hashes(entries: list[Entry]) -> list[Entry]:
@@ -109,7 +114,10 @@ def seen_by_weights(weights: Teacher | str | Path) -> Seen | None:
 
     meta = read_meta(weights) if isinstance(weights, (str, Path)) else weights.meta
     found = meta.get(TRAINED_ON)
-    return None if found is None else Seen(frozenset(found["scans"]), frozenset(found["patients"]), found["num_unknown"])
+    if found is None:
+        return None
+    patients = (_hashed(p) if "/" in p else p for p in found["patients"])  # weights of an earlier version have them plain
+    return Seen(frozenset(found["scans"]), frozenset(patients), found["num_unknown"])
 
 
 def warn_of_overlap(test: list[Entry], weights: Teacher | str | Path) -> Shared | None:
@@ -173,4 +181,6 @@ def overlap(first: Path, second: Path, say: Say) -> int:
     unknown = shared.num_unknown + seen.num_unknown
     scans = f"{len(shared.scans)} of {len(entries)} volumes of {first} are in {second}"
     say(f"{scans}, {len(shared.patients)} more are of patients in it; {unknown} could not be compared")
+    if seen.patients and not shared.patients and any(patient_key(e) for e in entries):
+        say("patients of lists that were indexed with different salts cannot be compared: use one --id-salt (docs/datasets.md)")
     return EXIT_BAD_INPUT if shared else EXIT_OK

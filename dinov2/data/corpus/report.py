@@ -1,7 +1,7 @@
 """One HTML page about a datalist and its quarantine: counts, histograms, mid-slices, what was set aside. Opens offline.
 
-No path, file name or patient id is on the page, whatever the list has; data sets are named. Figures are inline SVG, mid-slices
-inline PNG.
+No path, file name or patient id is on the page, whatever the list has; data sets are named, but for those whose only name
+is that of one folder of several (`dinov2 index SCANS/*`). Figures are inline SVG, mid-slices inline PNG.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import logging
 import math
 from collections import Counter, defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,7 @@ def write_report(list_path: Path, quarantine_path: Path, output: Path) -> None:
         BadInput: A list cannot be read, or the page cannot be written.
     """
     items = _read(list_path)
-    entries = read_datalist(list_path).entries if items else []
+    entries = _without_folders(read_datalist(list_path).entries if items else [])
     try:
         write_text(output, _page(entries, _read(quarantine_path)))
     except OSError as err:
@@ -96,6 +97,16 @@ def _page(entries: list[Entry], quarantine: list[dict[str, Any]]) -> str:
         ("Set aside", _quarantine(quarantine)),
     ]
     return page("Corpus report", numbers, sections)
+
+
+def _without_folders(entries: list[Entry]) -> list[Entry]:
+    """Data sets that are named by one folder of several, which may be a patient's, get numbers for names."""
+    named = [e.extra["dataset"] for e in entries if e.extra.get("dataset_is_folder")]
+    number = {name: f"folder {i}" for i, name in enumerate(dict.fromkeys(named), 1)}
+    return [
+        replace(e, extra={**e.extra, "dataset": number[e.extra["dataset"]]}) if e.extra.get("dataset_is_folder") else e
+        for e in entries
+    ]
 
 
 def _voxels(entries: list[Entry]) -> int:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from omegaconf import OmegaConf
 from torch import Tensor
 
 from dinov2.checkpointer.checkpointer import save_atomically
 from dinov2.checkpointer.teacher import RANDOM, open_teacher, open_weights
-from dinov2.configs.loader import saved_config, typed_from
+from dinov2.configs.loader import saved_config, typed_from, without_path_keys
 from dinov2.data.downstream.cases import prepare_case
 from dinov2.data.downstream.crops import central_cube
 from dinov2.data.downstream.lists import Item
@@ -41,11 +41,11 @@ def save_probe(setting: Setting, probe: Probe, best: int) -> None:
     weight, bias = probe.heads.head_weights(best)
     head = probe.heads.heads[best]
     meta = {
-        "config": OmegaConf.to_container(setting.cfg),
+        "config": without_path_keys(setting.cfg),
         "recipe": dataclasses.asdict(setting.recipe),
         "image_size": setting.request.image_size,
         "head": dataclasses.asdict(head),
-        "weights": setting.weights,
+        "weights": _weights_from(setting.weights, setting.output_dir),
         "weights_sha256": setting.decisive["pretrained_weights"],
         "validation_auc": probe.history[-1]["auc"],
     }
@@ -53,12 +53,23 @@ def save_probe(setting: Setting, probe: Probe, best: int) -> None:
     save_atomically({"weight": weight.cpu(), "bias": bias.cpu(), "meta": meta, **backbone}, setting.output_dir / PROBE)
 
 
+def _weights_from(weights: str, folder: Path) -> str:
+    """How a probe in a folder names its backbone: a path from there, none of the machine's own; other names as they are."""
+    return os.path.relpath(weights, os.path.realpath(folder)) if os.path.isabs(weights) else weights
+
+
+def _weights_beside(probe: str | Path, weights: str) -> str:
+    """What `_weights_from` named."""
+    beside = os.path.normpath(os.path.join(os.path.dirname(os.path.realpath(user_path(probe))), weights))
+    return beside if os.path.exists(beside) else weights
+
+
 class SavedProbe:
     """A probe ready for scans.
 
     Args:
         path: `probe.pth`.
-        weights: Of the backbone, as of `open_teacher`; None: where they were when the probe was made.
+        weights: Of the backbone, as of `open_teacher`; None: where they were when the probe was made, seen from its file.
 
     Raises:
         BadInput: The file is no probe, or the backbone's weights are missing or others.
@@ -76,7 +87,7 @@ class SavedProbe:
         if trained:
             refuse_other_sizes(self.cfg, plain_names(trained), path)
         self.runtime = start_runtime(self.cfg.train.num_threads)
-        teacher = open_teacher(RANDOM if trained else weights or meta["weights"])
+        teacher = open_teacher(RANDOM if trained else weights or _weights_beside(path, meta["weights"]))
         if not trained and teacher.identity() != meta["weights_sha256"]:
             raise BadInput(f"{teacher.source}: not the weights that {path} was made with: give them as --pretrained-weights")
         self.backbone = build_model_for_eval(self.cfg, teacher, self.runtime)

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torch import nn
 
 from dinov2.checkpointer.checkpointer import save_atomically
 from dinov2.checkpointer.teacher import open_weights
-from dinov2.configs.loader import saved_config, typed_from
+from dinov2.configs.loader import saved_config, typed_from, without_path_keys
 from dinov2.data.downstream.recipes import Recipe
 from dinov2.distributed.runtime import Runtime
 from dinov2.errors import BadInput
@@ -98,7 +98,7 @@ def save_segmentation(model: nn.Module, cfg: DictConfig, task: Task, path: Path)
     """All weights, the backbone's too, with what is needed to use them: one file for `dinov2 predict`."""
     meta = {
         "kind": KIND,
-        "config": OmegaConf.to_container(cfg),
+        "config": without_path_keys(cfg),
         "recipe": json.dumps(dataclasses.asdict(task.recipe)),
         "head": task.head,
         "image_size": task.image_size,

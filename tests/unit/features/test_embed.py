@@ -18,6 +18,7 @@ from dinov2.errors import BadInput
 from dinov2.features import embed as embed_module
 from dinov2.features.embed import EmbedRequest, embed, shard_of_rank
 from dinov2.features.embed_rows import file_names
+from dinov2.features.embed_table import EmbeddingTable
 from dinov2.features.encoder import Encoder, load_encoder
 from dinov2.features.views import View
 from dinov2.models.vision_transformer import vit_tiny_3d
@@ -147,7 +148,7 @@ def test_columns_of_what_the_list_knows_with_paths_from_the_lists_folder(encoder
     run(tmp_path / "set" / "list.json", encoder, tmp_path / "f.parquet", patch_tokens=True, view=View("resize", 16))
     table = pq.read_table(tmp_path / "f.parquet")
     assert table["id"].to_pylist() == ["set_a", "its own", "a/b", "set_two_0000", "set_two_0001"]
-    assert table["path"].to_pylist() == ["a.nii", "b.nii", str(tmp_path / "other" / "a.nii"), "two.nii", "two.nii"]
+    assert table["path"].to_pylist() == ["a.nii", "b.nii", "../other/a.nii", "two.nii", "two.nii"]
     assert table["channel"].to_pylist() == [None, None, None, 0, 1]
     for name, value in (("patient", "7"), ("modality", "MR"), ("organ", "brain"), ("series", "3 T1w")):
         assert table[name].to_pylist() == [value, None, None, None, None], name
@@ -293,3 +294,32 @@ def test_an_array_of_jobs_makes_the_table(scans: Path, weights: Path, tmp_path: 
             shard_commands(wrong, 2, cpus=0)
     monkeypatch.setenv("PATH", str(tmp_path))
     assert submit(["--shards", "2", *rest]) == 2
+
+
+def test_a_flipped_bit_of_a_part_is_never_taken(scans: Path, encoder: Encoder, tmp_path: Path) -> None:
+    run(scans, encoder, tmp_path / "f.parquet", shard=(1, 3))
+    part = tmp_path / "f.parts" / "000000.parquet"
+    whole, rng = part.read_bytes(), np.random.default_rng(0)
+    table = EmbeddingTable(
+        tmp_path / "f.parquet", json.loads((part.parent / "key.json").read_text()), 16, encoder.embed_dim, False
+    )
+    for place in rng.integers(0, len(whole) * 8, 300):
+        damaged = bytearray(whole)
+        damaged[place // 8] ^= 1 << (place % 8)
+        part.write_bytes(damaged)
+        with pytest.raises(BadInput, match="000000.parquet: is damaged: remove it and start the same command again"):
+            list(table._groups())
+    for cut in (0, 7, len(whole) - 1):
+        part.write_bytes(whole[:cut])
+        with pytest.raises(BadInput, match="is damaged"):
+            list(table._groups())
+    part.write_bytes(whole)
+    assert len(next(table._groups())[0]) > 0
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "5", "{}", "\0\0"])
+def test_a_torn_key_of_parts_is_named(content: str, scans: Path, encoder: Encoder, tmp_path: Path) -> None:
+    run(scans, encoder, tmp_path / "f.parquet", shard=(1, 3))
+    (tmp_path / "f.parts" / "key.json").write_text(content)
+    with pytest.raises(BadInput, match=r"f\.parts.*(remove|choose another)"):
+        run(scans, encoder, tmp_path / "f.parquet")

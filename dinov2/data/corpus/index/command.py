@@ -8,7 +8,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,12 +16,13 @@ from typing import Any
 from dinov2.data.corpus.index.examine import ExamineOptions, Row, died, examine
 from dinov2.data.corpus.index.journal import Journal, journal_path, read_journal
 from dinov2.data.corpus.index.quality import Limits, judge, parted_series
+from dinov2.data.corpus.index.salt import FILE, kept_salt, mark_of, salt_path, write_salt
 from dinov2.data.corpus.index.walk import Unit, walk
 from dinov2.data.datalist import write_datalist
 from dinov2.data.pool import unordered
 from dinov2.data.volumes.formats import FORMAT_NAMES
 from dinov2.errors import EXIT_OK, EXIT_RESUMABLE, BadInput
-from dinov2.files import refuse_output, shown, to_json, write_text
+from dinov2.files import refuse_output, shown, to_json, user_path, write_text
 from dinov2.logging import Say
 from dinov2.logging.progress import Progress
 from dinov2.signals import stop_requests
@@ -56,17 +57,27 @@ class IndexRequest:
     def quarantine_path(self) -> Path:
         return self.quarantine or self.output.with_name(self.output.name.removesuffix(".json") + ".quarantine.json")
 
+    def salted(self) -> IndexRequest:
+        """With the list's own salt, where ids are hashed and none is given.
+
+        Raises:
+            BadInput: It cannot be read or made.
+        """
+        if self.examine.keep_ids or self.examine.id_salt:
+            return self
+        salt = kept_salt(salt_path(self.output))
+        return replace(self, examine=replace(self.examine, id_salt=salt))
+
     def row_options(self) -> dict[str, Any]:
         """What rows depend on, as a journal keeps it: no secret word in it."""
         options = asdict(self.examine)
         pattern, salt = options.pop("pattern"), options.pop("id_salt")
-        marked = hashlib.blake2b(salt.encode(), digest_size=4).hexdigest() if salt else ""
         spacing = options.pop("spacing_mm")
         return {
             **options,
             "spacing_mm": spacing and list(spacing),
             "pattern": pattern.pattern if pattern else None,
-            "id_salt": marked,
+            "id_salt": mark_of(salt),
         }
 
 
@@ -98,6 +109,10 @@ def index(folders: list[Path], request: IndexRequest, say: Say) -> int:
         BadInput: A folder is not there, nothing in them is a volume, or the output cannot be written.
     """
     refuse_outputs(request)
+    for folder in folders:  # before a salt is made
+        if not Path(user_path(folder)).is_dir():
+            raise BadInput(f"{shown(folder)}: no such folder: give folders of volumes")
+    request = request.salted()
     with Journal(journal_path(request.output), request.row_options()) as journal:
         if journal.was_of_other_options:
             logger.warning("%s: was made with other options; everything is examined again", journal.path)
@@ -123,18 +138,29 @@ def merge(lists: list[Path], request: IndexRequest, say: Say) -> int:
     sources = [(path, *read_journal(journal_path(path))) for path in lists]
     for path, options, _ in sources[1:]:
         if options != sources[0][1]:
-            raise BadInput(f"{path}: was made with other options than {lists[0]}: index its shard again with the same ones")
+            raise BadInput(
+                f"{path}: was made with other options than {lists[0]}: index its shard again with the same ones; lists of "
+                f"several folders need one --id-salt, or one {FILE} in each"
+            )
     refuse_outputs(request)
     own = journal_path(request.output)
     if own in (journal_path(path) for path in lists):
         raise BadInput(f"--output {request.output}: is one of the lists to merge: choose another")
     own.unlink(missing_ok=True)
+    _take_salt(lists, request.output, sources[0][1].get("id_salt", ""))
     with Journal(own, sources[0][1]) as journal:
         for _, _, records in sources:
             for unit, stamp, rows in records:
                 journal.add(unit, stamp, rows)
         _write(journal, request, say)
     return EXIT_OK
+
+
+def _take_salt(lists: list[Path], output: Path, mark: str) -> None:
+    """The salt of the merged lists becomes that of the folder of the one they make, so that a later run of it hashes alike."""
+    path = salt_path(lists[0])
+    if mark and path.exists() and mark_of(salt := kept_salt(path)) == mark:
+        write_salt(salt_path(output), salt)
 
 
 def _is_of_shard(unit: Unit, shard: tuple[int, int]) -> bool:
@@ -170,13 +196,15 @@ def _write(journal: Journal, request: IndexRequest, say: Say) -> None:
     set_aside: list[Row] = []
     counts: Counter[str] = Counter()
     parted = parted_series(journal.rows())
+    folders = {row["entry"].get("dataset") for row in journal.rows() if row.get("is_folder")}
 
     def listed() -> Iterator[Row]:
         for is_good, row in judge(journal.rows(), request.limits, parted):
             if is_good:
                 counts["label maps"] += bool(row.get("label_map"))
                 counts["with notes"] += bool(row.get("header_notes"))
-                yield row
+                is_folder = len(folders) > 1 and row.get("dataset") in folders  # perhaps a patient's, of many
+                yield {**row, "dataset_is_folder": True} if is_folder else row
             else:
                 set_aside.append(row)
 

@@ -160,7 +160,8 @@ def _row(entry: Row, image: ImageFile, unit: Unit) -> Row:
     entry |= facts
     if entry.pop("few_values") or is_named_labels(unit):
         entry["label_map"] = True
-    return {"entry": entry, "non_finite": non_finite}
+    is_folder = unit.dataset.is_folder and entry.get("dataset") == unit.dataset.name
+    return {"entry": entry, "non_finite": non_finite, **({"is_folder": True} if is_folder else {})}
 
 
 def orientation(affine: np.ndarray) -> str:

@@ -8,17 +8,22 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
+import logging
 import os
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from dinov2.data.corpus.index.examine import Row
 from dinov2.errors import BadInput
-from dinov2.files import replacing
+from dinov2.files import from_json, replacing, to_json
 
 SUFFIX = ".index.jsonl"
 FORMAT = "dinov2-3d index 1"
+_CHECKSUM = b', "crc32": '
+
+logger = logging.getLogger(__name__)
 
 
 def journal_path(output: Path) -> Path:
@@ -63,9 +68,12 @@ class Journal:
             self._append({"format": FORMAT, "options": self.options})
             return
         place = earlier.tell()
-        for line in earlier:
+        for number, line in enumerate(earlier, 2):
             record = _parsed(line)
             if record is None:
+                if line.endswith(b"\n"):
+                    what = "%s, line %d: is damaged: what it and the lines after it had is examined again"
+                    logger.warning(what, self.path, number)
                 break
             self._lines[record["unit"]] = (record["stamp"], place)
             place += len(line)
@@ -146,26 +154,43 @@ def read_journal(path: Path) -> tuple[dict[str, Any], Iterator[tuple[str, str, l
 def _records(path: Path) -> Iterator[tuple[str, str, list[Row]]]:
     with path.open("rb") as file:
         file.readline()
-        for line in file:
+        for number, line in enumerate(file, 2):
             record = _parsed(line)
-            if record is not None:
-                yield record["unit"], record["stamp"], record["rows"]
+            if record is None:
+                what = "damaged" if line.endswith(b"\n") else "cut short"
+                raise BadInput(f"{path}, line {number}: is {what}: start its shard again, which examines what is missing")
+            yield record["unit"], record["stamp"], record["rows"]
 
 
 def _line(record: dict[str, Any]) -> bytes:
-    return json.dumps(record).encode() + b"\n"
+    """A record and its checksum."""
+    body = to_json(record).encode()
+    return body[:-1] + _CHECKSUM + f'"{zlib.crc32(body):08x}"}}\n'.encode()
 
 
-def _parsed(line: bytes) -> dict[str, Any] | None:
-    """A whole line's record; None for one that was cut short."""
+def _content(line: bytes) -> Any:
+    """What a line holds; None for one that was cut short or is not as it was written."""
     if not line.endswith(b"\n"):
         return None
     try:
-        return json.loads(line)
+        content = from_json(line)
+        checksum = content.pop("crc32", None) if isinstance(content, dict) else None
+        if checksum is not None and checksum != f"{zlib.crc32(line[: line.rindex(_CHECKSUM)] + b'}'):08x}":
+            return None
     except ValueError:
         return None
+    return content
+
+
+def _parsed(line: bytes) -> dict[str, Any] | None:
+    """A unit's record; None for anything else."""
+    record = _content(line)
+    if not isinstance(record, dict) or record.keys() != {"unit", "stamp", "rows"}:
+        return None
+    is_record = isinstance(record["unit"], str) and isinstance(record["stamp"], str) and isinstance(record["rows"], list)
+    return record if is_record and all(isinstance(row, dict) for row in record["rows"]) else None
 
 
 def _header(line: bytes) -> dict[str, Any] | None:
-    record = _parsed(line)
+    record = _content(line)
     return record.get("options") if isinstance(record, dict) and record.get("format") == FORMAT else None

@@ -40,12 +40,14 @@ class DatasetInfo:
         channels: Names of a fourth axis that is channels (Decathlon's `dataset.json`), else empty.
         modality: As written there; empty where it is not.
         unread: Name of a description that is there and cannot be read, which might have said more.
+        is_folder: Nothing describes it, its name is that of the folder that was given.
     """
 
     name: str
     channels: tuple[str, ...] = ()
     modality: str = ""
     unread: str = ""
+    is_folder: bool = False
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,7 @@ def walk(folders: list[Path]) -> Iterator[Unit]:
         if not folder.is_dir():
             raise BadInput(f"{folder}: no such folder: give folders of volumes")
         root = os.path.abspath(folder)
-        todo: list[tuple[str, DatasetInfo, tuple[Identity, ...]]] = [(root, DatasetInfo(Path(root).name), ())]
+        todo: list[tuple[str, DatasetInfo, tuple[Identity, ...]]] = [(root, DatasetInfo(Path(root).name, is_folder=True), ())]
         while todo:
             place, dataset, above = todo.pop()
             try:

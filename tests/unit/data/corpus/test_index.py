@@ -21,8 +21,10 @@ from dinov2.data.cache.folder import VolumeCache
 from dinov2.data.cache.store import load_volume
 from dinov2.data.corpus.index import walk as walk_module
 from dinov2.data.corpus.index.examine import canonical_flips, content_sha
-from dinov2.data.corpus.index.journal import Journal, journal_path
+from dinov2.data.corpus.index.journal import Journal, journal_path, read_journal
+from dinov2.data.corpus.index.metadata import hashed_id
 from dinov2.data.corpus.index.walk import walk
+from dinov2.data.corpus.overlap import seen_in
 from dinov2.data.pool import unordered
 from dinov2.data.volumes.opening import open_volume
 from dinov2.errors import BadInput
@@ -600,3 +602,106 @@ def place_of(path: Path) -> float:
     import pydicom
 
     return float(pydicom.dcmread(path).ImagePositionPatient[2])
+
+
+# ---------------------------------------------------------------------- damaged journals
+
+
+@pytest.mark.parametrize(
+    "line", [b"{}", b"[]", b"5", b"null", b'{"unit": "a", "stamp": "s", "rows": 5}', b"\xff\xfe", b"[" * 100_000]
+)
+def test_a_damaged_line_of_a_journal_is_named_and_what_it_had_is_examined_again(
+    line: bytes, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "l.index.jsonl"
+    with Journal(path, {}) as journal:
+        for unit in ("a", "b", "c"):
+            journal.add(unit, "s", [{"path": unit}])
+    lines = path.read_bytes().splitlines()
+    path.write_bytes(b"\n".join([*lines[:2], line, *lines[3:]]) + b"\n")
+    with pytest.raises(BadInput, match=r"l\.index\.jsonl, line 3: is damaged: start its shard again"):
+        list(read_journal(path)[1])
+    with Journal(path, {}) as journal:
+        assert [journal.knows(unit, "s") for unit in "abc"] == [True, False, False]
+        assert f"{path}, line 3: is damaged" in caplog.text
+
+
+def test_a_flipped_bit_of_a_journal_is_noticed(tmp_path: Path) -> None:
+    path = tmp_path / "l.index.jsonl"
+    rows = [{"entry": {"image": "a.nii", "shape": [14, 12, 10], "spacing": [0.75, 1.25, 3.0]}, "non_finite": 0.0}]
+    with Journal(path, {}) as journal:
+        journal.add("a.nii", "s", rows)
+    whole, start = path.read_bytes(), path.read_bytes().index(b"\n") + 1
+    for place in np.random.default_rng(0).integers(start * 8, (len(whole) - 1) * 8, 300):
+        damaged = bytearray(whole)
+        damaged[place // 8] ^= 1 << (place % 8)
+        path.write_bytes(damaged)
+        with Journal(path, {}) as journal:
+            assert not journal.knows("a.nii", "s"), damaged
+
+
+def test_a_journal_of_before_its_lines_had_checksums_is_continued(tmp_path: Path) -> None:
+    path = tmp_path / "l.index.jsonl"
+    lines = [{"format": "dinov2-3d index 1", "options": {}}, {"unit": "a", "stamp": "s", "rows": [{"path": "a"}]}]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with Journal(path, {}) as journal:
+        assert journal.knows("a", "s") and list(journal.rows()) == [{"path": "a"}]
+
+
+# ---------------------------------------------------------------------- privacy
+
+
+def patients_of(path: Path) -> dict[str, str]:
+    return {Path(e["image"]).parent.name: e["patient"] for e in json.loads(path.read_text())}
+
+
+def test_ids_are_hashed_with_a_salt_that_stays_beside_the_list(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for i, patient in enumerate(("1234567", "7654321")):
+        save_dicom(tmp_path / "data" / f"s{i}", scan(i), patient=patient, series=f"1.{i}")
+    first, salt = tmp_path / "one" / "list.json", tmp_path / "one" / "patients.salt"
+    run(tmp_path / "data", first)
+    assert salt.stat().st_mode & 0o777 == 0o600 and len(salt.read_text().strip()) == 32
+    patients = patients_of(first)
+    assert len(set(patients.values())) == 2
+    assert patients["s0"] == hashed_id("1234567", salt.read_text().strip()) != hashed_id("1234567", "")
+    for file in (*first.parent.glob("*.json"), *first.parent.glob("*.jsonl")):
+        assert "1234567" not in file.read_text() and salt.read_text().strip() not in file.read_text()
+    capsys.readouterr()
+    run(tmp_path / "data", first)
+    assert "; 0 new or changed" in capsys.readouterr().out and patients_of(first) == patients
+    run(tmp_path / "data", first.with_name("other") / "list.json")
+    assert not set(patients_of(first.with_name("other") / "list.json").values()) & set(patients.values())
+    parts = [first.with_name(f"part{i}.json") for i in (1, 2)]
+    for i, part in enumerate(parts, 1):
+        assert main(["index", str(tmp_path / "data"), "--output", str(part), "--shard", f"{i}/2", "--workers", "0"]) == 0
+    merged = tmp_path / "merged" / "list.json"
+    assert main(["index", "--merge", *map(str, parts), "--output", str(merged)]) == 0
+    assert patients_of(merged) == patients and (merged.parent / "patients.salt").read_text() == salt.read_text()
+    for flags in (["--id-salt", "word"], ["--keep-ids"]):
+        own = tmp_path / flags[0] / "list.json"
+        run(tmp_path / "data", own, *flags)
+        assert not (own.parent / "patients.salt").exists()
+        assert patients_of(own)["s0"] == ("1234567" if flags == ["--keep-ids"] else hashed_id("1234567", "word"))
+
+
+def test_an_empty_salt_is_none(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    save_nifti(tmp_path / "data" / "a.nii", scan())
+    (tmp_path / "patients.salt").touch()
+    assert main(["index", str(tmp_path / "data"), "--output", str(tmp_path / "list.json")]) == 2
+    assert "patients.salt: is empty: remove it" in capfd.readouterr().err
+
+
+def test_a_report_of_many_folders_names_none_of_them(tmp_path: Path) -> None:
+    for i, name in enumerate(("Smith_John", "Miller_Ann")):
+        save_nifti(tmp_path / "SCANS" / name / "ct" / "a.nii", scan(i))
+    save_nifti(tmp_path / "SCANS" / "set" / "b.nii", scan(7))
+    (tmp_path / "SCANS" / "set" / "dataset.json").write_text('{"name": "Tumours"}')
+    folders = sorted(map(str, (tmp_path / "SCANS").iterdir()))
+    words = ["--output", str(tmp_path / "list.json"), "--report", str(tmp_path / "r.html"), "--workers", "0"]
+    assert main(["index", *folders, *words]) == 0
+    text = (tmp_path / "r.html").read_text()
+    assert not any(word in text for word in ("Smith", "John", "Miller", "Ann"))
+    assert all(word in text for word in ("folder 1", "folder 2", "Tumours"))
+    assert {e["dataset"] for e in json.loads((tmp_path / "list.json").read_text())} == {"Smith_John", "Miller_Ann", "Tumours"}
+    record = json.dumps(seen_in(read_datalist(tmp_path / "list.json").entries).as_meta())
+    assert "smith" not in record.lower()
