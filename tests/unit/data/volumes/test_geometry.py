@@ -503,6 +503,17 @@ def test_files_without_preamble_and_deflated_ones_are_read(tmp_path: Path, kind:
     assert listed["shape"] == [*SHAPE] and not quarantine
 
 
+def test_a_deflated_slice_may_be_smaller_than_its_voxels(tmp_path: Path) -> None:
+    pydicom = pytest.importorskip("pydicom")
+    save_dicom(tmp_path, np.zeros((80, 80, 1), np.int16))
+    [path] = tmp_path.iterdir()
+    header = pydicom.dcmread(path)
+    header.file_meta.TransferSyntaxUID = pydicom.uid.DeflatedExplicitVRLittleEndian
+    header.save_as(path)
+    assert path.stat().st_size < 80 * 80 * 2
+    assert (open_image(str(path)).read(0) == 0).all()
+
+
 def test_a_deflated_slice_that_would_fill_the_memory_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pydicom = pytest.importorskip("pydicom")
     folder = save_series(tmp_path / "series", num_slices=1)
