@@ -250,7 +250,7 @@ def test_scans_with_features_that_are_not_finite_are_set_aside(scans: Path, tmp_
         (["list.json", "--layers", "99"], "the network has 12"),
         (["list.json", "--shard", "3/2"], "--shard 3/2: write it as"),
         (["list.json", "--output", "list.json"], "list.json: is there and no Parquet file"),
-        (["list.json", "--output", "list.json/f.parquet"], "Not a directory: choose another place"),
+        (["list.json", "--output", "list.json/f.parquet"], "Not a directory: give the name of a file to write"),
         (["list.json", "--weights", "list.json"], "not a checkpoint of tensors"),
     ],
 )
