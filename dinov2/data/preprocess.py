@@ -23,10 +23,15 @@ if TYPE_CHECKING:
 PERCENTILES = (0.05, 99.95)
 INT16_SCALE = 1 / 32767  # of stored voxels, to [-1, 1]
 SPACING_TOLERANCE = 1e-2  # mm, within which two axes count as equally spaced
+FEWEST_PADDED = 0.0005  # share of voxels that the lower percentile leaves out; a plateau of fewer changes nothing
+MOST_PADDED = 0.999  # what is left of a volume is then constant for all purposes
+FEWEST_VALUES = 64  # of a sample of what is left; fewer are labels, and 0 is one of them
+_SAMPLED = 4096
 PREPROCESSING = {  # recorded with the weights
     "percentiles": list(PERCENTILES),
     "range": [-1.0, 1.0],
     "non_finite": "mean of the finite voxels",
+    "padding": "no part in percentiles, -1",
     "slice_axis": "last",
     "foreground": "bounding box of voxels > -1",
     "storage": "int16, value * 32767",
@@ -81,18 +86,19 @@ def slice_axis(spacing_mm: Spacing) -> int:
     return int(np.argmax(spacing_mm))
 
 
-def preprocess(voxels: np.ndarray, spacing_mm: Spacing, name: str) -> Volume:
+def preprocess(voxels: np.ndarray, spacing_mm: Spacing, name: str, padding: np.ndarray | None = None) -> Volume:
     """Preprocess one time point.
 
     Args:
         voxels: [X, Y, Z] float32, as stored; may be changed in place.
         spacing_mm: Along X, Y, Z.
         name: Path for messages.
+        padding: Where the header says that nothing was measured.
 
     Raises:
         BadVolume: No finite voxel, or (nearly) constant.
     """
-    voxels = normalise(voxels, name)
+    voxels = normalise(voxels, name, padding=padding)
     axis = slice_axis(spacing_mm)
     voxels = np.moveaxis(voxels, axis, -1)
     spacing = triple([*(s for i, s in enumerate(spacing_mm) if i != axis), spacing_mm[axis]])
@@ -100,19 +106,20 @@ def preprocess(voxels: np.ndarray, spacing_mm: Spacing, name: str) -> Volume:
     return Volume(to_16_bits(voxels[box])[None], spacing, axis, box)
 
 
-def normalise(voxels: np.ndarray, name: str, percentiles: Range = PERCENTILES) -> np.ndarray:
-    """Intensities to [-1, 1], clipped: the percentiles become -1 and 1.
+def normalise(voxels: np.ndarray, name: str, percentiles: Range = PERCENTILES, padding: np.ndarray | None = None) -> np.ndarray:
+    """Intensities to [-1, 1], clipped: the percentiles of what is no padding become -1 and 1, padding -1.
 
     Args:
         voxels: Any shape, float32; may be changed in place.
         name: Path for messages.
         percentiles: Lower and upper.
+        padding: Where the header says that nothing was measured.
 
     Raises:
         BadVolume: No finite voxel, or (nearly) constant.
     """
-    voxels = fill_non_finite(voxels, name)
-    low, high = intensity_range(voxels, name, percentiles)
+    voxels, padding = settle(voxels, name, padding)
+    low, high = intensity_range(voxels, name, percentiles, padding)
     voxels -= np.float32(low)
     voxels *= np.float32(2.0 / (high - low))
     voxels -= np.float32(1.0)
@@ -147,29 +154,77 @@ def to_16_bits(voxels: np.ndarray) -> np.ndarray:
     return np.rint(np.ascontiguousarray(voxels) / np.float32(INT16_SCALE)).astype(np.int16)
 
 
-def fill_non_finite(voxels: np.ndarray, name: str) -> np.ndarray:
-    """Non-finite voxels replaced by the mean of the finite ones; the same array where there are none.
+def settle(voxels: np.ndarray, name: str, padding: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray | None]:
+    """Voxels that all are values: non-finite ones become the mean of the others, padding the lowest of them.
+
+    Padding is what the header says, and a plateau far below everything else (`far_plateau`).
+
+    Args:
+        voxels: Any shape, float32; the same array comes back where nothing is to be done.
+        name: Path for messages.
+        padding: Where the header says that nothing was measured.
+
+    Returns:
+        The voxels, and where padding is; None where there is none.
 
     Raises:
         BadVolume: No finite voxel.
     """
     finite = np.isfinite(voxels)
-    if finite.all():
-        return voxels
     if not finite.any():
         raise BadVolume(f"{name}: no finite voxel", "non_finite")
-    return np.where(finite, voxels, voxels[finite].mean(dtype=np.float64)).astype(np.float32)
+    measured = finite if padding is None or padding[finite].all() else finite & ~padding  # all: nothing else is there
+    lowest = far_plateau(voxels.ravel("K") if measured.all() else voxels[measured])
+    if lowest is not None:
+        measured = measured & (voxels != lowest)
+    if measured.all():
+        return voxels, None
+    values = voxels[measured]
+    voxels = voxels if finite.all() else np.where(finite, voxels, values.mean(dtype=np.float64)).astype(np.float32)
+    padded = finite & ~measured
+    return (np.where(padded, values.min(), voxels), padded) if padded.any() else (voxels, None)
 
 
-def intensity_range(voxels: np.ndarray, name: str, percentiles: Range = PERCENTILES) -> Range:
+def far_plateau(values: np.ndarray) -> float | None:
+    """The lowest value, where it fills up what was not measured: as scanners write -32768 outside a round field of view.
+
+    It is taken for that where many voxels have it and it lies further below all others than these are apart, so that it
+    would take more than half of the range from them. Zero is the background of masked images, and images of few values
+    (labels) have no padding.
+
+    Args:
+        values: [N], finite.
+
+    Returns:
+        The value; None where there is no such plateau.
+    """
+    lowest = float(values.min())
+    if lowest >= 0:
+        return None
+    num_padded = np.count_nonzero(values == lowest)
+    if not FEWEST_PADDED * values.size <= num_padded <= MOST_PADDED * values.size:
+        return None
+    sample = values[:: max(1, values.size // _SAMPLED) | 1]  # an odd step, not to run along one plane
+    sample = sample[sample > lowest].astype(np.float64)
+    if len(np.unique(sample)) < FEWEST_VALUES or sample.min() - lowest <= np.ptp(np.percentile(sample, (5, 95))):
+        return None  # so for nearly every volume, without a copy of it
+    others = values[values > lowest]
+    nearest, highest = float(others.min()), float(np.percentile(others, PERCENTILES[1]))
+    return lowest if nearest - lowest > highest - nearest else None
+
+
+def intensity_range(
+    voxels: np.ndarray, name: str, percentiles: Range = PERCENTILES, padding: np.ndarray | None = None
+) -> Range:
     """The values that become -1 and 1.
 
     Raises:
         BadVolume: They are equal.
     """
-    low, high = np.percentile(voxels.ravel("K"), percentiles)  # in the order of memory: no transposed copy
+    values = voxels.ravel("K") if padding is None else voxels[~padding]  # in the order of memory: no transposed copy
+    low, high = np.percentile(values, percentiles)
     if not high > low:
-        same = "constant" if voxels.min() == voxels.max() else "constant but for less than 0.1 % of its voxels"
+        same = "constant" if values.min() == values.max() else "constant but for less than 0.1 % of its voxels"
         raise BadVolume(f"{name}: {same} (value {low:g})", "constant")
     return float(low), float(high)
 

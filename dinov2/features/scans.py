@@ -62,12 +62,17 @@ def load_scan(files: Sequence[str | Path | Entry], percentiles: tuple[float, flo
     for other in raws[1:]:
         check_same_grid(first, other, f"{other.path}: with {first.path} as another channel")
     axis = slice_axis(first.spacing_mm)
-    image = np.stack([np.moveaxis(normalise(raw.read(), raw.path, percentiles), axis, -1) for raw in raws])  # [C, H, W, D]
+    image = np.stack([np.moveaxis(_normalised(raw, percentiles), axis, -1) for raw in raws])  # [C, H, W, D]
     box = foreground_box(image.max(axis=0))
     order = [a for a in range(3) if a != axis] + [axis]
     affine = first.affine[:, [*order, 3]]
     affine[:3, 3] += affine[:3, :3] @ [b.start for b in box]
     return Scan(first.path, to_16_bits(image[:, *box]), affine)
+
+
+def _normalised(raw: RawVolume, percentiles: tuple[float, float]) -> np.ndarray:
+    voxels = raw.read()
+    return normalise(voxels, raw.path, percentiles, raw.padding(voxels))
 
 
 def _channels(file: str | Path | Entry) -> list[RawVolume]:

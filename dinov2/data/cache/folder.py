@@ -22,6 +22,7 @@ from typing import Any, BinaryIO
 from dinov2.data.cache.file import DamagedItem, Item, encode, open_item
 from dinov2.data.datalist import Entry
 from dinov2.data.preprocess import PREPROCESSING, Volume
+from dinov2.data.volumes.bounded import open_regular
 from dinov2.data.volumes.formats import READING, source_files
 from dinov2.errors import BadInput
 from dinov2.files import TEMPORARY, read_json, replacing, to_json
@@ -202,7 +203,7 @@ def _fingerprint(path: Path) -> dict[str, Any]:
     digest = hashlib.blake2b(digest_size=16)
     stats = []
     for part in source_files(path):
-        with part.open("rb") as file:
+        with open_regular(part) as file:
             stat = os.fstat(file.fileno())
             digest.update(file.read(_SAMPLE_BYTES))
             file.seek(max(0, stat.st_size - _SAMPLE_BYTES))

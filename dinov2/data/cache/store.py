@@ -32,7 +32,8 @@ def load_volume(entry: Entry, time_point: int, cache: VolumeCache | None = None)
     volume = cache.load(entry, time_point) if cache else None
     if volume is None:
         raw = open_volume(entry)
-        volume = preprocess(raw.read(time_point), raw.spacing_mm, raw.path)
+        voxels = raw.read(time_point)
+        volume = preprocess(voxels, raw.spacing_mm, raw.path, raw.padding(voxels))
         if cache:
             cache.store(entry, time_point, raw.num_times, volume)
     return volume

@@ -21,7 +21,7 @@ from dinov2.data.cache.folder import VolumeCache, key_of
 from dinov2.data.datalist import Entry
 from dinov2.data.downstream.lists import Item
 from dinov2.data.downstream.recipes import IGNORED, Recipe, scheme_hint
-from dinov2.data.preprocess import INT16_SCALE, Volume, foreground_box
+from dinov2.data.preprocess import INT16_SCALE, Volume, foreground_box, settle
 from dinov2.data.volumes.formats import NIFTI, PAIR, format_by_name
 from dinov2.data.volumes.grids import GridMap
 from dinov2.data.volumes.nifti import result_header
@@ -29,7 +29,7 @@ from dinov2.data.volumes.opening import RawVolume, as_whole, check_same_grid, op
 from dinov2.errors import BadInput
 from dinov2.geometry import Spacing, triple
 
-PREPARATION = 2  # raised with every change of what is made from the same files and recipe; part of the cache's keys
+PREPARATION = 3  # raised with every change of what is made from the same files and recipe; part of the cache's keys
 
 
 @dataclass(frozen=True)
@@ -156,13 +156,10 @@ def _grid(raw: RawVolume, recipe: Recipe, resize_scale: float) -> GridMap:
 def _prepare_channel(raw: RawVolume, grid: GridMap, recipe: Recipe) -> np.ndarray:
     """[H, W, D] float32 in [-1, 1]."""
     voxels = raw.read()
-    finite = np.isfinite(voxels)
-    if not finite.any():
-        raise BadInput(f"{raw.path}: no finite voxel: leave the case out of the list")
-    if not finite.all():
-        voxels = np.where(finite, voxels, voxels[finite].mean(dtype=np.float64)).astype(np.float32)
+    voxels, padding = settle(voxels, raw.path, raw.padding(voxels))  # before values are mixed with their neighbours
     voxels = grid.prepare(voxels, linear=True)
-    low, high = recipe.intensity.limits(voxels)
+    measured = voxels if padding is None else voxels[~grid.prepare(padding, linear=False)]
+    low, high = recipe.intensity.limits(measured)
     if not high > low:
         raise BadInput(f"{raw.path}: constant between the recipe's percentiles (value {low:g}): leave the case out of the list")
     return np.clip((voxels - np.float32(low)) * np.float32(2 / (high - low)) - 1, -1, 1)

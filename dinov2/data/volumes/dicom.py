@@ -1,6 +1,8 @@
 """DICOM series: the slices of a folder, put together to volumes by what their headers say; one slice a file.
 
 Headers are read by pydicom, voxels (of any compression) by SimpleITK, so that no slice is decoded before its size is checked.
+A volume is what was stored x slope + intercept, whatever the header says of how to show it: what SimpleITK shows otherwise is
+undone, or read by pydicom.
 """
 
 from __future__ import annotations
@@ -9,19 +11,18 @@ import filecmp
 import math
 import os
 import shutil
-import struct
 import tempfile
-import zlib
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
+from dinov2.data.volumes.bounded import check_expansion, foreign, open_regular
 from dinov2.data.volumes.places import SAME, check_positive, column_spacing
-from dinov2.data.volumes.readers import READ_ERRORS, ImageFile, check_size, first_line, lps_affine, simpleitk
+from dinov2.data.volumes.readers import ImageFile, check_size, lps_affine, simpleitk
 from dinov2.errors import BadVolume
 
 DICOM_SUFFIXES = (".dcm", ".dicom", ".ima")
@@ -31,7 +32,9 @@ _MARK = b"DICM"  # after 128 bytes that may be anything
 _MAX_INFLATED = 2**28  # bytes of a deflated slice; 8,192 x 8,192 pixels of 4
 _LAST_FIRST_TAG = 0x18  # of group 8: a file without preamble begins with its length, character set, image type, date or names
 _MAX_FIRST_VALUE = 256  # bytes of that
-_DEFLATED = "1.2.840.10008.1.2.1.99"
+_FIRST = b"\x02\x00\x00\x00UL\x04\x00"  # of group 2: its length
+_SYNTAX = b"\x02\x00\x10\x00UI"
+_DEFLATED = b"1.2.840.10008.1.2.1.99"
 _COMPRESSION = 1032  # the most that a slice may be compressed; JPEG's is far less
 _NO_SERIES = "a folder without a DICOM series: give a scan's file, or the folder that has its slices"
 _SHOWN = 8  # series or files of a folder that a message names
@@ -40,8 +43,34 @@ _DIRECTORY = "1.2.840.10008.1.3.10"  # DICOMDIR, a table of contents
 _TAGS = (
     "SeriesInstanceUID", "Modality", "BodyPartExamined", "PatientID", "Rows", "Columns", "NumberOfFrames", "SamplesPerPixel",
     "BitsAllocated", "PixelRepresentation", "PixelSpacing", "SliceThickness", "ImageOrientationPatient", "ImagePositionPatient",
-    "SeriesNumber", "SeriesDescription", "SOPInstanceUID",
+    "SeriesNumber", "SeriesDescription", "SOPInstanceUID", "PhotometricInterpretation", "BitsStored", "HighBit", "RescaleSlope",
+    "RescaleIntercept", "PixelPaddingValue", "PixelPaddingRangeLimit", "ModalityLUTSequence",
 )  # fmt: skip
+_BITS = (8, 16, 32)
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """How a slice's voxels are stored.
+
+    Attributes:
+        is_native: Not compressed.
+        is_signed: Whole numbers with a sign.
+        bits: Allocated a voxel.
+        bits_stored: Of them used.
+        high_bit: The highest of those.
+        is_inverted: To be shown with the lowest value white, as SimpleITK turns it.
+        slope, intercept: What stored values become.
+    """
+
+    is_native: bool
+    is_signed: bool
+    bits: int
+    bits_stored: int
+    high_bit: int
+    is_inverted: bool
+    slope: float
+    intercept: float
 
 
 @dataclass(frozen=True)
@@ -59,6 +88,8 @@ class Slice:
         instance: The picture's own name, which a copy of the file shares.
         tags: `modality`, `organ`, `patient`, `series` (number and description) where the header has them.
         fault: Why its voxels cannot be used; its series is then set aside as a whole.
+        pixels: How they are stored.
+        padding: Lowest and highest value, scaled, that fills up where nothing was measured; None without.
     """
 
     path: str
@@ -71,7 +102,9 @@ class Slice:
     dtype: str
     instance: str
     tags: dict[str, str]
+    pixels: Pixels
     fault: BadVolume | None = None
+    padding: tuple[float, float] | None = None
 
     @property
     def normal(self) -> np.ndarray:
@@ -86,7 +119,7 @@ def is_dicom(path: str | Path) -> bool:
     """
     if str(path).lower().endswith(DICOM_SUFFIXES):
         return True
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         start = file.read(132)
     return start[128:] == _MARK or _is_bare(start)
 
@@ -96,7 +129,7 @@ def _is_bare(start: bytes) -> bool:
     if start[128:132] == _MARK or len(start) < 8:
         return False
     if start[:2] != b"\x08\x00" or start[2] > _LAST_FIRST_TAG or start[3] != 0:
-        return start[:8] == b"\x02\x00\x00\x00UL\x04\x00"
+        return start[:8] == _FIRST
     is_typed = start[4:6].isalpha() and start[4:6].isupper()
     length = int.from_bytes(start[6:8] if is_typed else start[4:8], "little")
     return length <= _MAX_FIRST_VALUE and length % 2 == 0
@@ -113,51 +146,38 @@ def read_slice(path: str) -> Slice | None:
         from pydicom.errors import InvalidDicomError
     except ImportError as err:
         raise BadVolume("DICOM needs pydicom: pip install pydicom", "reader_missing") from err
-    try:
-        with open(path, "rb") as file:
-            is_bare = _is_bare(file.read(132))
-            file.seek(0)
-            is_deflated = _check_deflated(path, file)
+    with foreign(path, "read as DICOM"), open_regular(path) as file:
+        is_bare = _is_bare(file.read(132))
+        is_deflated = _check_deflated(path)
+        file.seek(0)
+        try:
             header = pydicom.dcmread(file, stop_before_pixels=True, specific_tags=list(_TAGS), force=is_bare)
-            held = os.fstat(file.fileno()).st_size - (0 if is_deflated else file.tell())
+        except InvalidDicomError as err:
+            raise BadVolume(f"{path}: is not a DICOM file") from err
+        held = os.fstat(file.fileno()).st_size - (0 if is_deflated else file.tell())
         if header.file_meta.get("MediaStorageSOPClassUID") == _DIRECTORY:
             return None
         return _slice(path, header, held)
-    except InvalidDicomError as err:
-        raise BadVolume(f"{path}: is not a DICOM file") from err
-    except BadVolume:
-        raise
-    except PermissionError as err:
-        raise BadVolume(f"{path}: {err.strerror}", "permission") from err
-    except (*READ_ERRORS, AttributeError, KeyError, TypeError, struct.error) as err:
-        raise BadVolume(f"{path}: DICOM header cannot be read: {first_line(err)}") from err
 
 
-def _check_deflated(path: str, file: BinaryIO) -> bool:
-    """Whether all that follows the file's first elements is deflated; if so, that it does not fill the memory.
+def _check_deflated(path: str) -> bool:
+    """Whether all behind the file's own facts is deflated; if so, held to what a slice may have before pydicom expands it.
 
     Raises:
-        BadVolume: It is larger than any slice.
+        BadVolume: It expands further, or is damaged.
+        OSError: It cannot be read.
     """
-    start = file.read(2048)
-    file.seek(0)
-    if _DEFLATED.encode() not in start:
+    with open_regular(path) as file:
+        head = file.read(4096)
+    first = 132 if head[128:132] == _MARK else 0
+    at = head.find(_SYNTAX, first)
+    uid = head[at + 8 : at + 8 + int.from_bytes(head[at + 6 : at + 8], "little")].strip(b"\0 ")
+    if at < 0 or uid != _DEFLATED:
         return False
-    from pydicom.filereader import read_file_meta_info
-
-    meta = read_file_meta_info(path)
-    if meta.get("TransferSyntaxUID") != _DEFLATED:
-        return False
-    first = 12 if start[128:132] != _MARK else 144  # bytes before the length of the first group counts, itself included
-    file.seek(first + int(meta.FileMetaInformationGroupLength))
-    inflate, size = zlib.decompressobj(-zlib.MAX_WBITS), 0
-    rest = file.read(1 << 16)
-    while rest and size <= _MAX_INFLATED:
-        size += len(inflate.decompress(rest, 1 << 24))
-        rest = inflate.unconsumed_tail or file.read(1 << 16)
-    file.seek(0)
-    if size > _MAX_INFLATED:
-        raise BadVolume(f"{path}: deflated, of more than {_MAX_INFLATED:,} bytes: no slice is so large", "truncated")
+    if head[first : first + 8] != _FIRST:
+        raise BadVolume(f"{path}: deflated, and its header does not say from where: convert it (dcmconv)", "unsupported")
+    start = first + 12 + int.from_bytes(head[first + 8 : first + 12], "little")
+    check_expansion(path, _MAX_INFLATED, start, is_raw=True)
     return True
 
 
@@ -169,15 +189,17 @@ def _slice(path: str, header: Any, held: int) -> Slice:
         raise BadVolume(f"{path}: DICOM of several frames in a file: convert it to NIfTI (dcm2niix)", "unsupported")
     if int(header.get("SamplesPerPixel") or 1) != 1:
         raise BadVolume(f"{path}: a colour picture", "not_real_numbers")
+    if "PALETTE" in str(header.get("PhotometricInterpretation", "")):
+        raise BadVolume(f"{path}: a colour picture (by a palette)", "not_real_numbers")
     if not all(header.get(t) for t in ("PixelSpacing", "ImageOrientationPatient", "ImagePositionPatient")):
         raise BadVolume(f"{path}: DICOM image without place and spacing ({kind or 'no modality'})", "not_an_image")
-    bits = int(header.get("BitsAllocated") or 16)
     syntax = header.file_meta.get("TransferSyntaxUID")  # of a file without preamble none
-    is_plain = syntax is None or not (syntax.is_compressed or syntax.is_deflated)
+    pixels = _pixels(path, header, is_native=syntax is None or not syntax.is_compressed)
+    is_plain = pixels.is_native and not (syntax and syntax.is_deflated)
     fault, axes = None, tuple(float(x) for x in header.ImageOrientationPatient)
     position, pixel = tuple(float(x) for x in header.ImagePositionPatient), tuple(float(s) for s in header.PixelSpacing)
     try:
-        check_size(path, header.Rows * header.Columns * bits // 8, held, 1 if is_plain else _COMPRESSION)
+        check_size(path, header.Rows * header.Columns * pixels.bits // 8, held, 1 if is_plain else _COMPRESSION)
         axes = _directions(path, axes, position, pixel)
     except BadVolume as err:
         fault = err
@@ -196,10 +218,12 @@ def _slice(path: str, header: Any, held: int) -> Slice:
         thickness=float(header.get("SliceThickness") or 0.0),
         axes=axes,
         position=position,
-        dtype=f"{'int' if header.get('PixelRepresentation') else 'uint'}{bits}",
+        dtype=f"{'int' if pixels.is_signed else 'uint'}{pixels.bits}",
         instance=str(header.get("SOPInstanceUID") or ""),
         tags={k: v for k, v in tags.items() if v},
+        pixels=pixels,
         fault=fault,
+        padding=_padding(header, pixels),
     )
 
 
@@ -219,6 +243,57 @@ def _directions(path: str, axes: Sequence[float], position: Sequence[float], pix
     if abs(lengths - 1).max() > SAME or abs(pair[0] @ pair[1]) > SAME:
         raise BadVolume(f"{path}: orientation {tuple(axes)} is no two directions at a right angle", "geometry")
     return tuple(float(x) for x in (pair / lengths[:, None]).ravel())
+
+
+def _pixels(path: str, header: Any, is_native: bool) -> Pixels:
+    """How the voxels are stored.
+
+    Raises:
+        BadVolume: In a way that cannot be read.
+    """
+    bits = int(header.get("BitsAllocated") or 16)
+    stored = int(header.get("BitsStored") or bits)
+    high, slope, intercept = header.get("HighBit"), header.get("RescaleSlope"), header.get("RescaleIntercept")
+    found = Pixels(
+        is_native=is_native,
+        is_signed=bool(header.get("PixelRepresentation")),
+        bits=bits,
+        bits_stored=stored,
+        high_bit=stored - 1 if high is None else int(high),
+        is_inverted=str(header.get("PhotometricInterpretation", "")).strip() == "MONOCHROME1",
+        slope=1.0 if slope is None else float(slope),
+        intercept=0.0 if intercept is None else float(intercept),
+    )
+    if bits not in _BITS or not 0 < stored <= found.high_bit + 1 <= bits:
+        what = f"{stored} bits up to bit {found.high_bit} of {bits} a voxel"
+        raise BadVolume(f"{path}: DICOM of {what}: convert it to 8, 16 or 32 bits", "unsupported")
+    if not (math.isfinite(found.slope) and math.isfinite(found.intercept)) or found.slope == 0:
+        raise BadVolume(f"{path}: RescaleSlope {slope} and RescaleIntercept {intercept} give no values", "unsupported")
+    if header.get("ModalityLUTSequence"):
+        raise BadVolume(
+            f"{path}: values by a table (ModalityLUTSequence), not by slope and intercept: convert it", "unsupported"
+        )
+    is_itks = stored == bits or not found.is_signed  # where SimpleITK inverts so that it can be undone
+    if not is_native and (found.high_bit != stored - 1 or (found.is_inverted and not (is_itks and bits < 32))):
+        raise BadVolume(
+            f"{path}: compressed {stored} of {bits} bits, inverted or shifted: decompress it (gdcmconv --raw)", "unsupported"
+        )
+    return found
+
+
+def _padding(header: Any, pixels: Pixels) -> tuple[float, float] | None:
+    """Values of the padding, from stored ones; the tags may be written as numbers of the other sign."""
+    limits = [header.get(t) for t in ("PixelPaddingValue", "PixelPaddingRangeLimit")]
+    numbers = [int.from_bytes(v, "little") if isinstance(v, bytes) else v for v in limits]  # bytes: without a type of its own
+    stored = [_with_sign(int(v), pixels) for v in numbers if isinstance(v, (int, float))]
+    scaled = sorted(v * pixels.slope + pixels.intercept for v in stored)
+    return (scaled[0], scaled[-1]) if scaled and limits[0] is not None else None
+
+
+def _with_sign(value: int, pixels: Pixels) -> int:
+    top = 1 << pixels.bits
+    value %= top
+    return value - top if pixels.is_signed and value >= top // 2 else value
 
 
 def series_of(paths: Iterable[str]) -> tuple[dict[str, list[Slice]], list[tuple[str, BadVolume]]]:
@@ -258,26 +333,67 @@ def stack(slices: list[Slice]) -> ImageFile:
     def read(_fourth: int) -> np.ndarray:
         voxels = np.empty(shape, np.float32, order="F")
         for k, one in enumerate(slices):
-            voxels[:, :, k] = _picture(one.path).reshape(shape[1], shape[0]).T
+            voxels[:, :, k] = _values(one)
         return voxels
 
-    name = min(s.path for s in slices)
-    return ImageFile(name, shape, column_spacing(affine), np.dtype(first.dtype), affine, False, read, first.tags)
+    def padding(voxels: np.ndarray) -> np.ndarray:
+        """Where a slice has the values that its header calls padding, to within half a stored step."""
+        found = np.zeros(voxels.shape, bool, order="F")
+        for k, one in enumerate(slices):
+            if one.padding:
+                step = abs(one.pixels.slope) / 2
+                found[:, :, k] = (voxels[:, :, k] >= one.padding[0] - step) & (voxels[:, :, k] <= one.padding[1] + step)
+        return found
+
+    name, has_padding = min(s.path for s in slices), any(s.padding for s in slices)
+    return ImageFile(
+        name, shape, column_spacing(affine), np.dtype(first.dtype), affine, False, read, first.tags,
+        padding=padding if has_padding else None,
+    )  # fmt: skip
 
 
-def _picture(path: str) -> np.ndarray:
-    """[1, rows, columns] float32 of one file, scaled by its own slope, which a PET's slices differ in."""
+def _values(one: Slice) -> np.ndarray:
+    """[columns, rows] float32: stored x slope + intercept, each slice's own, in which those of a PET differ."""
+    pixels, shape = one.pixels, one.shape
+    if pixels.is_native and (pixels.is_inverted or pixels.high_bit != pixels.bits_stored - 1):
+        return (_stored(one) * pixels.slope + pixels.intercept).astype(np.float32)
+    values = _shown(one.path, pixels.is_inverted).reshape(shape[1], shape[0]).T
+    if not pixels.is_inverted:
+        return values
+    # shown as (highest - stored) x slope + intercept; whole numbers with a sign as (-1 - stored)
+    highest = -1 if pixels.is_signed else (1 << pixels.bits_stored) - 1
+    return (highest * pixels.slope + 2 * pixels.intercept - values).astype(np.float32)
+
+
+def _stored(one: Slice) -> np.ndarray:
+    """[columns, rows] float64, the numbers of a slice that is not compressed, as they stand in its bits."""
+    import pydicom
+
+    with open_regular(one.path) as file:
+        header = pydicom.dcmread(file, specific_tags=["PixelData"], force=True)  # force: without preamble too
+    pixels, (columns, rows) = one.pixels, one.shape
+    order = "<" if header.original_encoding[1] is not False else ">"
+    words = np.frombuffer(header.PixelData, f"{order}u{pixels.bits // 8}", count=rows * columns).astype(np.int64)
+    stored = (words >> (pixels.high_bit + 1 - pixels.bits_stored)) & ((1 << pixels.bits_stored) - 1)
+    if pixels.is_signed:
+        stored -= (stored >> (pixels.bits_stored - 1)) << pixels.bits_stored
+    return stored.reshape(rows, columns).T.astype(np.float64)
+
+
+def _shown(path: str, is_inverted: bool) -> np.ndarray:
+    """[1, rows, columns] of one file as SimpleITK shows it, scaled; float64 where it is to be turned back."""
     sitk = simpleitk()
-    with open(path, "rb") as file:
+    kind = sitk.sitkFloat64 if is_inverted else sitk.sitkFloat32
+    with open_regular(path) as file:
         start = file.read(132)
         if start[:2] != b"\x02\x00" or start[128:] == _MARK:
-            return sitk.GetArrayFromImage(sitk.ReadImage(path, sitk.sitkFloat32))
+            return sitk.GetArrayFromImage(sitk.ReadImage(path, kind))  # a copy: the image ends here
         with tempfile.NamedTemporaryFile(suffix=".dcm") as whole:  # the library wants the preamble before group 2
             file.seek(0)
             whole.write(bytes(128) + _MARK)
             shutil.copyfileobj(file, whole)
             whole.flush()
-            return sitk.GetArrayFromImage(sitk.ReadImage(whole.name, sitk.sitkFloat32))
+            return sitk.GetArrayFromImage(sitk.ReadImage(whole.name, kind))
 
 
 def _without_copies(slices: list[Slice]) -> list[Slice]:
@@ -297,8 +413,9 @@ def _are_copies(one: Slice, other: Slice) -> bool:
     if filecmp.cmp(one.path, other.path, shallow=False):
         return True
     try:
-        return np.array_equal(_picture(one.path), _picture(other.path))
-    except READ_ERRORS:
+        with foreign(one.path, "read"):
+            return np.array_equal(_values(one), _values(other))
+    except BadVolume:
         return False
 
 
@@ -376,7 +493,7 @@ def open_series(path: str) -> ImageFile:
     own = read_slice(path)
     if own is None:
         raise BadVolume(f"{path}: a DICOMDIR, no image", "not_an_image")
-    series, bad = series_of(dicom_files(Path(path).parent))
+    series, bad = series_of(_files_of_series(Path(path).parent))
     return _stacked(series[own.series], bad)
 
 
@@ -390,7 +507,7 @@ def _stacked(slices: list[Slice], bad: list[tuple[str, BadVolume]]) -> ImageFile
 
 
 def _only_series(folder: str) -> tuple[list[Slice], list[tuple[str, BadVolume]]]:
-    series, bad = series_of(dicom_files(Path(folder)))
+    series, bad = series_of(_files_of_series(Path(folder)))
     if len(series) == 1:
         return next(iter(series.values())), bad
     if not series:
@@ -414,11 +531,18 @@ def other_slices(path: Path) -> list[Path]:
 
 def first_slices(folder: Path) -> list[Path]:
     """A file for each series of a folder; one that cannot be used stands for itself, so that opening it says why."""
-    series, bad = series_of(dicom_files(folder))
+    series, bad = series_of(_files_of_series(folder))
     return sorted(Path(p) for p in (*(min(s.path for s in slices) for slices in series.values()), *(p for p, _ in bad)))
 
 
 def dicom_files(folder: Path) -> list[str]:
     """The DICOM files of a folder, by name."""
-    paths = sorted(entry.path for entry in os.scandir(folder) if entry.is_file())
-    return [p for p in paths if is_dicom(p)]
+    return [p for p in sorted(entry.path for entry in os.scandir(folder) if entry.is_file()) if is_dicom(p)]
+
+
+def _files_of_series(folder: Path) -> list[str]:
+    """What is to be read as slices: the DICOM files, and what only bears the name of one, so that it is named."""
+    named = [
+        e.path for e in os.scandir(folder) if e.name.lower().endswith(DICOM_SUFFIXES) and not e.is_file() and not e.is_dir()
+    ]
+    return sorted([*dicom_files(folder), *named])

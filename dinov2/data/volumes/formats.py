@@ -51,7 +51,7 @@ DICOM = Format("DICOM", DICOM_SUFFIXES, open_series, other_slices, ("pydicom", "
 FORMATS = (NIFTI, PAIR, MGH, NRRD, METAIMAGE, NUMPY, DICOM)
 FORMAT_NAMES = " or ".join([", ".join(f.name for f in FORMATS[:-1]), FORMATS[-1].name])
 
-READING = 2  # raised with every change of what is read from the same files; part of the cache's keys and the index's stamps
+READING = 3  # raised with every change of what is read from the same files; part of the cache's keys and the index's stamps
 
 _BY_SUFFIX = dict(sorted(((s, f) for f in FORMATS for s in f.suffixes), key=lambda row: -len(row[0])))  # .nii.gz before .gz
 

@@ -52,7 +52,7 @@ def load_nifti(path: str) -> tuple[Any, Any] | None:
         path: The file; of a pair either half.
 
     Raises:
-        Exception: One of `READ_ERRORS`.
+        Exception: Whatever nibabel raises (`bounded.foreign`).
     """
     halves = sorted([Path(path), *other_half(Path(path))], key=lambda half: ".img" in half.name.lower())  # the header first
     if not halves[0].is_file():

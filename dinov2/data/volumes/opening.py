@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -13,10 +12,11 @@ import nibabel as nib
 import numpy as np
 
 from dinov2.data.datalist import Entry
+from dinov2.data.volumes.bounded import foreign
 from dinov2.data.volumes.formats import format_of
 from dinov2.data.volumes.grids import farthest_corner_mm
 from dinov2.data.volumes.places import check_affine, check_positive, column_spacing, differs, shown_mm
-from dinov2.data.volumes.readers import READ_ERRORS, ImageFile, first_line
+from dinov2.data.volumes.readers import ImageFile
 from dinov2.errors import BadVolume
 from dinov2.geometry import Spacing, triple
 
@@ -58,12 +58,12 @@ class RawVolume:
         Raises:
             BadVolume: The file is damaged.
         """
-        try:
+        with foreign(self.path, "read"):
             return self.image.read(time if self.channel is None else self.channel)
-        except BadVolume:
-            raise
-        except READ_ERRORS as err:
-            raise BadVolume(f"{self.path}: cannot be read: {first_line(err)}", _reason(err)) from err
+
+    def padding(self, voxels: np.ndarray) -> np.ndarray | None:
+        """Where `read`'s voxels are what the header calls padding; None where it says nothing."""
+        return None if self.image.padding is None else self.image.padding(voxels)
 
 
 def as_whole(values: np.ndarray, step: float) -> np.ndarray:
@@ -87,20 +87,8 @@ def open_image(path: str) -> ImageFile:
     Raises:
         BadVolume: Missing, of no such format, damaged, or shorter than its header says.
     """
-    try:
+    with foreign(path, "opened"):
         return format_of(path).open(path)
-    except BadVolume:
-        raise
-    except READ_ERRORS as err:
-        if not Path(path).exists():
-            raise BadVolume(f"{path}: no such file", "missing") from err
-        if not os.access(path, os.R_OK, effective_ids=True):  # nibabel does not tell
-            raise BadVolume(f"{path}: permission denied", "permission") from err
-        raise BadVolume(f"{path}: cannot be opened: {first_line(err)}", _reason(err)) from err
-
-
-def _reason(err: BaseException) -> str:
-    return "permission" if isinstance(err, PermissionError) else "truncated" if isinstance(err, EOFError) else "unreadable"
 
 
 def open_volume(entry: Entry) -> RawVolume:

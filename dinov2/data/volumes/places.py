@@ -16,6 +16,7 @@ from dinov2.geometry import Spacing, triple
 
 SAME = 1e-3  # relative difference up to which two spacings are one, and a direction counts as of length 1
 _FLAT = 1e-3  # volume of the columns' directions, below which they do not span space
+_ENDLESS = 1e100  # mm, beyond which distances cannot be reckoned with; so much as infinite
 _UNITS_MM = {
     "nm": 1e-6, "um": 1e-3, "\N{MICRO SIGN}m": 1e-3, "\N{GREEK SMALL LETTER MU}m": 1e-3, "micron": 1e-3, "mm": 1.0, "cm": 10.0,
     "dm": 100.0, "m": 1000.0, "in": 25.4, "inch": 25.4,
@@ -37,7 +38,7 @@ def check_affine(path: str, affine: np.ndarray) -> None:
     Raises:
         BadVolume: It is not finite, or flat.
     """
-    if not np.isfinite(affine).all():
+    if not (np.abs(affine) < _ENDLESS).all():  # nan too
         raise BadVolume(f"{path}: its affine is not finite, so its voxels have no place: correct the header", "geometry")
     spacing = column_spacing(affine)
     check_positive(path, spacing)

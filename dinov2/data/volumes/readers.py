@@ -6,31 +6,34 @@ is which format's is in `formats.py`.
 
 from __future__ import annotations
 
+import io
 import math
 import re
+import struct
 import zipfile
-import zlib
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import nibabel as nib
 import numpy as np
+from nibabel.arrayproxy import ArrayProxy
 from nibabel.filebasedimages import ImageFileError
-from nibabel.spatialimages import HeaderDataError
-from nibabel.tripwire import TripWireError
 
+from dinov2.data.volumes.bounded import (
+    MAX_TEXT_BYTES,
+    MAX_TRAILING_BYTES,
+    check_expansion,
+    check_regular,
+    expanded,
+    is_packed,
+    open_regular,
+)
 from dinov2.data.volumes.nifti import PAIR, compression, load_nifti, nifti_place, open_content
 from dinov2.data.volumes.places import check_positive, column_spacing, differs, header_text, of_text_header, shown_mm
 from dinov2.errors import BadVolume
-
-# what reading a damaged, truncated or foreign file raises; RuntimeError is SimpleITK's, and zipfile's for encrypted members,
-# TripWireError nibabel's where the package for a compression is missing
-READ_ERRORS = (
-    OSError, EOFError, zlib.error, ImageFileError, HeaderDataError, ValueError, MemoryError, OverflowError, RuntimeError,
-    zipfile.BadZipFile, TripWireError,
-)  # fmt: skip
 
 _PLAIN_SUFFIXES = (".nii", ".img", ".hdr", ".mgh", ".gz", ".bz2", ".zst", ".mgz")  # of content that is not compressed
 _DEFLATE_RATIO = 1032  # the most that deflate shrinks anything
@@ -54,6 +57,7 @@ class ImageFile:
         tags: What a DICOM header says of modality, organ, patient and series.
         notes: What its header says of its place otherwise than the affine, which counts.
         step: Between two values that its storage can hold, where that is whole numbers with a slope; else 0.
+        padding: Voxels as read -> where the header says that nothing was measured; None where it says nothing.
     """
 
     path: str
@@ -66,10 +70,7 @@ class ImageFile:
     tags: dict[str, str] | None = None
     notes: tuple[str, ...] = ()
     step: float = 0.0
-
-
-def first_line(err: BaseException) -> str:
-    return (str(err).splitlines() or [type(err).__name__])[0] or type(err).__name__
+    padding: Callable[[np.ndarray], np.ndarray] | None = None
 
 
 def check_size(path: str | Path, announced: int, held: int, ratio: int = 1) -> None:
@@ -93,21 +94,24 @@ def open_nibabel(path: str) -> ImageFile:
 
     Raises:
         BadVolume: Shorter than its header says.
-        Exception: One of `READ_ERRORS`.
+        Exception: Whatever nibabel raises (`bounded.foreign`).
     """
+    _check_files(path)
     image, affine, notes = _loaded(path)
     if not isinstance(image, nib.spatialimages.SpatialImage):
         raise BadVolume(f"{path}: holds no volume on a grid ({type(image).__name__})", "not_an_image")
     shape = tuple(int(s) for s in image.shape)
     data = Path(image.file_map["image"].filename or path)
     dtype = image.get_data_dtype()
-    check_size(path, math.prod(shape) * dtype.itemsize, data.stat().st_size, _ratio(data))
+    num_bytes = math.prod(shape) * dtype.itemsize
+    check_size(path, num_bytes, data.stat().st_size, _ratio(data))
     is_vector = len(shape) == 5 and shape[3] == 1 and shape[4] > 1  # what ITK writes for several channels
     lead = (slice(None),) * 3
+    voxels_of = _checked_voxels(image, data, num_bytes)
 
     def read(fourth: int) -> np.ndarray:
         index = (*lead, 0, fourth) if is_vector else (*lead, fourth, *[0] * len(shape))[: len(shape)]
-        return np.array(image.dataobj[index], dtype=np.float32)
+        return _as_float32(voxels_of()[index])
 
     shape_kept = (*shape[:3], shape[4]) if is_vector else shape
     spacing = (*column_spacing(affine), *(float(z) for z in image.header.get_zooms()[3:]))
@@ -150,6 +154,76 @@ def _ratio(data: Path) -> int:
     return 1 if suffix in _PLAIN_SUFFIXES else _OTHER_RATIO
 
 
+def _check_files(path: str) -> None:
+    """Look at every file that nibabel would open for a path before it does, and at how much of a stream its header asks for.
+
+    Raises:
+        BadVolume: A header that says that the voxels come after more bytes than a header has.
+        OSError: One is not there, or no regular file.
+    """
+    check_regular(path)
+    for kind in nib.imageclasses.all_image_classes:
+        try:
+            beside = kind.filespec_to_file_map(path)
+        except ImageFileError:
+            continue  # no name of this kind
+        for holder in beside.values():
+            if holder.filename and Path(holder.filename).exists():
+                check_regular(holder.filename)
+    if is_packed(path):
+        with open_content(Path(path)) as file:
+            start = _first_voxel(file.read(352))
+        if start > MAX_TEXT_BYTES:
+            raise BadVolume(f"{path}: its header says that {start:,} bytes come before the voxels: damaged", "damaged")
+
+
+def _first_voxel(header: bytes) -> float:
+    """Where the voxels of a NIfTI file begin, by its first bytes; 0 of anything else."""
+    for order in "<>":
+        if header[:4] == struct.pack(order + "i", 348) and len(header) >= 112:
+            return struct.unpack_from(order + "f", header, 108)[0]
+        if header[:4] == struct.pack(order + "i", 540) and len(header) >= 176:
+            return struct.unpack_from(order + "q", header, 168)[0]
+    return 0
+
+
+def _checked_voxels(image: Any, data: Path, num_bytes: int) -> Callable[[], Any]:
+    """What gives the voxels of an opened image, of compressed files once every checksum in them was compared.
+
+    nibabel reads a stream only as far as the last voxel, and the checksum stands behind it. A single volume is made from the
+    bytes that were checked, in one pass; of several, which are read one by one, the files are read through once before.
+    """
+    files = {Path(holder.filename or data) for holder in image.file_map.values()}  # without a name: opened by its content
+    packed = [file for file in files if file.exists() and is_packed(file)]
+    proxy = image.dataobj
+    limit = num_bytes + int(getattr(proxy, "offset", 0)) + MAX_TRAILING_BYTES
+
+    @cache
+    def check(leave_out: Path | None = None) -> None:
+        for file in packed:
+            if file != leave_out:
+                check_expansion(file, limit if file == data else MAX_TEXT_BYTES)
+
+    def voxels() -> Any:
+        if data not in packed or type(proxy) is not ArrayProxy or math.prod(image.shape[3:]) > 1:
+            check()
+            return proxy
+        check(data)
+        whole = io.BytesIO(b"".join(expanded(data, limit)))
+        return ArrayProxy(whole, (proxy.shape, proxy.dtype, proxy.offset, proxy.slope, proxy.inter), order=proxy.order)
+
+    return voxels
+
+
+def _as_float32(voxels: np.ndarray) -> np.ndarray:
+    """A copy; what a float64 holds beyond float32's range becomes its end, not infinite."""
+    voxels = np.asarray(voxels)
+    if voxels.dtype.kind == "f" and voxels.dtype.itemsize > 4:
+        ends = np.finfo(np.float32)
+        voxels = np.where(np.isfinite(voxels), np.clip(voxels, ends.min, ends.max), voxels)
+    return np.array(voxels, dtype=np.float32)
+
+
 def simpleitk() -> Any:
     """The library, imported where it is used.
 
@@ -172,19 +246,23 @@ def open_itk(path: str, image_io: str = "") -> ImageFile:
 
     Raises:
         BadVolume: Shorter than its header says, voxels spread over several files, no real numbers, no SimpleITK.
-        Exception: One of `READ_ERRORS`.
+        Exception: Whatever SimpleITK raises (`bounded.foreign`).
     """
     sitk = simpleitk()
+    stored = _stored_voxels(Path(path))
     reader = sitk.ImageFileReader()
     reader.SetImageIO(image_io)
     reader.SetFileName(path)
     reader.ReadImageInformation()
     size, num_channels = tuple(reader.GetSize()), reader.GetNumberOfComponents()
     dtype = _dtype(sitk.GetPixelIDValueAsString(reader.GetPixelID()), path)
-    data, is_plain = _data_file(Path(path))
-    check_size(path, math.prod(size) * num_channels * dtype.itemsize, data.stat().st_size, 1 if is_plain else _DEFLATE_RATIO)
+    num_bytes = math.prod(size) * num_channels * dtype.itemsize
+    check_size(path, num_bytes, stored.file.stat().st_size, 1 if stored.is_plain else _DEFLATE_RATIO)
+    check = cache(partial(check_expansion, stored.file, num_bytes + MAX_TRAILING_BYTES, stored.start))
 
     def read(fourth: int) -> np.ndarray:
+        if stored.is_gzip:
+            check()  # to the checksum, which ITK does not look at
         if len(size) == 4:
             reader.SetExtractSize([*size[:3], 0])
             reader.SetExtractIndex([0, 0, 0, fourth])
@@ -229,21 +307,66 @@ def _dtype(words: str, path: str) -> np.dtype:
     return np.dtype(f"{ {'u': 'u', 's': 'i', 'f': 'f'}[found[2][0]] }{int(found[1]) // 8}")
 
 
-def _data_file(path: Path) -> tuple[Path, bool]:
-    """The file that has the voxels of a NRRD or MetaImage header, and whether they are stored as they are."""
-    with path.open("rb") as file:
+@dataclass(frozen=True)
+class _Stored:
+    """Where the voxels of a NRRD or MetaImage header are.
+
+    Attributes:
+        file: The header's file or the one beside it.
+        is_plain: Stored as they are.
+        is_gzip: Compressed with gzip or zlib.
+        start: Where a compressed stream begins in the file.
+    """
+
+    file: Path
+    is_plain: bool
+    is_gzip: bool
+    start: int
+
+
+def _stored_voxels(path: Path) -> _Stored:
+    """By the header's text, before ITK opens what it names.
+
+    Raises:
+        BadVolume: Several files, or a header that does not end.
+        OSError: It or the file that it names cannot be read, or is no regular file.
+    """
+    with open_regular(path) as file:
         text = file.read(_HEADER_BYTES).decode("latin-1")
     if text.startswith("NRRD"):
-        text = text.split("\n\n")[0].split("\r\n\r\n")[0]
-        found = re.search(r"(?im)^data ?file:\s*(.+?)\s*$", text)
-        plain = bool(re.search(r"(?im)^encoding:\s*raw\b", text))
+        ends = [m.end() for m in re.finditer(r"\n\n|\r\n\r\n", text)][:1]
+        end = ends[0] if ends else len(text)
+        named = re.findall(r"(?im)^\s*data ?file:\s*(.+?)\s*$", text[:end])
+        encoding = re.search(r"(?im)^\s*encoding:\s*(\w+)", text[:end])
+        is_plain = bool(encoding and encoding[1].lower() == "raw")
+        is_gzip = bool(encoding and encoding[1].lower() in ("gz", "gzip"))
+        skipped = re.search(r"(?im)^\s*line ?skip:\s*(\d+)", text[:end])
+        ended = bool(ends or named) or len(text) < _HEADER_BYTES
     else:
-        found = re.search(r"(?im)^ElementDataFile\s*=\s*(.+?)\s*$", text)
-        plain = not re.search(r"(?im)^CompressedData\s*=\s*True", text)
-    name = found[1] if found else "LOCAL"
-    if name.upper().startswith("LIST") or "%" in name:
+        found = re.search(r"(?im)^\s*ElementDataFile\s*=\s*(.+?)[ \t\r]*$\n?", text)
+        named, end, skipped = [found[1]] if found else [], found.end() if found else 0, None
+        is_plain = not re.search(r"(?im)^\s*CompressedData\s*=\s*True", text[:end])
+        is_gzip, ended = not is_plain, bool(found) or len(text) < _HEADER_BYTES
+    if not ended:
+        raise BadVolume(f"{path}: its header does not end within {_HEADER_BYTES:,} bytes", "unsupported")
+    if any(name.upper().startswith("LIST") or "%" in name for name in named):
         raise BadVolume(f"{path}: its voxels are spread over several files: convert it to one", "unsupported")
-    return (path if name.upper() == "LOCAL" else path.parent / name), plain
+    beside = [path.parent / name for name in named if name.upper() != "LOCAL"]
+    for other in beside:
+        check_regular(other)
+    data = beside[0] if beside else path
+    start = 0 if beside else end
+    return _Stored(data, is_plain, is_gzip, _after_lines(data, start, int(skipped[1]) if skipped else 0))
+
+
+def _after_lines(path: Path, start: int, num_lines: int) -> int:
+    """Where in a file the lines end that come before what is wanted."""
+    with open_regular(path) as file:
+        file.seek(start)
+        for _ in range(num_lines):
+            if not file.readline(_HEADER_BYTES):
+                break
+        return file.tell()
 
 
 def open_numpy(path: str) -> ImageFile:
@@ -251,8 +374,9 @@ def open_numpy(path: str) -> ImageFile:
 
     Raises:
         BadVolume: Shorter than its header says, several arrays.
-        Exception: One of `READ_ERRORS`.
+        Exception: Whatever NumPy raises (`bounded.foreign`).
     """
+    check_regular(path)
     if path.lower().endswith(".npy"):
         array = np.load(path, mmap_mode="r", allow_pickle=False)  # refuses a file that is too short
         return _of_array(path, array.shape, array.dtype, lambda: array)
@@ -265,11 +389,15 @@ def open_numpy(path: str) -> ImageFile:
             read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
             shape, _, dtype = read_header(file)
     held = min(members[0].compress_size, Path(path).stat().st_size)
-    check_size(path, math.prod(shape) * dtype.itemsize, held, 1 if members[0].compress_type == 0 else _DEFLATE_RATIO)
+    num_bytes = math.prod(shape) * dtype.itemsize
+    check_size(path, num_bytes, held, 1 if members[0].compress_type == 0 else _DEFLATE_RATIO)
 
     def load() -> np.ndarray:
-        with np.load(path, allow_pickle=False) as arrays:
-            return arrays[arrays.files[0]]
+        with zipfile.ZipFile(path) as archive, archive.open(members[0]) as file:
+            array = np.lib.format.read_array(file, allow_pickle=False)
+            if file.read(MAX_TRAILING_BYTES):  # to the end, where zipfile compares the checksum
+                raise BadVolume(f"{path}: holds more than the array that its header describes: damaged", "damaged")
+            return array
 
     return _of_array(path, shape, dtype, load)
 
@@ -278,7 +406,7 @@ def _of_array(path: str, shape: tuple[int, ...], dtype: np.dtype, load: Callable
     def read(fourth: int) -> np.ndarray:
         array = load()
         index = (slice(None),) * 3 + (fourth, *[0] * array.ndim)[: array.ndim - 3]
-        return np.array(array[index], dtype=np.float32)
+        return _as_float32(array[index])
 
     return ImageFile(path, tuple(int(s) for s in shape), (), dtype, None, False, read)
 
@@ -294,7 +422,7 @@ def is_second_half(name: str, names: Collection[str]) -> bool:
 def voxels_beside(path: Path) -> list[Path]:
     """The file that has the voxels of a NRRD or MetaImage header; none where they are in it, or it cannot be read."""
     try:
-        data, _ = _data_file(path)
-    except (BadVolume, OSError):
+        data = _stored_voxels(path).file
+    except (BadVolume, OSError, ValueError):  # ValueError: a number or a name that none is
         return []
-    return [data] if data != path and data.exists() else []
+    return [data] if data != path else []

@@ -7,6 +7,7 @@ A row is a plain dictionary, as the journal keeps it: `{"entry": datalist entry,
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import re
 from collections.abc import Callable
@@ -20,12 +21,15 @@ import numpy as np
 from dinov2.data.corpus.index.metadata import describe_place, hashed_id, is_named_labels, read_sidecar
 from dinov2.data.corpus.index.walk import Unit
 from dinov2.data.datalist import Entry
-from dinov2.data.preprocess import bounding_box, fill_non_finite, intensity_range
+from dinov2.data.preprocess import bounding_box, intensity_range, settle
+from dinov2.data.volumes.bounded import describe_error, foreign
 from dinov2.data.volumes.dicom import series_of, stack
 from dinov2.data.volumes.opening import RawVolume, as_whole, open_image, open_volume, raw_volume
 from dinov2.data.volumes.readers import ImageFile
 from dinov2.errors import BadVolume
 from dinov2.geometry import Spacing
+
+logger = logging.getLogger(__name__)
 
 Row = dict[str, Any]
 
@@ -70,7 +74,17 @@ def problem(path: str, reason: str, detail: str) -> Row:
 
 
 def examine_unit(unit: Unit, options: ExamineOptions) -> list[Row]:
-    """A row per volume: of a file, of each of its channels, or of each series of a folder."""
+    """A row per volume: of a file, of each of its channels, or of each series of a folder; whatever happens, a row."""
+    try:
+        return _examine_unit(unit, options)
+    # All that there is, MemoryError and RecursionError included: an index of a hundred thousand files ends with none of them.
+    # What a reader raises was named there; this is for what nobody foresaw of facts and values that anyone may have written.
+    except Exception as err:
+        logger.debug("%s", unit.path, exc_info=True)
+        return [problem(unit.path, "unreadable", f"cannot be examined: {describe_error(err)}")]
+
+
+def _examine_unit(unit: Unit, options: ExamineOptions) -> list[Row]:
     if unit.problem:
         return [problem(unit.path, *unit.problem)]
     if not unit.slices:
@@ -88,7 +102,8 @@ def _rows(
     path: str, unit: Unit, options: ExamineOptions, open_it: Callable[[], ImageFile], series: str | None = None
 ) -> list[Row]:
     try:
-        image = open_it()
+        with foreign(path, "opened"):
+            image = open_it()
         sidecar = read_sidecar(unit)
         spacing = sidecar.get("spacing") or (None if image.spacing else options.spacing_mm)
         entry: dict[str, Any] = {"image": path, "shape": _plain_shape(image.shape)}
@@ -186,13 +201,14 @@ def describe_voxels(raw: RawVolume) -> tuple[Row, float]:
             flips = canonical_flips(voxels)
         _add_voxels(digest, voxels[flips])
         if time == 0:
-            voxels = fill_non_finite(voxels, raw.path)
-            low, high = intensity_range(voxels, raw.path)
+            voxels, padding = settle(voxels, raw.path, raw.padding(voxels))
+            low, high = intensity_range(voxels, raw.path, padding=padding)
             box = bounding_box(voxels > low)
             facts = {
                 "percentiles": [float(f"{low:.6g}"), float(f"{high:.6g}")],
                 "foreground": [[b.start, b.stop] for b in box],
                 "few_values": has_few_values(voxels, raw.image.step),
+                **({} if padding is None else {"padding": float(f"{padding.mean():.4g}")}),
             }
     return {**facts, "sha": digest.hexdigest()[:_SHA_CHARS]}, bad / (raw.num_times * voxels.size)
 

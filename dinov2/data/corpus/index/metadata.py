@@ -131,9 +131,9 @@ def read_sidecar(unit: Unit) -> dict[str, Any]:
     spacing, axes = content.get("spacing"), content.get("axes")
     is_spacing = isinstance(spacing, list) and len(spacing) == 3 and all(is_number(s) for s in spacing)
     if spacing is not None and not is_spacing:
-        raise BadVolume(f"{unit.sidecar}: spacing must be three numbers (mm), got {json.dumps(spacing)}", "sidecar")
+        raise BadVolume(f"{unit.sidecar}: spacing must be three numbers (mm), got {json.dumps(spacing)[:80]}", "sidecar")
     if axes not in (None, *FOURTH_AXES):
-        raise BadVolume(f"{unit.sidecar}: axes must be one of {', '.join(FOURTH_AXES)}, got {json.dumps(axes)}", "sidecar")
+        raise BadVolume(f"{unit.sidecar}: axes must be one of {', '.join(FOURTH_AXES)}, got {json.dumps(axes)[:80]}", "sidecar")
     return content
 
 

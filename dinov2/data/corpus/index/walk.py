@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dinov2.data.volumes.bounded import NotAFile, check_regular
 from dinov2.data.volumes.dicom import is_dicom
 from dinov2.data.volumes.formats import DICOM, READING, format_by_name, is_volume_file, source_files, stem
 from dinov2.errors import BadInput
@@ -124,7 +125,8 @@ def _problem(path: str, root: str, reason: str, detail: str) -> Unit:
 
 
 def _reason(err: OSError) -> str:
-    return {PermissionError: "permission", FileNotFoundError: "missing"}.get(type(err), "unreadable")
+    reasons = {PermissionError: "permission", FileNotFoundError: "missing", NotAFile: "not_a_file"}
+    return reasons.get(type(err), "unreadable")
 
 
 def _units(folder: str, root: str, dataset: DatasetInfo, entries: list[os.DirEntry[str]]) -> Iterator[Unit]:
@@ -134,17 +136,16 @@ def _units(folder: str, root: str, dataset: DatasetInfo, entries: list[os.DirEnt
         try:
             stat = entry.stat()
             is_volume = is_volume_file(entry.name, names)
-            if not entry.is_file() or not (is_volume or _may_be_a_slice(entry.name)):
-                continue  # folders, sockets and devices too
-            if not is_volume:
-                if is_dicom(entry.path):
-                    slices.append((entry.name, stat.st_size, stat.st_mtime_ns))
+            if entry.is_dir() or not (is_volume or _may_be_a_slice(entry.name)):
                 continue
+            check_regular(entry.path)
+            if is_volume:
+                yield _file_unit(entry, stat, root, dataset, folder, names)
+            elif is_dicom(entry.path):
+                slices.append((entry.name, stat.st_size, stat.st_mtime_ns))
         except OSError as err:
-            if entry.is_symlink() or isinstance(err, PermissionError):
+            if entry.is_symlink() or isinstance(err, PermissionError | NotAFile):
                 yield _problem(entry.path, root, _reason(err), err.strerror or type(err).__name__)
-            continue
-        yield _file_unit(entry, stat, root, dataset, folder, names)
     if slices:
         yield Unit(folder, root, _stamp([*slices, _SERIES], dataset), dataset, tuple(name for name, *_ in slices))
 
@@ -161,7 +162,11 @@ def _file_unit(
     sidecar = stem(entry.name) + SIDECAR
     others = [Path(folder, sidecar)] if sidecar in names and sidecar not in _MARKERS else []
     for other in (*others, *source_files(Path(entry.path))[1:]):
-        found = other.stat()
+        try:
+            found = other.stat()
+        except OSError:  # a link to nothing, or gone by now: reading it says so
+            parts.append((other.name, -1, 0))
+            continue
         parts.append((other.name, found.st_size, found.st_mtime_ns))
     return Unit(entry.path, root, _stamp(parts, dataset), dataset, (), str(others[0]) if others else None)
 

@@ -290,7 +290,7 @@ def test_every_bad_file_is_named_and_the_rest_goes_on(tmp_path: Path) -> None:
     assert {n: reasons.pop(n) for n in truncated} == dict.fromkeys(truncated, "truncated")
     assert {n: reasons.pop(n) for n in unreadable} == dict.fromkeys(unreadable, "unreadable")
     assert reasons == {
-        "bomb.npy": "unreadable", "cut.nrrd": "unreadable", "nospacing.npy": "spacing", "nan.nii.gz": "non_finite",
+        "bomb.npy": "unreadable", "cut.nrrd": "truncated", "nospacing.npy": "spacing", "nan.nii.gz": "non_finite",
         "constant.nii.gz": "constant", "thin.nii.gz": "small_axis", "zero_spacing.nii.gz": "spacing",
         "huge_spacing.nii.gz": "spacing", "complex.nii.gz": "not_real_numbers", "sidecar.nii.gz": "sidecar",
         "loop": "symlink_loop", "self.nii.gz": "unreadable", "lost.nii.gz": "missing", "1.2.8-00.dcm": "missing_slices",
