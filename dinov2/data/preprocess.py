@@ -171,16 +171,18 @@ def settle(voxels: np.ndarray, name: str, padding: np.ndarray | None = None) -> 
         BadVolume: No finite voxel.
     """
     finite = np.isfinite(voxels)
-    if not finite.any():
+    all_finite = bool(finite.all())
+    if not all_finite and not finite.any():
         raise BadVolume(f"{name}: no finite voxel", "non_finite")
     measured = finite if padding is None or padding[finite].all() else finite & ~padding  # all: nothing else is there
-    lowest = far_plateau(voxels.ravel("K") if measured.all() else voxels[measured])
+    is_whole = all_finite if measured is finite else bool(measured.all())
+    lowest = far_plateau(voxels.ravel("K") if is_whole else voxels[measured])
+    if is_whole and lowest is None:
+        return voxels, None
     if lowest is not None:
         measured = measured & (voxels != lowest)
-    if measured.all():
-        return voxels, None
     values = voxels[measured]
-    voxels = voxels if finite.all() else np.where(finite, voxels, values.mean(dtype=np.float64)).astype(np.float32)
+    voxels = voxels if all_finite else np.where(finite, voxels, values.mean(dtype=np.float64)).astype(np.float32)
     padded = finite & ~measured
     return (np.where(padded, values.min(), voxels), padded) if padded.any() else (voxels, None)
 

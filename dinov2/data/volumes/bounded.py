@@ -22,6 +22,7 @@ from dinov2.errors import BadVolume
 MAX_TEXT_BYTES = 16 * 2**20  # of a sidecar, a data set's description, a header
 MAX_TRAILING_BYTES = 16 * 2**20  # after the voxels of a compressed stream: MGH's tags, padding
 _CHUNK = 2**20
+_PACKED_CHUNK = 2**16  # so that what is left of one, which zlib copies, is little
 _GZIP_OR_ZLIB = 32 + zlib.MAX_WBITS
 _GZIP = b"\x1f\x8b"
 _PACKED = (_GZIP, b"BZh", b"\x28\xb5\x2f\xfd")  # gzip, bzip2, zstandard
@@ -139,25 +140,25 @@ def _pieces(path: str | Path, start: int, is_raw: bool) -> Iterator[bytes]:
             )
             raise BadVolume(f"{path}: damaged: {what}", "damaged") from err
         except EOFError as err:
-            raise BadVolume(f"{path}: truncated: {err}", "truncated") from err
+            raise BadVolume(f"{path}: cannot be read: truncated, {err}", "truncated") from err
 
 
 def _inflated(file: BinaryIO, window: int) -> Iterator[bytes]:
     """zlib compares checksum and length where a member ends. What follows the last one and is none is not read, as by gzip."""
-    packed = file.read(_CHUNK)
+    packed = file.read(_PACKED_CHUNK)
     while packed:
         member = zlib.decompressobj(window)
         while not member.eof:
             piece = member.decompress(packed, _CHUNK)
             if not (packed or piece or member.eof):
                 raise EOFError("its compressed stream ends before its end mark")
-            packed = member.unused_data if member.eof else member.unconsumed_tail or file.read(_CHUNK)
+            packed = member.unused_data if member.eof else member.unconsumed_tail or file.read(_PACKED_CHUNK)
             yield piece
-        while not packed.strip(b"\0") and (more := file.read(_CHUNK)):  # padded with zeros
+        while not packed.strip(b"\0") and (more := file.read(_PACKED_CHUNK)):  # padded with zeros
             packed = more
         packed = packed.lstrip(b"\0")
         if len(packed) == 1:
-            packed += file.read(_CHUNK)
+            packed += file.read(_PACKED_CHUNK)
         if not packed.startswith(_GZIP):
             return
 
@@ -168,6 +169,6 @@ def _by_library(path: str | Path, mark: bytes) -> Iterator[bytes]:
             while piece := file.read(_CHUNK):
                 yield piece
     except EOFError as err:
-        raise BadVolume(f"{path}: truncated: its compressed stream ends before its checksum", "truncated") from err
+        raise BadVolume(f"{path}: cannot be read: truncated, its compressed stream ends early", "truncated") from err
     except (OSError, ValueError) as err:
         raise BadVolume(f"{path}: damaged: its compressed stream cannot be decoded ({err})", "damaged") from err

@@ -260,6 +260,8 @@ def open_itk(path: str, image_io: str = "") -> ImageFile:
     check_size(path, num_bytes, stored.file.stat().st_size, 1 if stored.is_plain else _DEFLATE_RATIO)
     check = cache(partial(check_expansion, stored.file, num_bytes + MAX_TRAILING_BYTES, stored.start))
 
+    is_as_stored = (stored.slope, stored.intercept) == (1.0, 0.0)
+
     def read(fourth: int) -> np.ndarray:
         if stored.is_gzip:
             check()  # to the checksum, which ITK does not look at
@@ -269,7 +271,8 @@ def open_itk(path: str, image_io: str = "") -> ImageFile:
         image = reader.Execute()
         if num_channels > 1:
             image = sitk.VectorIndexSelectionCast(image, fourth, sitk.sitkFloat32)
-        return np.array(sitk.GetArrayViewFromImage(image).T, dtype=np.float32)
+        values = sitk.GetArrayViewFromImage(image).T
+        return _as_float32(values if is_as_stored else values * stored.slope + stored.intercept)
 
     ndim, spacing = len(size), tuple(reader.GetSpacing())
     shape = (*size, num_channels) if num_channels > 1 else size
@@ -316,12 +319,15 @@ class _Stored:
         is_plain: Stored as they are.
         is_gzip: Compressed with gzip or zlib.
         start: Where a compressed stream begins in the file.
+        slope, intercept: Of MetaImage, which ITK leaves out: what stored values become.
     """
 
     file: Path
     is_plain: bool
     is_gzip: bool
     start: int
+    slope: float = 1.0
+    intercept: float = 0.0
 
 
 def _stored_voxels(path: Path) -> _Stored:
@@ -355,8 +361,14 @@ def _stored_voxels(path: Path) -> _Stored:
     for other in beside:
         check_regular(other)
     data = beside[0] if beside else path
-    start = 0 if beside else end
-    return _Stored(data, is_plain, is_gzip, _after_lines(data, start, int(skipped[1]) if skipped else 0))
+    start = _after_lines(data, 0 if beside else end, int(skipped[1]) if skipped else 0)
+    scale = dict(re.findall(r"(?im)^\s*ElementToIntensityFunction(Slope|Offset)\s*=\s*(\S+)", text[:end]))
+    slope, intercept = float(scale.get("Slope", 1)), float(scale.get("Offset", 0))
+    if slope == 0 or not math.isfinite(slope) or not math.isfinite(intercept):
+        raise BadVolume(
+            f"{path}: ElementToIntensityFunction of slope {slope} and offset {intercept} gives no values", "unsupported"
+        )
+    return _Stored(data, is_plain, is_gzip, start, slope, intercept)
 
 
 def _after_lines(path: Path, start: int, num_lines: int) -> int:

@@ -18,7 +18,7 @@ from dinov2.data.preprocess import far_plateau, normalise
 from dinov2.data.volumes.opening import open_volume
 from dinov2.errors import BadVolume
 from dinov2.features.scans import load_scan
-from tests.unit.data.corpus.test_index import run, save_dicom, scan
+from tests.unit.data.corpus.test_index import run, save_dicom, save_itk, scan
 
 SHAPE = (48, 44, 12)
 
@@ -92,6 +92,16 @@ def test_padding_is_left_out_by_training_encoder_index_and_cases_alike(tmp_path:
     assert spread[padded] == pytest.approx(spread[plain], rel=0.1)
     listed, _ = run(tmp_path, tmp_path / "list.json")
     assert {Path(e["image"]).name: "padding" in e for e in listed} == {"padded.nii.gz": True, "plain.nii.gz": False}
+
+
+def test_a_metaimages_slope_and_offset_count(tmp_path: Path) -> None:
+    path = save_itk(tmp_path / "a.mha", scan())
+    scale = b"ElementToIntensityFunctionSlope = 2\nElementToIntensityFunctionOffset = -5\nElementType"
+    path.write_bytes(path.read_bytes().replace(b"ElementType", scale))
+    assert np.array_equal(open_volume(Entry(str(path), ())).read(), scan() * 2.0 - 5)
+    path.write_bytes(path.read_bytes().replace(b"Slope = 2", b"Slope = 0"))
+    with pytest.raises(BadVolume, match="gives no values"):
+        open_volume(Entry(str(path), ()))
 
 
 # ---------------------------------------------------------------------- DICOM
