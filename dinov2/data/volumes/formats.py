@@ -123,7 +123,7 @@ def scans_in(folder: Path) -> list[Path]:
         OSError: It, or what is in it, cannot be read.
     """
     found = {path.name: path for path in folder.iterdir()}
-    files = {name for name, path in found.items() if path.is_file()}
+    files = {name for name, path in found.items() if path.exists() and not path.is_dir()}  # a pipe too: opening it names it
     scans = [name for name in files if is_volume_file(name, files)]
     scans += [n for n, path in found.items() if not n.startswith(".") and path.is_dir() and _has_slices(path)]
     return [found[name] for name in sorted(scans)]

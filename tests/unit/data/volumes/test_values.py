@@ -14,7 +14,7 @@ from dinov2.data.datalist import Entry
 from dinov2.data.downstream.cases import prepare_case
 from dinov2.data.downstream.lists import Item
 from dinov2.data.downstream.recipes import load_recipe
-from dinov2.data.preprocess import far_plateau, normalise
+from dinov2.data.preprocess import far_plateau, intensity_range, normalise, settle
 from dinov2.data.volumes.opening import open_volume
 from dinov2.errors import BadVolume
 from dinov2.features.scans import load_scan
@@ -61,6 +61,18 @@ def test_padding_that_is_not_a_number_of_the_scan_leaves_no_trace_in_what_fills_
     voxels = ct(-32768).astype(np.float32)
     voxels[24, 22, 6] = np.nan
     assert normalise(voxels, "ct")[24, 22, 6] > -0.6  # about the mean of the scan, not of the padding
+
+
+def test_percentiles_are_those_of_what_was_measured_however_little_that_is(tmp_path: Path) -> None:
+    voxels = np.full((40, 40, 40), -32768, np.float32)
+    inner = np.random.default_rng(1).normal(0, 300, (16, 16, 16)).round()
+    voxels[12:28, 12:28, 12:28] = inner
+    settled, padding = settle(voxels, "a")
+    assert padding is not None and padding.sum() == 40**3 - 16**3
+    assert intensity_range(settled, "a", padding=padding) == pytest.approx(np.percentile(inner, (0.05, 99.95)))
+    nib.save(nib.Nifti1Image(voxels, np.eye(4)), tmp_path / "a.nii")
+    image = prepare_case(Item((str(tmp_path / "a.nii"),), None, "a"), load_recipe("MSD-Hippocampus")).image
+    assert 1 <= int((image > 0.9999).sum()) < 20  # a 2000th of 4096, not of 64,000
 
 
 @pytest.mark.parametrize(
