@@ -85,6 +85,17 @@ def test_the_checksum_of_the_other_half_of_a_pair_counts_too(tmp_path: Path) -> 
         content(tmp_path / "a.img.gz")
 
 
+@pytest.mark.parametrize("name", ["a.nii", "a.mgh"])
+def test_the_checksum_counts_whatever_the_files_ending(tmp_path: Path, name: str) -> None:
+    packed = bytearray(save_as(tmp_path / "a", {"a.nii": ".nii.gz", "a.mgh": ".mgz"}[name]).read_bytes())
+    (tmp_path / name).write_bytes(packed)
+    assert np.array_equal(content(tmp_path / name)[0][0], scan())
+    packed[-8] ^= 1
+    (tmp_path / name).write_bytes(packed)
+    with pytest.raises(BadVolume, match=rf"{name}: damaged: its gzip checksum"):
+        content(tmp_path / name)
+
+
 def test_members_padding_and_what_follows_a_stream(tmp_path: Path) -> None:
     path = tmp_path / "a.gz"
     halves = os.urandom(3_000_000), bytes(100)
@@ -159,6 +170,18 @@ def test_no_stream_is_expanded_further_than_its_header_needs(tmp_path: Path, mon
     assert [Path(e["image"]).name for e in listed] == ["1.2.3-00.dcm"]
     assert {n: words in quarantine[n][1] for n, words in expected.items()} == dict.fromkeys(expected, True), quarantine
     assert inflated < 120 * 2**20
+
+
+def test_a_deflated_slice_says_from_where_it_is(tmp_path: Path) -> None:
+    """pydicom would expand it all the same, to whatever size."""
+    data = tmp_path / "data"
+    data.mkdir()
+    bombs(data)
+    packed = (data / "more.dcm").read_bytes()
+    path = tmp_path / "a.dcm"
+    path.write_bytes(packed[:132] + packed[144:])  # without the length of the first group
+    with pytest.raises(BadVolume, match="does not say from where"):
+        open_volume(Entry(str(path), ()))
 
 
 # ---------------------------------------------------------------------- what is no file

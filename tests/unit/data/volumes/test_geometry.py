@@ -478,10 +478,10 @@ def test_a_lone_localizer_is_named(tmp_path: Path, at: int) -> None:
 
 
 @pytest.mark.parametrize("kind", ["bare implicit", "bare explicit", "no meta", "no preamble", "deflated"])
-@pytest.mark.parametrize("ending", [".dcm", ""])
-def test_files_without_preamble_and_deflated_ones_are_read(tmp_path: Path, kind: str, ending: str) -> None:
+@pytest.mark.parametrize(("ending", "photometric"), [(".dcm", "MONOCHROME2"), ("", "MONOCHROME1")])
+def test_files_without_preamble_and_deflated_ones_are_read(tmp_path: Path, kind: str, ending: str, photometric: str) -> None:
     pydicom = pytest.importorskip("pydicom")
-    folder = save_series(tmp_path / "series")
+    folder = save_series(tmp_path / "series", change=move(0, PhotometricInterpretation=photometric))
     for path in sorted(folder.iterdir()):
         header = pydicom.dcmread(path)
         data = path.read_bytes()
