@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import multiprocessing
+import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,11 +31,15 @@ def stop_requests() -> Iterator[list[str]]:
 
 
 def die_with_parent() -> None:
-    """End this process at once when the one that started it ends, where the system is Linux.
+    """End this process, one of multiprocessing's, at once when the one that started it ends, or where it has ended already.
 
     A loader process that outlives a killed run for some seconds would hold on to what it inherited, the lock of the output
-    folder among it, and the same command started again would find the folder in use.
+    folder among it, and the same command started again would find the folder in use. Linux is asked to end it; that says
+    nothing of a parent that ended before, while this process was starting, and whose work it would wait for without end.
     """
     prctl = getattr(ctypes.CDLL(None), "prctl", None)
     if prctl is not None:
         prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    parent = multiprocessing.parent_process()
+    if parent is not None and os.getppid() != parent.pid:  # asked for first, looked for then: no moment is between the two
+        os.kill(os.getpid(), signal.SIGKILL)

@@ -21,8 +21,8 @@ def default_workers() -> int:
 
 
 def _start_worker() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process ends the work
     die_with_parent()  # or it would wait for ever for work from a process that was killed
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process ends the work
     if "torch" in sys.modules:  # as the main module of a program that has it brought it along
         sys.modules["torch"].set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"  # for a torch that the work itself loads: the processes are the parallelism

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+import uuid
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -17,6 +19,7 @@ from dinov2.cli import main
 from dinov2.data import write_datalist
 from dinov2.models.vision_transformer import vit_tiny_3d
 from tests.conftest import BUNDLED, ROOT
+from tests.processes import environment, left_after, wait_for_children
 
 NUM_SCANS = 64  # four parts
 
@@ -33,10 +36,9 @@ def command(source: Path, weights: Path, output: Path, *flags: str) -> list[str]
     return ["-m", "dinov2", "embed", *words]
 
 
-def start(words: list[str]) -> subprocess.Popen[str]:
+def start(words: list[str], mark: str = "") -> subprocess.Popen[str]:
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([sys.executable, *words], cwd=ROOT, start_new_session=True, env=one_thread, **pipes)
+    return subprocess.Popen([sys.executable, *words], cwd=ROOT, start_new_session=True, env=environment(mark), **pipes)
 
 
 def finish(words: list[str]) -> str:
@@ -96,6 +98,20 @@ def test_a_stopped_run_on_real_scans_continues_to_the_table_of_an_undisturbed_on
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name
     patches = pq.read_table(tmp_path / "b" / "f.parquet")["patches"].to_pylist()
     assert len(patches) == NUM_SCANS - 1 and all((tmp_path / "b" / name).exists() for name in patches)
+
+
+@pytest.mark.slow
+def test_an_embed_killed_while_its_processes_start_leaves_none_of_them(weights: Path, tmp_path: Path) -> None:
+    copies = [{"image": str(shutil.copy(BUNDLED / "sub-01_T1w_2mm.nii.gz", tmp_path / f"{i}.nii.gz"))} for i in range(20)]
+    write_datalist(tmp_path / "list.json", [{**copy, "shape": [1, 1, 1]} for copy in copies])
+    mark = uuid.uuid4().hex
+    for delay in (0.05, 0.15, 0.25, 0.35):
+        process = start(command(tmp_path / "list.json", weights, tmp_path / "f.parquet", "--workers", "2"), mark)
+        wait_for_children(process)
+        time.sleep(delay)
+        process.kill()  # the main process alone
+        process.wait()
+        assert not left_after(mark, 10), f"{delay:.2f} s after the first was started"
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import uuid
 from pathlib import Path
 
 import nibabel as nib
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 
 from tests.conftest import ROOT
+from tests.processes import environment, left_after, wait_for_children
 
 NUM_FILES = 120
 
@@ -32,10 +34,10 @@ def folder(tmp_path: Path) -> Path:
     return data
 
 
-def start(folder: Path, output: Path, *flags: str) -> subprocess.Popen[str]:
+def start(folder: Path, output: Path, *flags: str, mark: str = "") -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "dinov2", "index", str(folder), "--output", str(output), *flags]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, cwd=ROOT, start_new_session=True, **pipes)
+    return subprocess.Popen(command, cwd=ROOT, start_new_session=True, env=environment(mark), **pipes)
 
 
 def finish(folder: Path, output: Path, *flags: str) -> str:
@@ -82,3 +84,15 @@ def test_a_stopped_index_continues_and_equals_an_undisturbed_one(
     for name in ("list.json", "list.quarantine.json", "list.index.jsonl"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name
     assert len(json.loads(stopped.read_text())) == NUM_FILES
+
+
+@pytest.mark.slow
+def test_an_index_killed_while_its_processes_start_leaves_none_of_them(folder: Path, tmp_path: Path) -> None:
+    mark = uuid.uuid4().hex
+    for delay in np.linspace(0, 0.6, 13):
+        process = start(folder, tmp_path / "list.json", "--workers", "2", mark=mark)
+        wait_for_children(process)
+        time.sleep(delay)
+        process.kill()  # the main process alone
+        process.wait()
+        assert not left_after(mark, 10), f"{delay:.2f} s after the first was started"
