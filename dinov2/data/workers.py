@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import ctypes
 import multiprocessing
+import pickle
 import signal
 import traceback
 from collections.abc import Callable, Generator, Iterable, Iterator
@@ -54,8 +55,8 @@ class Worker:
             Exception: What `compute` raised there.
         """
         try:
-            value, error = self.connection.recv()
-        except (EOFError, OSError) as err:  # in the message, before it, or while its tensors' shared memory was asked for
+            value, error = pickle.loads(self.connection.recv_bytes())
+        except (EOFError, OSError) as err:  # in the message, or before it
             raise _died(self.process) from err
         if error is not None:
             raise error
@@ -125,7 +126,8 @@ def _serve(compute: Compute, connection: Connection, inherited: list[Connection]
     keep_freed_memory()
     with suppress(EOFError, ConnectionError):  # closed by the main process
         while True:
-            connection.send(_answer(compute, connection.recv()))
+            # plain pickle: multiprocessing's hands tensors over by a socket in a temporary folder, which a kill leaves there
+            connection.send_bytes(pickle.dumps(_answer(compute, connection.recv())))
 
 
 def _answer(compute: Compute, request: Any) -> tuple[Any, Exception | None]:
@@ -143,8 +145,6 @@ def _died(process: BaseProcess) -> BadInput:
     if code is not None and code < 0:
         how = f"was ended by {signal.Signals(-code).name}"
     why = "most likely memory ran out: use fewer train.num_workers or volumes"
-    if code == -signal.SIGBUS:
-        why = "most likely shared memory (/dev/shm) ran out: give it more, or use fewer train.num_workers"
     return BadInput(f"loader process {process.pid} {how}: {why}")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import tempfile
 import time
 import uuid
 from pathlib import Path
@@ -38,6 +39,14 @@ workers.die_with_parent = late
 list(workers.compute_in_order(time.sleep, itertools.repeat(600), 2))
 """
 
+ANSWERING = """
+import itertools, pathlib, sys, torch
+from dinov2.data.workers import compute_in_order
+
+for answer in compute_in_order(torch.zeros, itertools.repeat(1000), 2):
+    pathlib.Path(sys.argv[1]).touch()
+"""
+
 
 @pytest.mark.parametrize("program", [SPAWNED, FORKED], ids=["spawned", "forked"])
 def test_a_process_whose_parent_is_killed_while_it_starts_ends_too(tmp_path: Path, program: str) -> None:
@@ -53,3 +62,19 @@ def test_a_process_whose_parent_is_killed_while_it_starts_ends_too(tmp_path: Pat
     parent.wait()
     assert marked(mark), "they were starting"
     assert not left_after(mark, 10)
+
+
+@pytest.mark.parametrize("prefix", ["t", "t" * 100], ids=["short", "long"])
+def test_loader_processes_whose_parent_is_killed_leave_nothing_among_temporary_files(tmp_path: Path, prefix: str) -> None:
+    """Of the tensors that they hand over; a folder with a long name, as a scheduler's may be, has no place for a socket."""
+    (tmp_path / "program.py").write_text(ANSWERING)
+    mark, begun = uuid.uuid4().hex, tmp_path / "begun"
+    words = [sys.executable, str(tmp_path / "program.py"), str(begun)]
+    with tempfile.TemporaryDirectory(prefix=prefix, dir="/tmp") as temporary:
+        parent = subprocess.Popen(words, cwd=ROOT, env=environment(mark, PYTHONPATH=str(ROOT), TMPDIR=temporary))
+        while parent.poll() is None and not begun.exists():
+            time.sleep(0.01)
+        parent.kill()
+        parent.wait()
+        assert not left_after(mark, 10)
+        assert begun.exists() and not list(Path(temporary).rglob("*"))
