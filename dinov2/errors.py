@@ -12,7 +12,13 @@ EXIT_RESUMABLE = 75  # stopped on request, start the same command again to conti
 
 
 class BadInput(ValueError):
-    """Input that cannot be used; the message is one line: what, where, what to do. Programs exit with 2."""
+    """Input that cannot be used; the message is one line: what, where, what to do. Programs exit with 2.
+
+    It holds names and values as users and files give them: what would break the line, or a terminal, is written as an escape.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__("".join(c if c.isprintable() else repr(c)[1:-1] for c in message))
 
 
 def one_line(err: Exception) -> str:
