@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dinov2.errors import EXIT_BAD_INPUT, EXIT_OK, BadInput, one_line
+from dinov2.errors import EXIT_BAD_INPUT, EXIT_OK, BadInput
 from dinov2.files import refuse_output, shown, words, write_text
 from dinov2.logging import setup_logging
 from dinov2.version import __version__
@@ -388,7 +388,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = build_parser().parse_args(argv)
         return args.function(args)
     except BadInput as err:
-        logger.error("%s", one_line(err))
+        logger.error("%s", err)
     except OSError as err:  # a full disk, a folder that went away, a name that a system cannot have
         logger.error("%s: %s", shown(err.filename or "a file"), err.strerror or err)
     return EXIT_BAD_INPUT

@@ -21,11 +21,6 @@ class BadInput(ValueError):
         super().__init__("".join(c if c.isprintable() else repr(c)[1:-1] for c in message))
 
 
-def one_line(err: Exception) -> str:
-    """A message as the terminal gets it: a line, whatever is in the names in it."""
-    return str(err).encode("utf-8", "backslashreplace").decode().replace("\n", "\\n").replace("\r", "\\r")
-
-
 class BadVolume(BadInput):
     """One volume of a list that cannot be used; it is named, counted and replaced, the run goes on.
 

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable, Sequence
 
 from dinov2.distributed.runtime import stop_runtime
-from dinov2.errors import EXIT_BAD_INPUT, EXIT_LOST_RANK, BadInput, LostRank, one_line
+from dinov2.errors import EXIT_BAD_INPUT, EXIT_LOST_RANK, BadInput, LostRank
 from dinov2.files import words
 from dinov2.logging import setup_logging
 
@@ -24,10 +24,10 @@ def run_program(
         stop_runtime()  # only where nothing went wrong: it waits for the others
         return code
     except LostRank as err:
-        logger.error("%s", one_line(err))
+        logger.error("%s", err)
         return EXIT_LOST_RANK
     except BadInput as err:
-        logger.error("%s", one_line(err))
+        logger.error("%s", err)
     except OSError as err:  # a full disk, a folder that went away, a read-only file system
         where, why = err.filename or "a file of the run", err.strerror or err
         logger.error("%s: %s: make room or choose another --output-dir; the last complete checkpoint is intact", where, why)

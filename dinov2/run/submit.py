@@ -18,7 +18,7 @@ from pathlib import Path
 
 import submitit
 
-from dinov2.errors import EXIT_BAD_INPUT, EXIT_OK, EXIT_RESUMABLE, BadInput, one_line
+from dinov2.errors import EXIT_BAD_INPUT, EXIT_OK, EXIT_RESUMABLE, BadInput
 from dinov2.files import words
 from dinov2.logging import setup_logging
 
@@ -107,7 +107,7 @@ def launch(module: str, flags: argparse.ArgumentParser, argv: Sequence[str] | No
         folder = Path(own.output_dir).absolute() / "slurm"
         job = submit(Program(module, rest), Job.asked_for(args), folder, args.nodes, args.ngpus, args.cpu)
     except BadInput as err:
-        logger.error("%s", one_line(err))
+        logger.error("%s", err)
         return EXIT_BAD_INPUT
     logger.info("submitted job %s; its log: %s", job, Path(own.output_dir) / "slurm" / f"{job}_0_log.err")
     return EXIT_OK

@@ -17,7 +17,7 @@ if __package__ in (None, ""):  # started as a file: the repository, not this fol
     sys.path[0] = str(Path(__file__).resolve().parents[3])
 
 from dinov2.cli import build_parser
-from dinov2.errors import EXIT_BAD_INPUT, EXIT_OK, BadInput, one_line
+from dinov2.errors import EXIT_BAD_INPUT, EXIT_OK, BadInput
 from dinov2.logging import setup_logging
 from dinov2.run.submit import Job, Program, add_job_arguments, job_words, submit_array
 
@@ -80,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         programs = [Program("dinov2.cli", command) for command in shards]
         jobs = submit_array(programs, Program("dinov2.cli", merge), Job.asked_for(args), folder)
     except BadInput as err:
-        logger.error("%s", one_line(err))
+        logger.error("%s", err)
         return EXIT_BAD_INPUT
     logger.info("submitted %s; logs and shards' lists: %s; the last job writes the list", ", ".join(jobs), folder)
     return EXIT_OK

@@ -17,7 +17,7 @@ if __package__ in (None, ""):  # started as a file: the repository, not this fol
     sys.path[0] = str(Path(__file__).resolve().parents[3])
 
 from dinov2.cli import build_parser
-from dinov2.errors import EXIT_BAD_INPUT, EXIT_OK, BadInput, one_line
+from dinov2.errors import EXIT_BAD_INPUT, EXIT_OK, BadInput
 from dinov2.logging import setup_logging
 from dinov2.run.submit import Job, Program, add_job_arguments, job_words, submit_array
 
@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         programs = [Program("dinov2.cli", command) for command in shards]
         jobs = submit_array(programs, Program("dinov2.cli", last), Job.asked_for(args), folder, args.gpus)
     except BadInput as err:
-        logger.error("%s", one_line(err))
+        logger.error("%s", err)
         return EXIT_BAD_INPUT
     logger.info("submitted %s; logs: %s; the last job to end writes the table", ", ".join(jobs), folder)
     return EXIT_OK
