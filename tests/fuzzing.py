@@ -24,9 +24,9 @@ documents = st.recursive(
 )
 
 
-def for_a_minute(claim: Callable[[], None]) -> None:
-    """A test of `@given` again and again, every time with other examples, until the time is up."""
-    end = time.monotonic() + SECONDS
+def for_a_minute(claim: Callable[[], None], parts: int = 1) -> None:
+    """A test of `@given` again and again, every time with other examples, until the time (or that of a part) is up."""
+    end = time.monotonic() + SECONDS / parts
     while time.monotonic() < end:
         claim()
 

@@ -67,7 +67,7 @@ def test_any_words_are_a_configuration_or_refused_in_a_line() -> None:
         given_words = [f"{key}{joined}{value}" for key, value in pairs]
         works_or_is_refused(lambda: load_and_merge_config_3d(None, given_words), ConfigError)
 
-    for_a_minute(claim)
+    for_a_minute(claim, parts=2)
 
 
 @pytest.mark.slow
@@ -78,4 +78,4 @@ def test_any_file_is_a_configuration_or_refused_in_a_line(tmp_path: Path) -> Non
         (tmp_path / "any.yaml").write_bytes(content)
         works_or_is_refused(lambda: load_and_merge_config_3d(tmp_path / "any.yaml"), ConfigError)
 
-    for_a_minute(claim)
+    for_a_minute(claim, parts=2)

@@ -106,7 +106,7 @@ def test_any_list_of_scans_is_read_or_refused_in_a_line(folder: Path) -> None:
         if isinstance(found, Datalist):
             works_or_is_refused(lambda: found.larger_than(3))
 
-    for_a_minute(claim)
+    for_a_minute(claim, parts=2)
 
 
 @pytest.mark.slow
@@ -119,4 +119,4 @@ def test_any_labelled_list_is_read_or_refused_in_a_line(folder: Path) -> None:
         found = works_or_is_refused(lambda: read_downstream_datalist(folder, with_tertiles(recipe, folder)))
         assert isinstance(found, BadInput) or all(found[split] for split in SPLITS)
 
-    for_a_minute(claim)
+    for_a_minute(claim, parts=2)
