@@ -15,6 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from dinov2.configs.errors import ConfigError, nearest
 from dinov2.configs.schema import Config, StudentConfig
+from dinov2.errors import BadInput
 from dinov2.files import MOST_FACTS_BYTES, read_text, user_path
 
 _HERE = Path(__file__).resolve().parent  # dinov2/configs
@@ -77,9 +78,12 @@ def read_yaml(path: Path, load: Callable[[IO[str]], Any] = yaml.safe_load) -> An
         load: The reader of its text.
 
     Raises:
-        BadInput: It cannot be read.
+        ConfigError: It cannot be read.
     """
-    text = read_text(path, most_bytes=MOST_FACTS_BYTES)
+    try:
+        text = read_text(path, most_bytes=MOST_FACTS_BYTES)
+    except BadInput as err:
+        raise ConfigError(str(err)) from err
     try:
         return load(io.StringIO(text))
     except (ValueError, RecursionError, yaml.YAMLError, OmegaConfBaseException) as err:
