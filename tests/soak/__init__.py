@@ -1,0 +1,1 @@
+"""Programs killed again and again while they work; `scripts/soak` starts it, docs/reliability.md has its figures."""
