@@ -105,16 +105,16 @@ def test_a_probe_is_trained_chosen_tested_and_applied_to_a_scan(
 @pytest.mark.slow
 def test_killed_it_ends_as_an_undisturbed_run(data: Path, tmp_path: Path) -> None:
     whole, out = tmp_path / "whole", tmp_path / "killed"
-    assert main(words(data, whole, epochs=8)) == EXIT_OK
-    program = [sys.executable, "dinov2/eval/linear3d.py", *words(data, out, epochs=8)]
+    assert main(words(data, whole, epochs=24)) == EXIT_OK
+    program = [sys.executable, "dinov2/eval/linear3d.py", *words(data, out, epochs=24)]
     process = subprocess.Popen(program, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while process.poll() is None and not (out / "checkpoint.pth").exists():
         time.sleep(0.005)
     process.kill()
     process.communicate()
     before = torch.load(out / "checkpoint.pth", weights_only=True)["iteration"]
-    assert before < 79 and not (out / "results.json").exists()
-    assert main(words(data, out, epochs=8)) == EXIT_OK
+    assert before < 239 and not (out / "results.json").exists()
+    assert main(words(data, out, epochs=24)) == EXIT_OK
     one, other = (torch.load(p / "checkpoint.pth", weights_only=True)["heads"] for p in (whole, out))
     assert all(torch.equal(one[k], other[k]) for k in one)
     assert results(whole) == results(out)
