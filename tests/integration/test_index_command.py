@@ -35,7 +35,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def start(folder: Path, output: Path, *flags: str, mark: str = "") -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "dinov2", "index", str(folder), "--output", str(output), *flags]
+    command = [sys.executable, "-m", "dinov2", "index", str(folder), "--output", str(output), "--id-salt", "one", *flags]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(command, cwd=ROOT, start_new_session=True, env=environment(mark), **pipes)
 

@@ -102,7 +102,7 @@ def jobs(data: Path) -> list[Job]:
 
     def index(out: Path) -> list[str]:
         out.mkdir(exist_ok=True)
-        return ["index", str(data / "scans"), "--output", str(out / "list.json"), "--workers", "2"]
+        return ["index", str(data / "scans"), "--output", str(out / "list.json"), "--workers", "2", "--id-salt", "one"]
 
     def embed(out: Path) -> list[str]:
         out.mkdir(exist_ok=True)
