@@ -36,7 +36,7 @@ def _build_masked_loss(recipe: Recipe) -> Callable[[Tensor, Tensor], Tensor]:
     def loss(logits: Tensor, labels: Tensor) -> Tensor:
         logits, truth, seen = logits.float(), recipe.masks(labels).float(), (labels != IGNORED).float()  # seen [B, 1, H, W, D]
         probabilities = logits.sigmoid() if recipe.overlapping else logits.softmax(1)
-        total = dice(probabilities * seen, truth * seen)
+        total = dice(probabilities * seen, truth)  # the truth has no mask where a voxel is ignored
         if recipe.train.loss == "dice_ce":
             if logits.shape[1] == 1:
                 entropy = F.binary_cross_entropy_with_logits(logits, truth, reduction="none")
