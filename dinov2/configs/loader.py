@@ -110,8 +110,11 @@ def _file_layers(path: Path, seen: tuple[Path, ...] = ()) -> list[tuple[str, Dic
 
 def _read_overrides(overrides: Sequence[str]) -> DictConfig:
     for word in overrides:
-        if "=" not in word:
+        key, is_pair, _ = word.partition("=")
+        if not is_pair:
             raise ConfigError(f"override {word!r} is not of the form key=value")
+        if set(key) & set("[]\\"):  # OmegaConf's other spellings of a path, half of which it reads as another key
+            raise ConfigError(f"override {word!r}: {key!r} is no key: keys are names joined by dots, as optim.base_lr")
     try:
         return OmegaConf.from_dotlist(list(overrides))
     except (yaml.YAMLError, OmegaConfBaseException) as err:
