@@ -159,6 +159,18 @@ def _without_nothing(content: Any, schema: type) -> Any:
     return kept
 
 
+def _refuse_other_containers(cfg: DictConfig, content: Any, source: str, prefix: str = "") -> None:
+    """Raise `ConfigError` where a list would be merged into keys, or keys into a list."""
+    for name, value in content.items() if isinstance(content, dict) else ():
+        before = cfg.get(name) if name in cfg else None
+        if isinstance(before, DictConfig) and isinstance(value, dict):
+            _refuse_other_containers(before, value, source, f"{prefix}{name}.")
+        elif isinstance(before, DictConfig) and isinstance(value, list):
+            raise ConfigError(f"{source}: {prefix}{name}: a list where it needs keys and values")
+        elif isinstance(before, ListConfig) and isinstance(value, dict):
+            raise ConfigError(f"{source}: {prefix}{name}: keys {list(value)} where it needs a list")
+
+
 def _merge(schema: type, layers: Sequence[tuple[str, DictConfig]]) -> DictConfig:
     """A schema's defaults, and over them each (source, content) in turn; a mistake is named with its source."""
     cfg = OmegaConf.structured(schema)
@@ -166,7 +178,9 @@ def _merge(schema: type, layers: Sequence[tuple[str, DictConfig]]) -> DictConfig
         try:
             plain = OmegaConf.to_container(layer)
             _refuse_truth_for_words(plain, schema, source)
-            cfg = OmegaConf.merge(cfg, OmegaConf.create(_without_nothing(plain, schema)))
+            content = _without_nothing(plain, schema)
+            _refuse_other_containers(cfg, content, source)
+            cfg = OmegaConf.merge(cfg, OmegaConf.create(content))
             OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)  # finds bad interpolations
         except OmegaConfBaseException as err:
             raise _explain(err, source, schema) from err

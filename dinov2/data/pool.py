@@ -1,15 +1,24 @@
-"""Work on many items by several processes: results as they come, a few items ahead, so that a stop does not wait for all."""
+"""Work on many items by several processes: results as they come, an item a process, so that a stop does not wait for all.
+
+A process has a pipe and nothing else: no lock that one which is killed could take with it, and no named semaphore, which would
+stay in /dev/shm where the whole group is killed at once. What happened to an item is known by the pipe that it went through.
+"""
 
 from __future__ import annotations
 
 import os
+import pickle
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Generator, Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
+from dataclasses import dataclass
 from itertools import islice
 from multiprocessing import get_context
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnProcess
 from typing import Any
 
 from dinov2.signals import die_with_parent
@@ -20,12 +29,35 @@ def default_workers() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def _start_worker() -> None:
-    die_with_parent()  # or it would wait for ever for work from a process that was killed
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process ends the work
-    if "torch" in sys.modules:  # as the main module of a program that has it brought it along
-        sys.modules["torch"].set_num_threads(1)
-    os.environ["OMP_NUM_THREADS"] = "1"  # for a torch that the work itself loads: the processes are the parallelism
+@dataclass(frozen=True)
+class _Answer:
+    """What became of an item."""
+
+    value: Any = None
+    error: Exception | None = None
+    died: str = ""  # how its process ended before it answered
+
+    def result(self) -> Any:
+        if self.error is not None:
+            raise self.error
+        return self.value
+
+
+@dataclass(frozen=True)
+class _Worker:
+    process: SpawnProcess
+    connection: Connection
+
+    def send(self, item: Any) -> None:
+        with suppress(ConnectionError):  # it died since its last answer: its pipe's end says so
+            self.connection.send_bytes(pickle.dumps(item))
+
+    def receive(self) -> _Answer:
+        try:
+            return _Answer(*pickle.loads(self.connection.recv_bytes()))
+        except (EOFError, OSError):  # in the message, or before it
+            self.process.join()
+            return _Answer(died=f"process {self.process.pid} ended with code {self.process.exitcode}")
 
 
 def unordered(
@@ -38,57 +70,85 @@ def unordered(
 
     Args:
         work: A function that can be pickled, of an item.
-        items: Taken as they are needed, two ahead per process.
+        items: Taken as they are needed, one per process.
         num_workers: Processes.
         on_death: Makes the result of an item whose process died (out of memory, a crash of a library); it is tried once more
-            alone before. None lets the error through.
+            alone before, after all others. None lets the error through.
 
     Raises:
         BrokenProcessPool: A process died and there is no `on_death`.
+        Exception: What `work` raised, with the traceback from there as a note.
     """
     if num_workers == 0:
         yield from map(work, items)
         return
-    todo = iter(items)
-    while True:
-        suspects: list[Any] = []
-        for item, future in _run(work, todo, num_workers):
-            error = future.exception()
-            if not isinstance(error, BrokenProcessPool):
-                yield future.result()
-            elif on_death is None:
-                raise error
-            else:
-                suspects.append(item)
-        if on_death is None or not suspects:
-            return
-        for item in suspects:
-            [(_, future)] = _run(work, iter([item]), 1)
-            yield on_death(item) if isinstance(future.exception(), BrokenProcessPool) else future.result()
+    suspects: list[Any] = []
+    for item, answer in _run(work, iter(items), num_workers):
+        if not answer.died:
+            yield answer.result()
+        elif on_death is None:
+            raise BrokenProcessPool(answer.died)
+        else:
+            suspects.append(item)
+    for item in suspects:
+        [(_, answer)] = _run(work, iter([item]), 1)
+        yield on_death(item) if answer.died and on_death else answer.result()
 
 
-def _run(work: Callable[[Any], Any], todo: Iterator[Any], num_workers: int) -> Iterator[tuple[Any, Future[Any]]]:
-    """Finished items with their futures, until all are done or the processes broke (then those in flight, failed)."""
-    pool = ProcessPoolExecutor(num_workers, get_context("spawn"), _start_worker)
-    running: dict[Future[Any], Any] = {}
+def _run(work: Callable[[Any], Any], todo: Iterator[Any], num_workers: int) -> Iterator[tuple[Any, _Answer]]:
+    """Items with what became of them; a process that died is replaced by another one."""
+    workers: dict[Connection, _Worker] = {}
+    busy: dict[Connection, Any] = {}
 
-    def hand_out(count: int) -> None:
-        for item in islice(todo, count):
-            try:
-                running[pool.submit(work, item)] = item
-            except BrokenProcessPool as err:  # broke since the last result
-                failed: Future[Any] = Future()
-                failed.set_exception(err)
-                running[failed] = item
+    def hand_out(item: Any, worker: _Worker | None = None) -> None:
+        worker = worker or _start(work)
+        workers[worker.connection] = worker
+        busy[worker.connection] = item
+        worker.send(item)
 
     try:
-        hand_out(2 * num_workers)
-        broken = False
-        while running:
-            finished, _ = wait(running, return_when=FIRST_COMPLETED)
-            for future in finished:
-                yield running.pop(future), future
-                broken = broken or isinstance(future.exception(), BrokenProcessPool)
-            hand_out(0 if broken else len(finished))
+        for item in islice(todo, num_workers):
+            hand_out(item)
+        while busy:
+            for connection in wait(list(busy)):
+                assert isinstance(connection, Connection)
+                worker, item = workers[connection], busy.pop(connection)
+                answer = worker.receive()
+                for following in islice(todo, 1):  # before the caller sees the answer, so that the process does not wait for it
+                    hand_out(following, None if answer.died else worker)
+                yield item, answer
     finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+        for connection in workers:
+            connection.close()  # a process ends after the item that it is at
+        for worker in workers.values():
+            worker.process.join()
+
+
+def _start(work: Callable[[Any], Any]) -> _Worker:
+    context = get_context("spawn")  # nothing inherited: no other end of a pipe, no thread of a library's that is not there then
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_serve, args=(work, theirs), daemon=True)
+    process.start()
+    theirs.close()  # or its end would not be seen here
+    return _Worker(process, ours)
+
+
+def _serve(work: Callable[[Any], Any], connection: Connection) -> None:
+    """One process: one thread, as the processes are the parallelism."""
+    die_with_parent()  # or it would wait for ever for work from a process that was killed
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process ends the work
+    if "torch" in sys.modules:  # as the main module of a program that has it brought it along
+        sys.modules["torch"].set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"  # for a torch that the work itself loads
+    with suppress(EOFError, ConnectionError):  # closed by the main process
+        while True:
+            answer = _answer(work, pickle.loads(connection.recv_bytes()))
+            connection.send_bytes(pickle.dumps(answer))
+
+
+def _answer(work: Callable[[Any], Any], item: Any) -> tuple[Any, Exception | None]:
+    try:
+        return work(item), None
+    except Exception as err:  # noqa: BLE001 - raised again in the main process
+        err.add_note(f"in a worker process:\n{traceback.format_exc()}")
+        return None, err

@@ -199,9 +199,10 @@ def with_tertiles(recipe: Recipe, base_data_dir: str | Path) -> Recipe:
                 f"datalist {path}, training {i}: label {json.dumps(value)[:80]} is not a number, bins are {TERTILES}"
             )
     ordered = sorted(values)
-    first, second = (ordered[round(len(ordered) * share)] for share in (1 / 3, 2 / 3))
-    if not ordered[0] < first < second:
+    thirds = [ordered[round(len(ordered) * share)] for share in (1 / 3, 2 / 3)] if len(set(values)) > 2 else []
+    if not thirds or not ordered[0] < thirds[0] < thirds[1]:
         raise BadInput(f"datalist {path}: its {len(values)} training labels have no thirds: declare bins in numbers")
+    first, second = thirds
     bins = {f"below {first:g}": [-math.inf, first], f"{first:g} to {second:g}": [first, second]}
     return dataclasses.replace(recipe, bins={**bins, f"from {second:g}": [second, math.inf]})
 

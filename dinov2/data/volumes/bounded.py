@@ -83,7 +83,8 @@ def describe_error(err: Exception) -> str:
     """One line, with the kind of the error where its text alone would say nothing, as of a KeyError."""
     if isinstance(err, MemoryError):
         return "it takes more memory than there is"
-    text = (str(err).splitlines() or [""])[0]
+    lines = str(err).rpartition("ERROR: ")[2].splitlines() or [""]  # before it SimpleITK says where it was built
+    text = lines[-1 if lines[0].endswith(":") else 0]
     speaks = text and isinstance(err, (OSError, EOFError, ValueError, RuntimeError)) and not isinstance(err, RecursionError)
     return text if speaks else f"{type(err).__name__} {text}".rstrip()
 

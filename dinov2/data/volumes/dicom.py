@@ -1,19 +1,19 @@
 """DICOM series: the slices of a folder, put together to volumes by what their headers say; one slice a file.
 
-Headers are read by pydicom, voxels (of any compression) by SimpleITK, so that no slice is decoded before its size is checked.
-A volume is what was stored x slope + intercept, whatever the header says of how to show it: what SimpleITK shows otherwise is
-undone, or read by pydicom.
+Headers and voxels are read by pydicom, compressed ones decoded by SimpleITK, none before its size is checked. A volume
+is what was stored x slope + intercept, whatever the header says of how to show it.
 """
 
 from __future__ import annotations
 
 import filecmp
+import io
 import math
 import os
-import shutil
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,7 @@ _TAGS = (
     "SeriesNumber", "SeriesDescription", "SOPInstanceUID", "PhotometricInterpretation", "BitsStored", "HighBit", "RescaleSlope",
     "RescaleIntercept", "PixelPaddingValue", "PixelPaddingRangeLimit", "ModalityLUTSequence",
 )  # fmt: skip
+_DECODING = ("Rows", "Columns", "SamplesPerPixel", "BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation")
 _BITS = (8, 16, 32)
 
 
@@ -59,7 +60,6 @@ class Pixels:
         bits: Allocated a voxel.
         bits_stored: Of them used.
         high_bit: The highest of those.
-        is_inverted: To be shown with the lowest value white, as SimpleITK turns it.
         slope, intercept: What stored values become.
     """
 
@@ -68,7 +68,6 @@ class Pixels:
     bits: int
     bits_stored: int
     high_bit: int
-    is_inverted: bool
     slope: float
     intercept: float
 
@@ -260,7 +259,6 @@ def _pixels(path: str, header: Any, is_native: bool) -> Pixels:
         bits=bits,
         bits_stored=stored,
         high_bit=stored - 1 if high is None else int(high),
-        is_inverted=str(header.get("PhotometricInterpretation", "")).strip() == "MONOCHROME1",
         slope=1.0 if slope is None else float(slope),
         intercept=0.0 if intercept is None else float(intercept),
     )
@@ -273,11 +271,8 @@ def _pixels(path: str, header: Any, is_native: bool) -> Pixels:
         raise BadVolume(
             f"{path}: values by a table (ModalityLUTSequence), not by slope and intercept: convert it", "unsupported"
         )
-    is_itks = stored == bits or not found.is_signed  # where SimpleITK inverts so that it can be undone
-    if not is_native and (found.high_bit != stored - 1 or (found.is_inverted and not (is_itks and bits < 32))):
-        raise BadVolume(
-            f"{path}: compressed {stored} of {bits} bits, inverted or shifted: decompress it (gdcmconv --raw)", "unsupported"
-        )
+    if not is_native and found.high_bit != stored - 1:
+        raise BadVolume(f"{path}: compressed {stored} of {bits} bits, shifted: decompress it (gdcmconv --raw)", "unsupported")
     return found
 
 
@@ -354,46 +349,67 @@ def stack(slices: list[Slice]) -> ImageFile:
 
 def _values(one: Slice) -> np.ndarray:
     """[columns, rows] float32: stored x slope + intercept, each slice's own, in which those of a PET differ."""
-    pixels, shape = one.pixels, one.shape
-    if pixels.is_native and (pixels.is_inverted or pixels.high_bit != pixels.bits_stored - 1):
-        return (_stored(one) * pixels.slope + pixels.intercept).astype(np.float32)
-    values = _shown(one.path, pixels.is_inverted).reshape(shape[1], shape[0]).T
-    if not pixels.is_inverted:
-        return values
-    # shown as (highest - stored) x slope + intercept; whole numbers with a sign as (-1 - stored)
-    highest = -1 if pixels.is_signed else (1 << pixels.bits_stored) - 1
-    return (highest * pixels.slope + 2 * pixels.intercept - values).astype(np.float32)
-
-
-def _stored(one: Slice) -> np.ndarray:
-    """[columns, rows] float64, the numbers of a slice that is not compressed, as they stand in its bits."""
     import pydicom
 
     with open_regular(one.path) as file:
-        header = pydicom.dcmread(file, specific_tags=["PixelData"], force=True)  # force: without preamble too
-    pixels, (columns, rows) = one.pixels, one.shape
-    order = "<" if header.original_encoding[1] is not False else ">"
-    words = np.frombuffer(header.PixelData, f"{order}u{pixels.bits // 8}", count=rows * columns).astype(np.int64)
-    stored = (words >> (pixels.high_bit + 1 - pixels.bits_stored)) & ((1 << pixels.bits_stored) - 1)
-    if pixels.is_signed:
-        stored -= (stored >> (pixels.bits_stored - 1)) << pixels.bits_stored
-    return stored.reshape(rows, columns).T.astype(np.float64)
+        header = pydicom.dcmread(file, specific_tags=[*_DECODING, "PixelData"], force=True)  # force: without preamble too
+    pixels = one.pixels
+    words = _native(one, header) if pixels.is_native else _decoded(header)  # [rows, columns]
+    if pixels.bits_stored != pixels.bits:  # what is above or below these is something else
+        words = (words << (pixels.bits - 1 - pixels.high_bit)) >> (pixels.bits - pixels.bits_stored)  # which keeps a sign
+    return (words.T * pixels.slope + pixels.intercept).astype(np.float32)
 
 
-def _shown(path: str, is_inverted: bool) -> np.ndarray:
-    """[1, rows, columns] of one file as SimpleITK shows it, scaled; float64 where it is to be turned back."""
+def _native(one: Slice, header: Any) -> np.ndarray:
+    """[rows, columns] whole numbers of a slice that is not compressed, as they stand in the file."""
+    (columns, rows), bits = one.shape, one.pixels.bits
+    content, is_little = header.PixelData, header.original_encoding[1] is not False
+    if bits == 8 and not is_little and header["PixelData"].VR == "OW":  # two voxels in a word
+        content = np.frombuffer(content, ">u2").astype("<u2").tobytes()
+    kind = f"{'<' if is_little else '>'}{'i' if one.pixels.is_signed else 'u'}{bits // 8}"
+    return np.frombuffer(content, kind, count=rows * columns).reshape(rows, columns)
+
+
+def _decoded(header: Any) -> np.ndarray:
+    """[rows, columns] whole numbers of a compressed slice: run lengths by pydicom, JPEG's kinds by SimpleITK.
+
+    SimpleITK is given a file of its own with what decoding takes and no more. So it neither scales nor turns values, and what
+    else stands in a foreign file, such as lengths that it would take memory for, does not reach it.
+    """
+    import pydicom
+    from pydicom.encaps import encapsulate, generate_frames
+    from pydicom.pixels.decoders import RLELosslessDecoder
+
+    header.PhotometricInterpretation = "MONOCHROME2"  # the lowest value black: as it is stored
+    if header.file_meta.TransferSyntaxUID == pydicom.uid.RLELossless:
+        return RLELosslessDecoder.as_array(header, index=0, raw=True)[0]
+    header.SOPClassUID = pydicom.uid.SecondaryCaptureImageStorage
+    header.SOPInstanceUID = pydicom.uid.UID("1.2.3")
+    header.PixelData = encapsulate(list(generate_frames(header.PixelData, number_of_frames=1)))
+    header["PixelData"].VR = "OB"
+    syntax, header.file_meta = header.file_meta.TransferSyntaxUID, pydicom.dataset.FileMetaDataset()
+    header.file_meta.TransferSyntaxUID = syntax
+    content = io.BytesIO()
+    header.save_as(content, enforce_file_format=True)
     sitk = simpleitk()
-    kind = sitk.sitkFloat64 if is_inverted else sitk.sitkFloat32
-    with open_regular(path) as file:
-        start = file.read(132)
-        if start[:2] != b"\x02\x00" or start[128:] == _MARK:
-            return sitk.GetArrayFromImage(sitk.ReadImage(path, kind))  # a copy: the image ends here
-        with tempfile.NamedTemporaryFile(suffix=".dcm") as whole:  # the library wants the preamble before group 2
-            file.seek(0)
-            whole.write(bytes(128) + _MARK)
-            shutil.copyfileobj(file, whole)
-            whole.flush()
-            return sitk.GetArrayFromImage(sitk.ReadImage(whole.name, kind))
+    with _named(content.getbuffer()) as name:
+        return sitk.GetArrayFromImage(sitk.ReadImage(name, imageIO="GDCMImageIO"))[0]
+
+
+@contextmanager
+def _named(content: memoryview) -> Iterator[str]:
+    """A file with this content, under a name, while the context lasts: in memory, where the system has such files."""
+    if hasattr(os, "memfd_create"):  # which a kill does not leave behind
+        descriptor = os.memfd_create("slice")
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+            file.flush()
+            yield f"/proc/self/fd/{descriptor}"
+    else:
+        with tempfile.NamedTemporaryFile(suffix=".dcm") as file:
+            file.write(content)
+            file.flush()
+            yield file.name
 
 
 def _without_copies(slices: list[Slice]) -> list[Slice]:

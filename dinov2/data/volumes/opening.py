@@ -129,7 +129,7 @@ def raw_volume(entry: Entry, image: ImageFile) -> RawVolume:
     if len(shape) == 4:
         num_times, channel = _fourth_axis(entry, image, shape[3])
     spacing, notes = _spacing(entry, image)
-    if min(shape) == 0:
+    if min(shape) < 1:
         raise BadVolume(f"{path}: is empty, shape {shape}", "axes")
     return RawVolume(path, image, spacing, num_times, channel, notes)
 

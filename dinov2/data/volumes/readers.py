@@ -353,6 +353,9 @@ def _stored_voxels(path: Path) -> _Stored:
         named, end, skipped = [found[1]] if found else [], found.end() if found else 0, None
         is_plain = not re.search(r"(?im)^\s*CompressedData\s*=\s*True", text[:end])
         is_gzip, ended = not is_plain, bool(found) or len(text) < _HEADER_BYTES
+        for line in re.findall(r"(?i).*NDims.*", text[: end or None]):
+            if not re.fullmatch(r"\s*NDims\s*=\s*([1-9]|10)\s*", line):  # of others ITK writes beyond its own arrays
+                raise BadVolume(f"{path}: {line.strip()[:80]!r}: an image has 1 to 10 axes: damaged", "damaged")
     if not ended:
         raise BadVolume(f"{path}: its header does not end within {_HEADER_BYTES:,} bytes", "unsupported")
     if any(name.upper().startswith("LIST") or "%" in name for name in named):

@@ -91,6 +91,24 @@ def save_dicom(
     return folder
 
 
+def compress_dicom(path: Path, how: str) -> None:
+    """A slice's voxels by run lengths ("RLE"), which pydicom writes, or as "JPEG" (lossless) or "JPEG2000", as ITK does."""
+    pydicom, sitk = pytest.importorskip("pydicom"), pytest.importorskip("SimpleITK")
+    header = pydicom.dcmread(path)
+    if how == "RLE":
+        header.compress(pydicom.uid.RLELossless)
+    else:
+        kind = f"<{'i' if header.PixelRepresentation else 'u'}{header.BitsAllocated // 8}"
+        image = sitk.GetImageFromArray(np.frombuffer(header.PixelData, kind).reshape(1, header.Rows, header.Columns))
+        with tempfile.TemporaryDirectory() as folder:
+            name = str(Path(folder) / "a.dcm")
+            sitk.WriteImage(image, name, useCompression=True, imageIO="GDCMImageIO", compressor=how)
+            written = pydicom.dcmread(name)
+        header.file_meta.TransferSyntaxUID = written.file_meta.TransferSyntaxUID
+        header["PixelData"] = written["PixelData"]
+    header.save_as(path, enforce_file_format=True)
+
+
 def run(folder: Path, output: Path, *flags: str) -> tuple[list[dict], dict[str, tuple[str, str]]]:
     """List and quarantine {name: (reason, detail)} of an index in this process."""
     assert main(["index", str(folder), "--output", str(output), "--workers", "0", *flags]) == 0

@@ -130,6 +130,17 @@ def test_a_table_becomes_a_list_and_its_thirds_classes(tmp_path: Path) -> None:
     assert {item.patient for part in items.values() for item in part} == {f"sub-{i:02}" for i in range(20)}
 
 
+@pytest.mark.parametrize("ages", [[20], [20, 30], [20, 30, 30, 30]])
+def test_too_few_labels_have_no_thirds(tmp_path: Path, ages: list[int]) -> None:
+    (tmp_path / "age.yaml").write_text("task: classification\nbins: tertiles\n")
+    items = [{"image": f"{i}.nii", "label": age} for i, age in enumerate(ages)]
+    others = [{"image": "other.nii", "label": 20}]
+    content = {"shuffle_seed": 0, "training": items, "validation": others, "test": others}
+    (tmp_path / "age_cls_datalist.json").write_text(json.dumps(content))
+    with pytest.raises(BadInput, match=f"its {len(ages)} training labels have no thirds"):
+        with_tertiles(load_recipe(tmp_path / "age.yaml"), tmp_path)
+
+
 def test_names_of_classes_stay_names(tmp_path: Path) -> None:
     rows = [f"{i}.nii,{'fm'[i % 2]}" for i in range(10)]
     for i in range(10):

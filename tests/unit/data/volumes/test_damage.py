@@ -6,6 +6,8 @@ import gzip
 import json
 import os
 import socket
+import subprocess
+import sys
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +25,7 @@ from dinov2.data.volumes.bounded import check_expansion, expanded
 from dinov2.data.volumes.formats import scans_in
 from dinov2.data.volumes.opening import open_volume
 from dinov2.errors import BadInput, BadVolume
-from tests.unit.data.corpus.test_index import SPACING, run, save_dicom, save_itk, save_nifti, scan
+from tests.unit.data.corpus.test_index import SPACING, compress_dicom, run, save_dicom, save_itk, save_nifti, scan
 
 # ---------------------------------------------------------------------- flipped bits
 
@@ -301,6 +303,21 @@ def odd(folder: Path) -> dict[str, tuple[str, str]]:
             header.save_as(one.with_name(f"{name}-{k}.dcm"), enforce_file_format=True)
             one.unlink()
         expected[f"{name}-0.dcm"] = ("geometry" if "numbers" in words or "orientation" in words else "", words)
+    for name, extents in (("minus", (9, -9, 9)), ("twice", (-9, 9, -9)), ("nothing", (9, 0, 9))):
+        save_nifti(folder / f"{name}.nii", scan(1))
+        edit(folder / f"{name}.nii", 42, np.array(extents, "<i2").tobytes())
+        expected[f"{name}.nii"] = ("axes", "is empty, shape")
+    for name, line in (
+        ("eleven", "NDims = 11"),
+        ("below", "NDims=-1"),
+        ("many", f"NDims = {'9' * 20}"),
+        ("colon", "NDims : 99"),
+    ):
+        header = f"ObjectType = Image\n{line}\nDimSize = 9 9 9\nElementType = MET_SHORT\nElementDataFile = LOCAL\n"
+        (folder / f"{name}.mha").write_bytes(header.encode() + bytes(2 * 9**3))
+        expected[f"{name}.mha"] = ("damaged", "1 to 10 axes")
+    (folder / "typed.nrrd").write_bytes(b"NRRD0004\ntype: shorty\ndimension: 3\nsizes: 9 9 9\nencoding: raw\n\n" + bytes(1458))
+    expected["typed.nrrd"] = ("unreadable", "cannot be opened: [nrrd] _nrrdReadNrrdParse_type: couldn't parse type")
     (folder / "skip.nrrd").write_text(
         "NRRD0004\ntype: short\ndimension: 3\nsizes: 9 9 9\nencoding: gzip\nline skip: " + "9" * 5000 + "\n\n"
     )
@@ -327,6 +344,24 @@ def test_whatever_a_header_makes_a_library_raise_is_its_units_row(tmp_path: Path
         if expected[name][0] != "sidecar":
             with pytest.raises(BadVolume, match=name.split(".")[0]):
                 open_volume(Entry(str(next(data.rglob(name))), ())).read()
+
+
+@pytest.mark.parametrize("how", ["native", "RLE", "JPEG"])
+def test_a_slice_takes_no_memory_for_lengths_that_are_not_there(tmp_path: Path, how: str) -> None:
+    """As ITK does, for an element of a gigabyte behind the voxels of a file of a kilobyte."""
+    for path in save_dicom(tmp_path / "series", scan(5)).iterdir():
+        if how != "native":
+            compress_dicom(path, how)
+        path.write_bytes(path.read_bytes() + b"\xfc\xff\xfc\xffOB\0\0" + (2**30).to_bytes(4, "little") + b"x")
+    code = (
+        "import resource, sys; from dinov2.data import Entry; from dinov2.data.volumes.opening import open_volume\n"
+        "used = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "import SimpleITK; before = used(); volume = open_volume(Entry(sys.argv[1], ())).read()\n"
+        "print(volume.size, used() - before)"
+    )
+    words = [sys.executable, "-c", code, str(tmp_path / "series")]
+    size, kib = subprocess.run(words, capture_output=True, text=True, check=True).stdout.split()
+    assert int(size) == scan(5).size and int(kib) < 200 * 1024
 
 
 @pytest.mark.parametrize("error", [MemoryError, RecursionError, KeyError("x"), ZeroDivisionError("x"), AssertionError])

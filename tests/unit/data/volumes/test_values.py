@@ -18,7 +18,7 @@ from dinov2.data.preprocess import far_plateau, intensity_range, normalise, sett
 from dinov2.data.volumes.opening import open_volume
 from dinov2.errors import BadVolume
 from dinov2.features.scans import load_scan
-from tests.unit.data.corpus.test_index import run, save_dicom, save_itk, scan
+from tests.unit.data.corpus.test_index import compress_dicom, run, save_dicom, save_itk, scan
 
 SHAPE = (48, 44, 12)
 
@@ -136,7 +136,8 @@ def change(folder: Path, **tags: object) -> None:
 
 @pytest.mark.parametrize(
     ("bits", "is_signed", "how"),
-    [(*kind, how) for kind in ((16, 1), (16, 0), (12, 0), (12, 1), (8, 0)) for how in ("native", "rle")]
+    [(*kind, how) for kind in ((16, 1), (16, 0), (12, 0), (12, 1), (8, 0)) for how in ("native", "RLE")]
+    + [(*kind, how) for kind in ((16, 1), (16, 0), (8, 0)) for how in ("JPEG", "JPEG2000")]
     + [(12, 0, "shifted"), (12, 1, "shifted")],
 )
 def test_values_are_stored_ones_scaled_however_they_are_to_be_shown(
@@ -148,6 +149,8 @@ def test_values_are_stored_ones_scaled_however_they_are_to_be_shown(
     low, high = (-(1 << bits - 1), (1 << bits - 1) - 1) if is_signed else (0, (1 << bits) - 1)
     stored = rng.integers(low, high + 1, (14, 12, 10))
     stored[0, 0, :], stored[1, 0, :] = low, high
+    if how == "JPEG2000":  # ITK writes beyond its memory where that makes a picture larger; it reads them
+        stored = np.sort(stored, axis=None).reshape(10, 12, 14).T
     shift = allocated - bits if how == "shifted" else 0
     for photometric in ("MONOCHROME1", "MONOCHROME2"):
         folder = save_dicom(tmp_path / photometric, scan())
@@ -158,14 +161,10 @@ def test_values_are_stored_ones_scaled_however_they_are_to_be_shown(
             header.PixelRepresentation, header.PhotometricInterpretation = is_signed, photometric
             kind = f"{'i' if is_signed else 'u'}{allocated // 8}"
             header.PixelData = (stored[:, :, k].T << shift).astype(kind).tobytes()
-            if how == "rle":
-                header.compress(pydicom.uid.RLELossless)
             header.save_as(path, enforce_file_format=True)
-        try:
-            found = open_volume(Entry(str(folder), ())).read()
-        except BadVolume as err:  # SimpleITK cannot turn these back
-            assert how == "rle" and bits == 12 and is_signed and "gdcmconv" in str(err)
-            continue
+            if how not in ("native", "shifted"):
+                compress_dicom(path, how)
+        found = open_volume(Entry(str(folder), ())).read()
         np.testing.assert_array_equal(found, stored * 2.0 - 1024, err_msg=photometric)
 
 
