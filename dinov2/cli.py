@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dinov2.errors import EXIT_BAD_INPUT, EXIT_OK, BadInput
+from dinov2.errors import EXIT_BAD_INPUT, EXIT_OK, EXIT_RESUMABLE, BadInput
 from dinov2.files import refuse_output, shown, words, write_text
 from dinov2.logging import setup_logging
 from dinov2.version import __version__
@@ -157,7 +157,7 @@ def index(args: argparse.Namespace) -> int:
     )
     refuse_outputs(request, args.report)
     code = merge(args.folders, request, say) if args.merge else run_index(args.folders, request, say)
-    if code == EXIT_OK and args.report:
+    if code != EXIT_RESUMABLE and args.report:
         from dinov2.data.corpus.report import write_report
 
         write_report(args.output, request.quarantine_path, args.report)

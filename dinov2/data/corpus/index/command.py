@@ -21,7 +21,7 @@ from dinov2.data.corpus.index.walk import Unit, walk
 from dinov2.data.datalist import write_datalist
 from dinov2.data.pool import unordered
 from dinov2.data.volumes.formats import FORMAT_NAMES
-from dinov2.errors import EXIT_OK, EXIT_RESUMABLE, BadInput
+from dinov2.errors import EXIT_BAD_INPUT, EXIT_OK, EXIT_RESUMABLE, BadInput
 from dinov2.files import refuse_output, shown, to_json, user_path, write_text
 from dinov2.logging import Say
 from dinov2.logging.progress import Progress
@@ -103,7 +103,7 @@ def index(folders: list[Path], request: IndexRequest, say: Say) -> int:
     """Examine what is new or changed below some folders, then write list and quarantine.
 
     Returns:
-        0, or 75 where it was stopped; the same command continues.
+        0; 2 where nothing can be used (list and quarantine are written); 75 where it was stopped; the same command continues.
 
     Raises:
         BadInput: A folder is not there, nothing in them is a volume, or the output cannot be written.
@@ -125,12 +125,14 @@ def index(folders: list[Path], request: IndexRequest, say: Say) -> int:
         journal.keep_only({u.path for u in units})
         if not units and request.shard == (1, 1):
             raise BadInput(f"{', '.join(shown(f) for f in folders)}: no {FORMAT_NAMES} file in it")
-        _write(journal, request, say)
-    return EXIT_OK
+        return _write(journal, request, say)
 
 
 def merge(lists: list[Path], request: IndexRequest, say: Say) -> int:
     """One list of several shards' journals, as one run of everything would write it.
+
+    Returns:
+        As of `index`.
 
     Raises:
         BadInput: A journal is missing, or they were made with different options.
@@ -152,8 +154,7 @@ def merge(lists: list[Path], request: IndexRequest, say: Say) -> int:
         for _, _, records in sources:
             for unit, stamp, rows in records:
                 journal.add(unit, stamp, rows)
-        _write(journal, request, say)
-    return EXIT_OK
+        return _write(journal, request, say)
 
 
 def _take_salt(lists: list[Path], output: Path, mark: str) -> None:
@@ -191,8 +192,12 @@ def _examine(todo: list[Unit], journal: Journal, request: IndexRequest) -> bool:
     return True
 
 
-def _write(journal: Journal, request: IndexRequest, say: Say) -> None:
-    """Judge all rows and write list and quarantine, row by row."""
+def _write(journal: Journal, request: IndexRequest, say: Say) -> int:
+    """Judge all rows and write list and quarantine, row by row; the exit code.
+
+    Raises:
+        BadInput: They cannot be written.
+    """
     set_aside: list[Row] = []
     counts: Counter[str] = Counter()
     parted = parted_series(journal.rows())
@@ -220,6 +225,10 @@ def _write(journal: Journal, request: IndexRequest, say: Say) -> None:
         say(f"  {counts['with notes']} with headers that contradict themselves: see `header_notes`; the affine counts")
     reasons = ", ".join(f"{n} {reason}" for reason, n in Counter(r["reason"] for r in set_aside).most_common())
     say(f"{shown(request.quarantine_path)}: {len(set_aside)} set aside" + (f": {reasons}" if reasons else ""))
+    if not num_listed and request.shard == (1, 1):
+        logger.error("%s: nothing in it can be used: %s has the reasons", shown(request.output), shown(request.quarantine_path))
+        return EXIT_BAD_INPUT
+    return EXIT_OK
 
 
 def _write_json(path: Path, rows: list[Row]) -> None:

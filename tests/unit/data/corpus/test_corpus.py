@@ -228,5 +228,6 @@ def test_the_report_stands_alone_and_names_no_patient(tmp_path: Path) -> None:
 def test_a_report_of_nothing_listed_is_a_page_too(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "a.nii").write_bytes(b"")
-    indexed(tmp_path / "data", tmp_path / "list.json", "--report", str(tmp_path / "r.html"))
+    words = ["--output", str(tmp_path / "list.json"), "--workers", "0", "--report", str(tmp_path / "r.html")]
+    assert main(["index", str(tmp_path / "data"), *words]) == 2
     assert "|0|volumes|" in Page((tmp_path / "r.html").read_text()).words

@@ -111,9 +111,10 @@ def compress_dicom(path: Path, how: str) -> None:
 
 def run(folder: Path, output: Path, *flags: str) -> tuple[list[dict], dict[str, tuple[str, str]]]:
     """List and quarantine {name: (reason, detail)} of an index in this process."""
-    assert main(["index", str(folder), "--output", str(output), "--workers", "0", *flags]) == 0
-    rows = json.loads(output.with_name("list.quarantine.json").read_text())
-    return json.loads(output.read_text()), {os.path.basename(r["path"]): (r["reason"], r["detail"]) for r in rows}
+    code = main(["index", str(folder), "--output", str(output), "--workers", "0", *flags])
+    listed, rows = json.loads(output.read_text()), json.loads(output.with_name("list.quarantine.json").read_text())
+    assert code == (0 if listed else 2)
+    return listed, {os.path.basename(r["path"]): (r["reason"], r["detail"]) for r in rows}
 
 
 # ---------------------------------------------------------------------- formats
