@@ -25,7 +25,6 @@ from dinov2.data.corpus.index.journal import Journal, journal_path, read_journal
 from dinov2.data.corpus.index.metadata import hashed_id
 from dinov2.data.corpus.index.walk import walk
 from dinov2.data.corpus.overlap import seen_in
-from dinov2.data.pool import unordered
 from dinov2.data.volumes.opening import open_volume
 from dinov2.errors import BadInput
 from dinov2.run.data.index import shard_commands
@@ -512,18 +511,6 @@ def test_a_journal_killed_twice_keeps_all_whole_lines(tmp_path: Path) -> None:
     with Journal(path, {}) as journal:
         assert [row["path"] for row in journal.rows()] == ["a", "b", "c"]
         assert journal.knows("b", "stamp") and not journal.knows("b", "other")
-
-
-def die_on_thirteen(item: int) -> int:
-    if item == 13:
-        os._exit(1)
-    return item
-
-
-@pytest.mark.slow
-def test_a_file_that_kills_its_process_costs_only_itself() -> None:
-    found = sorted(unordered(die_on_thirteen, range(20), 2, on_death=lambda item: -item))
-    assert found == [-13, *(i for i in range(20) if i != 13)]
 
 
 def test_a_folder_is_walked_once_by_whatever_name(tmp_path: Path) -> None:
