@@ -33,9 +33,13 @@ def find_config(name_or_path: str | Path) -> Path:
     Raises:
         ConfigError: Neither a file nor a known name; the message lists the nearest name.
     """
-    given = Path(user_path(name_or_path))
-    if given.is_file():
-        return given
+    try:
+        given = Path(user_path(name_or_path))
+        if given.is_file():
+            return given
+    except (BadInput, OSError) as err:  # OSError: longer than a name may be
+        reason = err.strerror if isinstance(err, OSError) else err
+        raise ConfigError(f"{str(name_or_path)[:80]!r}: no name of a file or a configuration: {reason}") from err
     known = {p.relative_to(folder).with_suffix("").as_posix(): p for folder in recipe_folders() for p in folder.rglob("*.yaml")}
     name = str(name_or_path).removeprefix("configs/").removesuffix(".yaml")
     if name not in known:
@@ -103,9 +107,19 @@ def _file_layers(path: Path, seen: tuple[Path, ...] = ()) -> list[tuple[str, Dic
     if path in seen:
         raise ConfigError(f"{path}: `base` leads back to the file itself")
     content = _read_yaml(path)
-    base = content.pop("base", None)
-    before = [] if base is None else _file_layers(find_config(base), (*seen, path))
-    return [*before, (str(path), content)]
+    plain: Any = OmegaConf.to_container(content)  # in which `${...}` is text
+    base = plain.get("base")
+    if "base" in content:
+        del content["base"]
+    if base is None:
+        return [(str(path), content)]
+    if not isinstance(base, str):
+        raise ConfigError(f"{path}: base: {str(base)[:80]!r} is no name of a configuration")
+    try:
+        found = find_config(base)
+    except ConfigError as err:
+        raise ConfigError(f"{path}: base: {err}") from err
+    return [*_file_layers(found, (*seen, path)), (str(path), content)]
 
 
 def _read_overrides(overrides: Sequence[str]) -> DictConfig:

@@ -86,6 +86,14 @@ def test_a_wrong_key_or_value_is_explained_in_one_line(override: str, words: lis
         assert word in message
 
 
+@pytest.mark.parametrize("base", ["{a: 1}", "[1]", "1", "''", ".", '"a\\0b"', "${x}", "a" * 300, "tiny_cup"])
+def test_a_base_that_none_is_is_named_with_its_file(base: str, tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text(f"base: {base}\n")
+    with pytest.raises(ConfigError, match=r"a.yaml: base: .*no.* configuration") as err:
+        load_and_merge_config_3d(tmp_path / "a.yaml")
+    assert len(str(err.value).splitlines()) == 1
+
+
 @pytest.mark.parametrize("nothing", ["", "null", "None"])
 def test_nothing_is_null_or_the_default(nothing: str, tmp_path: Path) -> None:
     (tmp_path / "old.yaml").write_text(

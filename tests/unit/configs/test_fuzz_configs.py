@@ -18,7 +18,7 @@ KEYS = [key for key, _ in config_keys()]
 DELICATE = [
     "", "null", "None", "~", "???", "true", "[1, 2]", "[", "]", "{a: 1}", "{", "${train.seed}", "${", "${oc.env:HOME}",
     "${nowhere}", "!!python/object:os.system x", "!!binary 1", "&a [*a]", "*a", "0x10", "1_000", "1e400", ".nan", ".inf",
-    "-.inf", "'", '"', "a: b", "2001-01-01", "\t", "a\nb", "\x00", "\u2028", "%", "@", "|", ">", "[" * 3000,
+    "-.inf", "'", '"', "a: b", "2001-01-01", "\t", "a\nb", "\x00", "\u2028", "%", "@", "|", ">", "[" * 3000, "a" * 300,
 ]  # fmt: skip
 words = st.sampled_from(DELICATE) | numbers.map(str) | st.text(max_size=10)
 
@@ -44,6 +44,8 @@ def keys(draw: st.DrawFn) -> str:
 def files(draw: st.DrawFn) -> bytes:
     """YAML of the schema's sections with values of any kind; sometimes damaged, sometimes anything."""
     content: dict = draw(st.dictionaries(st.text(max_size=6), documents, max_size=1))
+    if draw(st.integers(0, 5)) == 0:
+        content["base"] = draw(plain | documents | st.sampled_from(DELICATE))
     for key in draw(st.lists(st.sampled_from(KEYS), max_size=4)):
         section, _, leaf = key.partition(".")
         inner = content.setdefault(section, {})
