@@ -48,9 +48,9 @@ class _Worker:
     process: SpawnProcess
     connection: Connection
 
-    def send(self, item: Any) -> None:
+    def send(self, content: Any) -> None:
         with suppress(ConnectionError):  # it died since its last answer: its pipe's end says so
-            self.connection.send_bytes(pickle.dumps(item))
+            self.connection.send_bytes(pickle.dumps(content))
 
     def receive(self) -> _Answer:
         try:
@@ -127,13 +127,15 @@ def _run(work: Callable[[Any], Any], todo: Iterator[Any], num_workers: int) -> I
 def _start(work: Callable[[Any], Any]) -> _Worker:
     context = get_context("spawn")  # nothing inherited: no other end of a pipe, no thread of a library's that is not there then
     ours, theirs = context.Pipe()
-    process = context.Process(target=_serve, args=(work, theirs), daemon=True)
+    process = context.Process(target=_serve, args=(theirs,), daemon=True)
     process.start()
     theirs.close()  # or its end would not be seen here
-    return _Worker(process, ours)
+    worker = _Worker(process, ours)
+    worker.send(work)  # not among the arguments: what it imports may take seconds, in which a parent may be killed
+    return worker
 
 
-def _serve(work: Callable[[Any], Any], connection: Connection) -> None:
+def _serve(connection: Connection) -> None:
     """One process: one thread, as the processes are the parallelism."""
     die_with_parent()  # or it would wait for ever for work from a process that was killed
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process ends the work
@@ -141,6 +143,7 @@ def _serve(work: Callable[[Any], Any], connection: Connection) -> None:
         sys.modules["torch"].set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"  # for a torch that the work itself loads
     with suppress(EOFError, ConnectionError):  # closed by the main process
+        work = pickle.loads(connection.recv_bytes())
         while True:
             answer = _answer(work, pickle.loads(connection.recv_bytes()))
             connection.send_bytes(pickle.dumps(answer))

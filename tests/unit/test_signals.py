@@ -24,6 +24,21 @@ if __name__ != "__main__":  # a process that starts is here, all that it needs t
 else:
     list(unordered(time.sleep, [600] * 4, 2))
 """
+LATE = """
+import pathlib, sys, time
+from dinov2.data.pool import unordered
+
+def late():
+    pathlib.Path(sys.argv[1]).touch()
+    time.sleep(600)  # as what the work imports, which may take long
+
+class Work:
+    def __reduce__(self):
+        return late, ()
+
+if __name__ == "__main__":
+    list(unordered(Work(), [600] * 4, 2))
+"""
 FORKED = """
 import itertools, pathlib, sys, time
 from dinov2.data import workers
@@ -48,7 +63,7 @@ for answer in compute_in_order(torch.zeros, itertools.repeat(1000), 2):
 """
 
 
-@pytest.mark.parametrize("program", [SPAWNED, FORKED], ids=["spawned", "forked"])
+@pytest.mark.parametrize("program", [SPAWNED, LATE, FORKED], ids=["spawned", "spawned late", "forked"])
 def test_a_process_whose_parent_is_killed_while_it_starts_ends_too(tmp_path: Path, program: str) -> None:
     (tmp_path / "program.py").write_text(program)
     mark, begun = uuid.uuid4().hex, tmp_path / "begun"
