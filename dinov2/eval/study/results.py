@@ -11,7 +11,7 @@ import math
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,10 @@ from dinov2.errors import BadInput
 from dinov2.files import is_number, read_json, read_text
 
 PER_CASE, RESULTS, PREDICTIONS, SUMMARY = "per_case.csv", "results.json", "predictions.csv", "summary.json"
+IDENTITY = "decisive.json"  # of every evaluation, from its beginning (`dinov2.eval.run`, which brings torch)
 FORMS = f"a folder with {PER_CASE}, {RESULTS} or {SUMMARY}, nnU-Net's {SUMMARY}, or a CSV file with case,class,dice"
 AGAIN = "it is damaged or half-written: run its program again"
+WHOLE = "give the whole folder of the run"
 ALL = "all"  # the class of a value that is of all classes together
 _SEED_SCORES = ("auc", "f1", "balanced_accuracy", "calibration_error")
 _NO_METRICS = (
@@ -74,7 +76,7 @@ class _Row:
     where: str
     case: str
     name: str
-    values: Mapping[str, float] = field(default_factory=dict)
+    values: Mapping[str, float]
 
 
 def read_runs(paths: Sequence[Path]) -> list[Results]:
@@ -87,9 +89,8 @@ def read_runs(paths: Sequence[Path]) -> list[Results]:
     twice = next((path for i, path in enumerate(paths) if real[i] in real[:i]), None)
     if twice is not None:
         raise BadInput(f"{twice}: is given twice: give each run once")
-    named = [
-        path.parent if path.name in (PER_CASE, SUMMARY) else path.with_suffix("") if path.is_file() else path for path in paths
-    ]
+    named = [path.parent if path.name in (PER_CASE, SUMMARY, RESULTS) else path for path in paths]
+    named = [path.with_suffix("") if path.is_file() else path for path in named]
     names = names_apart([None] * len(paths), [(os.path.abspath(path),) for path in named])
     if len(set(names)) < len(names):
         again = next(name for i, name in enumerate(names) if name in names[:i])
@@ -107,6 +108,8 @@ def read_results(path: Path, name: str) -> Results:
     Raises:
         BadInput: It is not there, not finished, damaged, or of no known form.
     """
+    if path.is_file() and path.name == RESULTS:
+        path = path.parent
     if path.is_file():
         return _nnunet(path, name) if path.suffix.lower() == ".json" else _table(path, name, background=None)
     if not path.is_dir():
@@ -115,12 +118,7 @@ def read_results(path: Path, name: str) -> Results:
         return _folder(path, name, _json_object(path / RESULTS))
     if (path / SUMMARY).is_file():
         return _nnunet(path / SUMMARY, name)
-    if (
-        (path / PER_CASE).exists()
-        or (path / PREDICTIONS).exists()
-        or any(path.glob("seed_*"))
-        or (path / "decisive.json").exists()
-    ):
+    if any(any(path.glob(file)) for file in (IDENTITY, PER_CASE, PREDICTIONS, "seed_*")):
         raise BadInput(f"{path}: has no {RESULTS}, so its run is not finished: start its command again, which goes on")
     raise BadInput(f"{path}: no results of a run: give {FORMS}")
 
@@ -147,7 +145,7 @@ def _json_object(path: Path) -> dict[str, Any]:
 def _read_csv(path: Path, wanted: Sequence[str]) -> list[tuple[str, dict[str, str]]]:
     """Rows of a table by their columns, each with file and line."""
     try:
-        lines = list(csv.reader(io.StringIO(read_text(path), newline=""), strict=True))
+        lines = list(csv.reader(io.StringIO(read_text(path, advice=WHOLE), newline=""), strict=True))
     except csv.Error as err:
         raise BadInput(f"{path}: cannot be read as CSV: {err}: {AGAIN}") from err
     header = [column.strip() for column in lines[0]] if lines else []

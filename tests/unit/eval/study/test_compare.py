@@ -239,7 +239,7 @@ def test_regressions_are_compared_by_absolute_errors(tmp_path: Path) -> None:
 def test_names_are_those_of_folders_as_far_as_they_differ(tmp_path: Path) -> None:
     paths = [segmentation(tmp_path / part / "seg", dice_of(1)) for part in ("old", "new")]
     assert [run.name for run in read_runs(paths)] == ["old_seg", "new_seg"]
-    assert [run.name for run in read_runs([paths[0], table(tmp_path / "x.csv", dice_of(1))])] == ["seg", "x"]
+    assert [run.name for run in read_runs([paths[0] / "results.json", table(tmp_path / "x.csv", dice_of(1))])] == ["seg", "x"]
 
 
 def without(path: Path, words: str) -> None:
@@ -260,7 +260,7 @@ def test_differing_test_items_are_refused_with_what_is_missing_where(tmp_path: P
 Change = Callable[[Path], object]
 CHANGES: list[tuple[Change, str]] = [  # to the other run's folder; words of the refusal
     (lambda f: without(f / "per_case.csv", "posterior"), "classes differ: b lacks 1 of 2 (posterior)"),
-    (lambda f: (f / "per_case.csv").unlink(), "per_case.csv: No such file"),
+    (lambda f: (f / "per_case.csv").unlink(), "per_case.csv: No such file or directory: give the whole folder"),
     (lambda f: (f / "results.json").unlink(), "is not finished: start its command again"),
     (lambda f: (f / "results.json").write_text('{"test": '), "is not valid JSON, perhaps half-written"),
     (lambda f: (f / "results.json").write_text("[]"), "holds a list, no results"),
