@@ -151,7 +151,8 @@ def test_a_case_with_an_absent_class_is_counted_and_said(tmp_path: Path, capsys:
     assert [rows["anterior", name].not_counted for name in ("a", "b", "a - b")] == [1, 2, 2]
     both = [i for i in range(12) if i not in (3, 5)]
     assert rows["anterior", "a - b"].estimate.mean == pytest.approx((one["anterior"] - other["anterior"])[both].mean())
-    assert rows[MEAN, "a - b"].estimate.n == 12  # the other class counts there
+    means = np.where(np.arange(12) == 3, one["posterior"], (one["anterior"] + one["posterior"]) / 2)  # the other class alone
+    assert (rows[MEAN, "a - b"].estimate.n, rows[MEAN, "a"].estimate.mean) == (12, pytest.approx(means.mean(), rel=1e-5))
     assert main(["compare", *map(str, paths)]) == 0
     assert "2 without a value" in capsys.readouterr().out
 
@@ -216,9 +217,12 @@ def test_one_seed_has_no_p_value_and_the_record_no_bare_nan(tmp_path: Path, caps
     def refuse(constant: str) -> float:
         raise AssertionError(constant)
 
+    assert "nan" not in (tmp_path / "out" / "comparison.csv").read_text()
     record = json.loads((tmp_path / "out" / "comparison.json").read_text(), parse_constant=refuse)
     (row,) = [r for r in record["rows"] if r["metric"] == "auc" and r["minus"]]
-    assert row["p"] is row["p_holm"] is row["t_low"] is None and row["mean"] == pytest.approx(0.8 - 2.2 / 3)
+    assert row["p"] is row["p_holm"] is row["t_low"] is row["holm_family"] is None and row["mean"] == pytest.approx(
+        0.8 - 2.2 / 3
+    )
     (mean,) = [r for r in record["rows"] if r["metric"] == "auc" and r["run"] == "b" and not r["minus"]]
     assert mean["t_low"] < mean["bootstrap_low"] < mean["bootstrap_high"] < mean["t_high"]
     assert record["runs"] == {"a": str(paths[0]), "b": str(paths[1])} and record["bootstrap_coverage"] == {"3": 0.747}

@@ -58,14 +58,14 @@ def by_counting(differences: np.ndarray) -> float:
     return float(np.mean([min(s, ranks.sum() - s) <= smaller for s in sums]))
 
 
-@pytest.mark.parametrize("seed", range(6))
-def test_with_zeros_and_ties_p_is_counted_out_over_all_signs(seed: int) -> None:
-    differences = np.random.default_rng(seed).integers(-3, 5, size=10).astype(float)
+@pytest.mark.parametrize(("seed", "size"), [*((seed, 10) for seed in range(5)), (5, 15)])
+def test_with_zeros_and_ties_p_is_counted_out_over_all_signs(seed: int, size: int) -> None:
+    differences = np.random.default_rng(seed).integers(-3, 5, size=size).astype(float)
     found = wilcoxon(differences, zeros_like(differences))
     assert found.p == pytest.approx(by_counting(differences))
     zeros = int((differences == 0).sum())
-    assert (f"{zeros} of 10 differences are zero" in found.note) == (zeros > 0) and "share ranks" in found.note
-    assert found.smallest_p == 2.0 ** (1 - (10 - zeros))
+    assert (f"{zeros} of {size} differences are zero" in found.note) == (zeros > 0) and "share ranks" in found.note
+    assert found.smallest_p == 2.0 ** (1 - (size - zeros))
 
 
 def test_p_is_scipys_exact_one_up_to_fifty_differences_and_its_approximation_beyond() -> None:
@@ -154,6 +154,12 @@ def test_equal_values_have_an_interval_of_no_width() -> None:
     assert found.t == pytest.approx((-0.2, -0.2)) and found.bootstrap == pytest.approx((-0.2, -0.2))
     assert estimate(np.full(7, 0.1)).bootstrap == (0.1, 0.1)
     assert np.isnan([*estimate(np.array([0.5])).t, *estimate(np.array([0.5])).bootstrap]).all()
+
+
+def test_independent_runs_are_drawn_independently() -> None:
+    """Two runs with the same values differ by chance alone: an interval as wide as that of one of them, times sqrt(2)."""
+    (low, high), (one_low, one_high) = difference(SLEEP_1, SLEEP_1).bootstrap, estimate(SLEEP_1).bootstrap
+    assert low < 0 < high and high - low == pytest.approx(math.sqrt(2) * (one_high - one_low), rel=0.1)
 
 
 def test_hedges_g_is_cohens_d_without_its_bias() -> None:
