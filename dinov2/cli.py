@@ -180,6 +180,13 @@ def overlap(args: argparse.Namespace) -> int:
     return run_overlap(args.first, args.second, say)
 
 
+def compare(args: argparse.Namespace) -> int:
+    """Compare runs on the same test items: means with intervals, differences with tests and effect sizes."""
+    from dinov2.eval.study.compare import compare as run_compare
+
+    return run_compare(args.runs, args.output, say)
+
+
 def embed(args: argparse.Namespace) -> int:
     """Write a Parquet table of features, a row a scan; continued after a stop."""
     from dinov2.data.corpus.index.command import parse_shard
@@ -278,6 +285,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands.add_parser("split", help="write a downstream datalist of labelled cases: parts by patients", add_help=False)
     _add_corpus(commands)
     _add_embed(commands)
+    _add_compare(commands)
     checkpoints = commands.add_parser("checkpoint", help="weights and training checkpoints in their forms")
     checkpoint = checkpoints.add_subparsers(required=True, metavar="ACTION")
     for name, function in (("inspect", checkpoint_inspect), ("export", checkpoint_export)):
@@ -312,6 +320,14 @@ def _add_classify(commands: Commands) -> None:
     action.add_argument("--output", type=Path, help="a table of the probabilities (CSV)")
     action.add_argument("--pretrained-weights", help="of the backbone, where they are no longer where they were")
     action.set_defaults(function=classify)
+
+
+def _add_compare(commands: Commands) -> None:
+    action = commands.add_parser("compare", help=_first_line(compare))
+    runs = "folders of finished runs, summary.json of nnU-Net, or CSV files with case,class,dice; names are those of folders"
+    action.add_argument("runs", type=Path, nargs="+", metavar="RUN", help=runs)
+    action.add_argument("--output", type=Path, metavar="FOLDER", help="where comparison.csv and comparison.json are written")
+    action.set_defaults(function=compare)
 
 
 def _add_corpus(commands: Commands) -> None:

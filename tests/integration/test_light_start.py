@@ -47,6 +47,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for i in range(5):
             voxels = rng.integers(0, 100 if kind == "images" else 2, (20, 18, 16)).astype(np.int16)
             nib.save(nib.Nifti1Image(voxels, np.diag([1.0, 1.0, 2.0, 1.0])), folder / kind / f"case{i}.nii.gz")
+    for name, dice in (("one", "0.8"), ("other", "0.7")):
+        (folder / f"{name}.csv").write_text(f"case,class,dice\na,ball,{dice}\nb,ball,0.9\n")
     (folder / "rules.yaml").write_text("seed: 0\nrules:\n  - {name: half, keep_share: 0.5}\n")
     return folder
 
@@ -65,6 +67,7 @@ COMMANDS = [
     ["cache", "stats", "list.json", "--cache-dir", "cache"],
     ["split", "--images", "images", "--labels", "labels", "--output", "d_100_datalist.json"],
     ["split", "--folds", "3", "--images", "images", "--labels", "labels", "--output", "d_100_datalist.json"],
+    ["compare", "one.csv", "other.csv", "--output", "compared"],
 ]
 
 
