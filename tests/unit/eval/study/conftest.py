@@ -40,16 +40,20 @@ def write_list(path: Path, counts: tuple[int, int, int], label: Callable[[int], 
 
 @pytest.fixture
 def study_file(tmp_path: Path) -> Path:
-    """Twelve cells: two methods, two seeds, one set with two percents and one with one."""
-    data = tmp_path / "data"
+    return make_study(tmp_path)
+
+
+def make_study(folder: Path) -> Path:
+    """Twelve cells: two methods, two seeds, one set with two percents and one with one; the data beside the file."""
+    data = folder / "data"
     data.mkdir()
     (data / "balls.yaml").write_text("task: segmentation\nclasses: {0: background, 1: ball}\n")
     (data / "ages.yaml").write_text("task: classification\nclasses: {0: low, 1: high}\n")
     (data / "label.nii.gz").touch()
     write_list(data / "balls_100_datalist.json", (8, 2, 3), lambda _: "label.nii.gz")
     write_list(data / "ages_cls_datalist.json", (6, 4, 5), lambda i: i % 2)
-    path = tmp_path / "small.yaml"
-    path.write_text(STUDY.format(data=data, out=tmp_path / "out"))
+    path = folder / "small.yaml"
+    path.write_text(STUDY.format(data=data, out=folder / "out"))
     return path
 
 

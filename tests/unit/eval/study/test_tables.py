@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
+import shutil
 from functools import partial
 from pathlib import Path
 
@@ -16,15 +18,25 @@ from dinov2.eval.study.cells import cells_of, labelled_sets
 from dinov2.eval.study.report import headlines, label_equivalence, report
 from dinov2.eval.study.schema import Study, load_study
 from dinov2.eval.study.table import COLUMNS, RUN_COLUMNS, collect, write_table
-from tests.unit.eval.study.conftest import STANDIN
+from tests.unit.eval.study.conftest import STANDIN, make_study
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The file of a study that has run."""
+    path = make_study(tmp_path_factory.mktemp("ran"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runner, "POLL_S", 0.01)
+        patch.setattr(command, "run_cells", partial(runner.run_cells, program=STANDIN))
+        assert command.main(["run", str(path), "--jobs", "2"], lambda _: None) == EXIT_OK
+    return path
 
 
 @pytest.fixture
-def finished(study: Study, study_file: Path, monkeypatch: pytest.MonkeyPatch) -> Study:
-    monkeypatch.setattr(runner, "POLL_S", 0.01)
-    monkeypatch.setattr(command, "run_cells", partial(runner.run_cells, program=STANDIN))
-    assert command.main(["run", str(study_file), "--jobs", "2"], lambda _: None) == EXIT_OK
-    return study
+def finished(ran: Path, tmp_path: Path) -> Study:
+    """A copy of what it left."""
+    shutil.copytree(ran.with_name("out"), tmp_path / "out")
+    return load_study(ran, [f"output_dir={tmp_path / 'out'}"])
 
 
 def read(study: Study, name: str) -> list[dict[str, str]]:
@@ -69,24 +81,23 @@ def test_what_is_not_counted_is_empty_and_no_part_of_a_mean(finished: Study) -> 
     assert value[("background", "dice")] != ""
 
 
-def test_methods_that_saw_other_cases_are_refused_by_name(finished: Study, tmp_path: Path) -> None:
-    """The list is on another machine, so that only what was recorded can be compared."""
+def test_methods_that_saw_other_cases_are_refused_by_name(finished: Study) -> None:
+    """The lists are on another machine, so that only what was recorded can be compared."""
+    elsewhere = dataclasses.replace(finished, base_data_dir="nowhere")
     cell = next(c for c in cells_of(finished, labelled_sets(finished)) if c.name == "balls/Random/25/1")
     path, before = cell.folder / records.IDENTITY, (cell.folder / records.IDENTITY).read_text()
-    for listed in (tmp_path / "data").glob("*.json"):
-        listed.unlink()
     for part in ("test", "validation", "training"):
         content = json.loads(before)
         content["parts"][part]["sha"] = "another"
         path.write_text(json.dumps(content))
         other = "balls/3DINO/25/1" if part == "training" else "balls/3DINO/25/0"
         with pytest.raises(BadInput, match=f"balls/Random/25/1: has other {part} cases than {other}"):
-            collect(finished, lambda _: None)
+            collect(elsewhere, lambda _: None)
     path.write_text(before)
-    assert collect(finished, lambda _: None) == EXIT_OK
+    assert collect(elsewhere, lambda _: None) == EXIT_OK
 
 
-def test_a_table_of_other_test_cases_is_refused_by_their_names(finished: Study, tmp_path: Path) -> None:
+def test_a_table_of_other_test_cases_is_refused_by_their_names(finished: Study) -> None:
     cell = next(c for c in cells_of(finished, labelled_sets(finished)) if c.name == "ages/Random/100/0")
     path = cell.folder / "predictions.csv"
     path.write_text(path.read_text().replace("case12", "stranger"))
