@@ -197,6 +197,9 @@ def test_damaged_results_are_said_and_made_again(
         table.write_text(cut[damage])
     state = records.state_of(cell)
     assert state.name == records.DAMAGED and str(cell.folder) in state.reason
+    if damage == "a case less":  # told where the list is not there, too
+        elsewhere = load_study(study_file, ["base_data_dir=nowhere"])
+        assert records.state_of(next(c for c in cells(elsewhere) if c.name == name)).name == records.DAMAGED
     with caplog.at_level("WARNING"):
         assert run(study_file, "--cells", name) == EXIT_OK
     assert "results are damaged" in caplog.text and "it is run again" in caplog.text
@@ -267,6 +270,12 @@ def test_what_cannot_run_is_refused_before_anything_does(study: Study, study_fil
 )
 def test_the_reason_is_the_last_error_of_a_log(text: str, found: str) -> None:
     assert found in runner.last_error(text)
+
+
+def test_the_reason_is_of_the_last_try_alone(tmp_path: Path) -> None:
+    log = tmp_path / "cell.log"
+    log.write_text("21:00:02 E a: an earlier reason\nnow\n")
+    assert runner.last_error(runner._tail(log, log.stat().st_size - 4)) == "now"
 
 
 def test_a_killed_cell_is_taken_for_one_without_memory(study: Study, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import time
 from pathlib import Path
@@ -9,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from dinov2.configs import ConfigError
-from dinov2.errors import EXIT_BAD_INPUT
+from dinov2.errors import EXIT_BAD_INPUT, EXIT_OK
 from dinov2.eval.study.cells import cells_of, labelled_sets, method_settings
 from dinov2.eval.study.plan import plan, weights_problem
-from dinov2.eval.study.schema import Method, Study, load_study
+from dinov2.eval.study.schema import Dataset, Method, Study, load_study
 
 MINIMAL = "datasets: {BTCV: {percents: [25, 100]}}\nmethods: {3DINO: {weights: random}, Random: }\n"
 PAPER = ("paper_segmentation", "paper_classification", "paper_linear_decoder", "paper_ood")
@@ -147,3 +148,23 @@ def test_weights_are_looked_for_without_being_opened(tmp_path: Path, monkeypatch
         name: method_settings("3DINO", Method(weights=name), "segmentation") for name in ("w.pth", "demo", "owner/name")
     }
     assert [s["pretrained-weights"] for s in settings.values()] == [str(tmp_path / "w.pth"), "demo", "owner/name"]
+
+
+def test_subsets_are_the_programs_own_and_the_same_for_all_methods(study: Study) -> None:
+    """Of a segmentation the list's first cases for every seed, of a classification a draw of each seed."""
+    sets = labelled_sets(dataclasses.replace(study, datasets={**study.datasets, "ages": Dataset(study.dataset("ages").recipe)}))
+    for name, is_drawn in (("balls", False), ("ages", True)):
+        parts = [sets[name].parts(50, seed) for seed in (0, 1)]
+        assert (parts[0]["training"] != parts[1]["training"]) == is_drawn
+        assert parts[0]["test"] == parts[1]["test"] and parts[0]["training"].count == len(sets[name].splits["training"]) // 2
+    by_cell = {cell.name: cell.parts for cell in cells_of(study, labelled_sets(study))}
+    for name, found in by_cell.items():
+        assert found == by_cell[name.replace("Random", "3DINO")]
+
+
+def test_a_plan_says_where_the_disk_is_too_small(study: Study) -> None:
+    lines: list[str] = []
+    assert plan(study, lines.append) == EXIT_OK and not [line for line in lines if "problem" in line]
+    huge = dataclasses.replace(study, budget=dataclasses.replace(study.budget, disk_gib=1e9))
+    assert plan(huge, lines.append) == EXIT_BAD_INPUT
+    assert "GiB free, 12 cells may leave 12,000,000,000" in lines[-1] and "make room" in lines[-1]
