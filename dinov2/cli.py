@@ -283,6 +283,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_predict(commands)
     _add_classify(commands)
     commands.add_parser("split", help="write a downstream datalist of labelled cases: parts by patients", add_help=False)
+    commands.add_parser("study", help="a comparison of methods: plan, run, status, collect, report", add_help=False)
     _add_corpus(commands)
     _add_embed(commands)
     _add_compare(commands)
@@ -401,6 +402,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             from dinov2.data.downstream.split_command import main as split_main
 
             return split_main(argv[1:], say)
+        if argv[:1] == ["study"]:
+            from dinov2.eval.study.command import main as study_main
+
+            return study_main(argv[1:], say)
         args = build_parser().parse_args(argv)
         return args.function(args)
     except BadInput as err:

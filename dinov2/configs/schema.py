@@ -36,8 +36,8 @@ def key(default: Any, meaning: str, is_path: bool = False, is_decisive: bool = T
         is_decisive: False for a key of a recipe that changes no result, only whether there is one.
     """
     metadata = {"meaning": meaning, "is_path": is_path}
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata=metadata, repr=is_decisive)
+    if isinstance(default, (list, dict)):
+        return field(default_factory=lambda: type(default)(default), metadata=metadata, repr=is_decisive)
     return field(default=default, metadata=metadata, repr=is_decisive)
 
 
