@@ -108,7 +108,7 @@ def test_an_untrained_adapter_leaves_the_backbones_tokens_as_they_are() -> None:
 class OnlyItsWidth(torch.nn.Module):
     """What an adapter is built around, without a backbone's parameters."""
 
-    embed_dim, block_list = 1024, (None,) * 4
+    embed_dim, num_layers = 1024, 4
 
 
 def test_first_weights_spread_as_the_published_adapters_at_the_width_of_vit_l() -> None:
