@@ -122,14 +122,14 @@ def predict(args: argparse.Namespace) -> int:
     """Segment scans by a trained network, each on its file's own grid and orientation."""
     from dinov2.eval.segmentation_3d.predict import predict as run_predict
 
-    return run_predict(args.weights, args.input, args.output, args.overlap, say)
+    return run_predict(args.weights, args.input, args.output, args.overlap, say, args.encoder)
 
 
 def classify(args: argparse.Namespace) -> int:
     """Say the class of scans by a saved probe."""
     from dinov2.eval.probing.saved_probe import classify as run_classify
 
-    return run_classify(args.probe, args.input, args.pretrained_weights, args.output, say)
+    return run_classify(args.probe, args.input, args.pretrained_weights, args.output, say, args.encoder)
 
 
 def index(args: argparse.Namespace) -> int:
@@ -303,6 +303,9 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+_ENCODER_HELP = "of what was trained on an encoder of your own (--model-name), whose code is then run"
+
+
 def _add_predict(commands: Commands) -> None:
     action = commands.add_parser("predict", help=_first_line(predict))
     action.add_argument("--weights", type=Path, required=True, help="best_model.pth of segmentation3d.py")
@@ -310,6 +313,7 @@ def _add_predict(commands: Commands) -> None:
     action.add_argument("--input", type=Path, nargs="+", required=True, metavar="FILE", help=files)
     action.add_argument("--output", type=Path, required=True, help=".nii.gz file; for a folder of cases a folder")
     action.add_argument("--overlap", type=float, default=0.75, help="share of a window that the next one covers too, 0 to 1")
+    action.add_argument("--encoder", metavar="MODULE:FUNCTION", help=_ENCODER_HELP)
     action.set_defaults(function=predict)
 
 
@@ -320,6 +324,7 @@ def _add_classify(commands: Commands) -> None:
     action.add_argument("--input", type=Path, nargs="+", required=True, metavar="FILE", help=files)
     action.add_argument("--output", type=Path, help="a table of the probabilities (CSV)")
     action.add_argument("--pretrained-weights", help="of the backbone, where they are no longer where they were")
+    action.add_argument("--encoder", metavar="MODULE:FUNCTION", help=_ENCODER_HELP)
     action.set_defaults(function=classify)
 
 
