@@ -133,7 +133,7 @@ setup(
     py_modules=["dinov2_3d"],
     install_requires=[
         "torch>=2.11,<3",
-        "monai>=1.4,<2",
+        "monai>=1.5,<2",
         "omegaconf>=2.3,<3",
         "numpy>=1.26",
         "nibabel>=5.2",

@@ -122,14 +122,14 @@ def predict(args: argparse.Namespace) -> int:
     """Segment scans by a trained network, each on its file's own grid and orientation."""
     from dinov2.eval.segmentation_3d.predict import predict as run_predict
 
-    return run_predict(args.weights, args.input, args.output, args.overlap, say)
+    return run_predict(args.weights, args.input, args.output, args.overlap, say, args.encoder)
 
 
 def classify(args: argparse.Namespace) -> int:
     """Say the class of scans by a saved probe."""
     from dinov2.eval.probing.saved_probe import classify as run_classify
 
-    return run_classify(args.probe, args.input, args.pretrained_weights, args.output, say)
+    return run_classify(args.probe, args.input, args.pretrained_weights, args.output, say, args.encoder)
 
 
 def index(args: argparse.Namespace) -> int:
@@ -178,6 +178,13 @@ def overlap(args: argparse.Namespace) -> int:
     from dinov2.data.corpus.overlap import overlap as run_overlap
 
     return run_overlap(args.first, args.second, say)
+
+
+def compare(args: argparse.Namespace) -> int:
+    """Compare runs on the same test items: means with intervals, differences with tests and effect sizes."""
+    from dinov2.eval.study.compare import compare as run_compare
+
+    return run_compare(args.runs, args.output, say)
 
 
 def embed(args: argparse.Namespace) -> int:
@@ -276,8 +283,10 @@ def build_parser() -> argparse.ArgumentParser:
     _add_predict(commands)
     _add_classify(commands)
     commands.add_parser("split", help="write a downstream datalist of labelled cases: parts by patients", add_help=False)
+    commands.add_parser("study", help="a comparison of methods: plan, run, status, collect, report", add_help=False)
     _add_corpus(commands)
     _add_embed(commands)
+    _add_compare(commands)
     checkpoints = commands.add_parser("checkpoint", help="weights and training checkpoints in their forms")
     checkpoint = checkpoints.add_subparsers(required=True, metavar="ACTION")
     for name, function in (("inspect", checkpoint_inspect), ("export", checkpoint_export)):
@@ -294,6 +303,9 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+_ENCODER_HELP = "of what was trained on an encoder of your own (--model-name), whose code is then run"
+
+
 def _add_predict(commands: Commands) -> None:
     action = commands.add_parser("predict", help=_first_line(predict))
     action.add_argument("--weights", type=Path, required=True, help="best_model.pth of segmentation3d.py")
@@ -301,6 +313,7 @@ def _add_predict(commands: Commands) -> None:
     action.add_argument("--input", type=Path, nargs="+", required=True, metavar="FILE", help=files)
     action.add_argument("--output", type=Path, required=True, help=".nii.gz file; for a folder of cases a folder")
     action.add_argument("--overlap", type=float, default=0.75, help="share of a window that the next one covers too, 0 to 1")
+    action.add_argument("--encoder", metavar="MODULE:FUNCTION", help=_ENCODER_HELP)
     action.set_defaults(function=predict)
 
 
@@ -311,7 +324,16 @@ def _add_classify(commands: Commands) -> None:
     action.add_argument("--input", type=Path, nargs="+", required=True, metavar="FILE", help=files)
     action.add_argument("--output", type=Path, help="a table of the probabilities (CSV)")
     action.add_argument("--pretrained-weights", help="of the backbone, where they are no longer where they were")
+    action.add_argument("--encoder", metavar="MODULE:FUNCTION", help=_ENCODER_HELP)
     action.set_defaults(function=classify)
+
+
+def _add_compare(commands: Commands) -> None:
+    action = commands.add_parser("compare", help=_first_line(compare))
+    runs = "folders of finished runs, summary.json of nnU-Net, or CSV files with case,class,dice; names are those of folders"
+    action.add_argument("runs", type=Path, nargs="+", metavar="RUN", help=runs)
+    action.add_argument("--output", type=Path, metavar="FOLDER", help="where comparison.csv and comparison.json are written")
+    action.set_defaults(function=compare)
 
 
 def _add_corpus(commands: Commands) -> None:
@@ -385,6 +407,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             from dinov2.data.downstream.split_command import main as split_main
 
             return split_main(argv[1:], say)
+        if argv[:1] == ["study"]:
+            from dinov2.eval.study.command import main as study_main
+
+            return study_main(argv[1:], say)
         args = build_parser().parse_args(argv)
         return args.function(args)
     except BadInput as err:

@@ -10,6 +10,7 @@ T = TypeVar("T")
 Size3 = tuple[int, int, int]  # voxels, cells or patches
 Spacing = tuple[float, float, float]  # mm
 Range = tuple[float, float]
+Edges = int | Size3  # of a box: one number for a cube
 
 
 def triple(values: Iterable[T]) -> tuple[T, T, T]:
@@ -30,3 +31,8 @@ def pair(values: Iterable[T]) -> tuple[T, T]:
     """
     one, two = values
     return one, two
+
+
+def edges(size: Edges) -> Size3:
+    """Edges of a box along the three axes."""
+    return (size, size, size) if isinstance(size, int) else size

@@ -37,9 +37,17 @@ def die_with_parent() -> None:
     folder among it, and the same command started again would find the folder in use. Linux is asked to end it; that says
     nothing of a parent that ended before, while this process was starting, and whose work it would wait for without end.
     """
+    parent = multiprocessing.parent_process()
+    die_with(None if parent is None else parent.pid)
+
+
+def die_with(parent: int | None) -> None:
+    """End this process at once when its parent, of that number, ends, or where it has ended already.
+
+    As subprocess's `preexec_fn` it is of the program that is started; the parent is the thread that starts it.
+    """
     prctl = getattr(ctypes.CDLL(None), "prctl", None)
     if prctl is not None:
         prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    parent = multiprocessing.parent_process()
-    if parent is not None and os.getppid() != parent.pid:  # asked for first, looked for then: no moment is between the two
+    if parent is not None and os.getppid() != parent:  # asked for first, looked for then: no moment is between the two
         os.kill(os.getpid(), signal.SIGKILL)

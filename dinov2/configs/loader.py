@@ -209,13 +209,18 @@ def _build(cfg: DictConfig, layers: Sequence[tuple[str, DictConfig]]) -> Any:
         raise ConfigError(f"{err} ({' + '.join(s for s, _ in layers) or 'defaults'})") from err
 
 
-def load_typed(schema: type, path: Path) -> Any:
+def load_typed(schema: type, path: Path, overrides: Sequence[str] = ()) -> Any:
     """A YAML file as an object of another dataclass schema, as strict as the configuration.
+
+    Args:
+        schema: The dataclass.
+        path: The file.
+        overrides: ``key=value`` words, applied last.
 
     Raises:
         ConfigError: As `load_and_merge_config_3d`.
     """
-    layers = _file_layers(path)
+    layers = [*_file_layers(path), *([("command line", _read_overrides(overrides))] if overrides else [])]
     return _build(_merge(schema, layers), layers)
 
 

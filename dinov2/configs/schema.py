@@ -36,8 +36,8 @@ def key(default: Any, meaning: str, is_path: bool = False, is_decisive: bool = T
         is_decisive: False for a key of a recipe that changes no result, only whether there is one.
     """
     metadata = {"meaning": meaning, "is_path": is_path}
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata=metadata, repr=is_decisive)
+    if isinstance(default, (list, dict)):
+        return field(default_factory=lambda: type(default)(default), metadata=metadata, repr=is_decisive)
     return field(default=default, metadata=metadata, repr=is_decisive)
 
 
@@ -369,15 +369,21 @@ class SegmentationConfig:
     num_points: int = key(4, "points that a query reads, per head and level")
     ffn_ratio: float = key(0.25, "hidden width of the extractors' feed-forward over the backbone's")
     drop_path_rate: float = key(0.2, "stochastic depth of the extractors' feed-forward")
-    checkpointing: bool = key(False, "compute each of the adapter's stages again in the backward pass instead of keeping it")
+    checkpointing: bool = key(False, "compute the adapter's stages, or SwinUNETR's blocks, again in the backward pass")
     linear_batch_norm: bool = key(False, "a BatchNorm between the two layers of the Linear head")
     layerwise_decay: float = key(1.0, "learning rate of a block over the one above (--train-feature-model); 1: one for all")
     window_batch: int = key(4, "windows a pass of the sliding window")
+    swin_width: int = key(48, "features of SwinUNETR at half of the size; twice as many at each halving")
+    unet_width: int = key(32, "features of UNet at the full size; twice as many at each halving, up to ten times")
 
     def __post_init__(self) -> None:
         widths = self.decoder_channels
         require(len(widths) == 4 and min(widths) > 0, f"segmentation.decoder_channels={widths} must be four positive widths")
-        for name in ("inplanes", "num_points", "window_batch"):
+        require(
+            self.swin_width > 0 and self.swin_width % 12 == 0,
+            f"segmentation.swin_width={self.swin_width} must be a multiple of 12 (the network's heads)",
+        )
+        for name in ("inplanes", "num_points", "window_batch", "unet_width"):
             require(getattr(self, name) > 0, f"segmentation.{name}={getattr(self, name)} must be at least 1")
         require(0 < self.feature_ratio <= 1, f"segmentation.feature_ratio={self.feature_ratio} must lie in (0, 1]")
         require(0 <= self.drop_path_rate < 1, f"segmentation.drop_path_rate={self.drop_path_rate} must lie in [0, 1)")

@@ -23,12 +23,13 @@ from dinov2.data.downstream.cases import Cases
 from dinov2.data.downstream.lists import SPLITS
 from dinov2.distributed import barrier, is_main_process
 from dinov2.errors import EXIT_OK, BadInput
+from dinov2.eval.methods.flags import complete
 from dinov2.eval.metrics.classification import classification_scores, write_predictions
 from dinov2.eval.probing import training
 from dinov2.eval.probing.linear_heads import LEARNING_RATES, LinearClassifier  # noqa: F401 - DINOv2's place of the second
 from dinov2.eval.probing.parts import groups_of, labels_of, part_features, require_every_class, training_items
 from dinov2.eval.probing.saved_probe import save_probe
-from dinov2.eval.run import MODELS, Request, Setting, checked_request, frozen_parser, open_run, require_positive
+from dinov2.eval.run import Request, Setting, checked_request, frozen_parser, open_run, require_positive
 from dinov2.files import write_json
 from dinov2.program import run_program
 
@@ -37,7 +38,7 @@ logger = logging.getLogger("dinov2.eval.linear3d")
 
 def get_args_parser() -> argparse.ArgumentParser:
     """3DINO's flags, with the paper's values as defaults; ours come last."""
-    parser = frozen_parser("linear3d.py", "Linear probing on a downstream dataset.")
+    parser = frozen_parser("linear3d.py", "Linear probing on a downstream dataset.", has_methods=True)
     add = parser.add_argument
     add("--epochs", type=int, default=100, help="epochs of --epoch-length iterations")
     add("--epoch-length", type=int, default=125, help="iterations of an epoch")
@@ -46,7 +47,6 @@ def get_args_parser() -> argparse.ArgumentParser:
     rates = "learning rates of the grid; default: the paper's, 1e-4 to 0.5"
     add("--learning-rates", type=float, nargs="+", default=list(LEARNING_RATES), metavar="RATE", help=rates)
     add("--classifier-fpath", help="checkpoint.pth of another run, whose heads this one begins with")
-    add("--model-name", choices=MODELS, default="3DINO")
     add("--scale-learning-rates", action="store_true", help="rates times batch / 256, as DINOv2")
     views = "augmented views of each training case whose features are kept, instead of a new view in every iteration (0)"
     add("--cached-views", type=int, default=0, help=views)
@@ -93,6 +93,7 @@ def check_arguments(args: argparse.Namespace) -> tuple[Request, training.Plan, r
     Raises:
         BadInput: Something of it cannot be used.
     """
+    args = complete(args)
     request = checked_request(args)
     for flag in ("epochs", "epoch_length", "save_checkpoint_frequency", "eval_period_iterations", "num_seeds"):
         require_positive(**{flag: getattr(args, flag)})

@@ -32,17 +32,20 @@ from dinov2.data.downstream.skull import warn_of_skulls
 from dinov2.distributed import barrier, gather_objects, is_main_process
 from dinov2.distributed.runtime import Runtime, lost_rank_explained, start_runtime
 from dinov2.errors import BadInput
-from dinov2.features.setup import build_model_for_eval, config_for, require_whole_patches
+from dinov2.eval.methods.flags import add_method_flags
+from dinov2.eval.methods.networks import config_of, open_network, require_whole, say_what_was_used
+from dinov2.eval.methods.registry import OURS, Method, find_method
+from dinov2.eval.methods.unet_plan import UNetPlan
 from dinov2.files import read_json, write_json, write_text
+from dinov2.geometry import Edges, edges, triple
 from dinov2.logging import setup_logging
 from dinov2.logging.folder import run_folder, set_aside
 from dinov2.logging.provenance import RUN_FILE, run_record
-from dinov2.models import DinoVisionTransformer3d
+from dinov2.models import BackboneModule
 
 logger = logging.getLogger(__name__)
 
 PROGRAMS = {"segmentation": "segmentation3d.py", "classification": "linear3d.py", "regression": "regression.py"}
-MODELS = ("3DINO", "MONAI-ViT", "SwinTransfer", "SwinRandom", "Random")
 IDENTITY = "decisive.json"
 NOT_DECISIVE = {  # flags that a resume may change
     "output_dir", "cache_dir", "num_workers", "local_rank", "base_data_dir", "no_resume",
@@ -55,37 +58,43 @@ LEFT = (
 )  # fmt: skip
 
 
-def eval_parser(program: str, description: str, datalist: str, batch_size: int, batch_help: str) -> argparse.ArgumentParser:
+def eval_parser(
+    program: str, description: str, datalist: str, batch_size: int | None, batch_help: str, has_methods: bool = False
+) -> argparse.ArgumentParser:
     """The flags that every evaluation has; their names are the keys of `decisive.json`.
 
     Args:
         datalist: Kind of the data set's list, as its file is named.
-        batch_size: Default.
+        batch_size: Default; None: the method's.
         batch_help: Its unit.
+        has_methods: With `--model-name`, whose method sets what is not given (`methods.flags.complete`).
     """
     parser = argparse.ArgumentParser(program, description=description)
     add = parser.add_argument
     add("--config-file", help="configuration of the backbone (a YAML file or a name), for weights that do not tell their own")
     weights = "file, checkpoint's or run's folder, owner/name on the hub, demo; untrained: random, or a network's name"
-    add("--pretrained-weights", required=True, help=weights)
+    add("--pretrained-weights", required=not has_methods, help=weights)
     add("--output-dir", required=True, help="folder of the run")
     add("--opts", nargs="*", default=[], metavar="key=value", help="configuration overrides")
     add("--dataset-name", required=True, help="a recipe: a name of configs/eval/datasets, or a YAML file")
     add("--dataset-percent", type=int, default=100, help="share of the training part that is used")
     add("--base-data-dir", required=True, help=f"folder of <dataset>_{datalist}_datalist.json")
-    add("--image-size", type=int, default=112, help="edge of the network's input (voxels)")
+    size = "; default: the method's" if has_methods else ""
+    add("--image-size", type=int, default=None if has_methods else 112, help=f"edge of the network's input (voxels){size}")
     add("--batch-size", type=int, default=batch_size, help=batch_help)
     add("--num-workers", type=int, default=8, help="loader processes")
     add("--cache-dir", help="folder of prepared cases; default: cache, below --output-dir")
     add("--dataset-seed", type=int, default=0, help="of what is drawn: crops, their order, a training subset")
     add("--no-resume", action="store_true", help="start anew; an earlier run of the folder is moved aside")
     add("--local-rank", type=int, default=0, help="accepted for old launchers, no effect")
+    if has_methods:
+        add_method_flags(parser)
     return parser
 
 
-def frozen_parser(program: str, description: str) -> argparse.ArgumentParser:
+def frozen_parser(program: str, description: str, has_methods: bool = False) -> argparse.ArgumentParser:
     """The flags that every evaluation of frozen features has."""
-    return eval_parser(program, description, "cls", 32, "images of a step and process")
+    return eval_parser(program, description, "cls", 32, "images of a step and process", has_methods)
 
 
 @dataclass(frozen=True)
@@ -95,6 +104,9 @@ class Request:
     Attributes:
         weights: As of `open_teacher`.
         overrides: Of the configuration.
+        image_size: Of the network's input (voxels).
+        model_name: Of a method.
+        unet_plan: Of a U-Net, in plain types.
         flags: All flags of the program that decide its result, by their names.
     """
 
@@ -107,31 +119,47 @@ class Request:
     base_data_dir: str
     dataset_percent: int
     dataset_seed: int
-    image_size: int
+    image_size: Edges
     batch_size: int
     num_workers: int
     no_resume: bool
     flags: Mapping[str, Any]
+    model_name: str = OURS
+    unet_plan: dict[str, Any] | None = None
+
+    @property
+    def method(self) -> Method:
+        return find_method(self.model_name)
+
+    @property
+    def plan(self) -> UNetPlan | None:
+        return None if self.unet_plan is None else UNetPlan.from_plain(self.unet_plan)
+
+    @property
+    def cube(self) -> int:
+        """Edge of the input of a network that sees cubes: all but a planned U-Net."""
+        assert isinstance(self.image_size, int)
+        return self.image_size
 
 
 def checked_request(args: argparse.Namespace) -> Request:
-    """The shared part of a command line.
+    """The shared part of a command line, of methods completed (`methods.flags.complete`).
 
     Raises:
-        BadInput: A number that must be positive, or a model that is none of ours.
+        BadInput: A number that must be positive.
     """
-    require_positive(image_size=args.image_size, batch_size=args.batch_size)
-    if getattr(args, "model_name", "3DINO") != "3DINO":
-        raise BadInput(f"--model-name {args.model_name}: this baseline is not part of this version: use 3DINO")
+    size: Edges = args.image_size if isinstance(args.image_size, int) else triple(args.image_size)
+    require_positive(image_size=min(edges(size)), batch_size=args.batch_size)
     same = {f.name: getattr(args, f.name) for f in dataclasses.fields(Request) if hasattr(args, f.name)}
+    same["image_size"] = size
     flags = {k: v for k, v in vars(args).items() if k not in NOT_DECISIVE}
     return Request(**same, weights=args.pretrained_weights, overrides=tuple(args.opts), flags=flags)
 
 
-def require_positive(**flags: float) -> None:
-    """Raise `BadInput` for the first of some flags that is not above zero."""
+def require_positive(**flags: float | None) -> None:
+    """Raise `BadInput` for the first of some flags that is given and not above zero."""
     for name, value in flags.items():
-        if not value > 0:
+        if value is not None and not value > 0:
             raise BadInput(f"--{name.replace('_', '-')} {value} must be positive")
 
 
@@ -143,7 +171,7 @@ class Setting:
         request: The shared flags.
         cfg: The backbone's configuration.
         recipe: The dataset's; of features with all sizes and bins in numbers.
-        backbone: Frozen, in evaluation mode, on the device.
+        encoder: The method's, frozen, in evaluation mode, on the device; None: it has none (UNet).
         cases: Of training, validation and test; of a segmentation's training part its share, else all.
         output_dir: Of the run, held by its lock.
         runtime: Rank and device.
@@ -154,12 +182,18 @@ class Setting:
     request: Request
     cfg: DictConfig
     recipe: Recipe
-    backbone: DinoVisionTransformer3d
+    encoder: BackboneModule | None
     cases: dict[str, Cases]
     output_dir: Path
     runtime: Runtime
     weights: str
     decisive: dict[str, Any]
+
+    @property
+    def backbone(self) -> BackboneModule:
+        """The encoder of a method that has one, as all do that classify."""
+        assert self.encoder is not None
+        return self.encoder
 
     def begin(self) -> None:
         """Take the folder for this run, when all that can be refused is checked; all ranks call it.
@@ -198,13 +232,14 @@ def open_run(request: Request, task: str, resize_scale: float = 1.0) -> Iterator
         splits["training"] = select_percent(splits["training"], request.dataset_percent)
     teacher = open_teacher(request.weights)
     cfg = _config_of(request, teacher, task)
-    require_whole_patches(request.image_size, cfg.student.patch_size)
+    require_whole(request.method, cfg, task, request.image_size, request.plan and request.plan.divisor)
     runtime = start_runtime(cfg.train.num_threads, cfg.train.backend, cfg.train.timeout_s)
     setup_logging(rank=runtime.rank)
     with lost_rank_explained(runtime.rank):
-        backbone = build_model_for_eval(cfg, teacher, runtime)
+        encoder = open_network(request.method, cfg, teacher, task, request.image_size, runtime)
         with run_folder(request.output_dir, runtime) as output_dir:
             setup_logging(output_dir, runtime.rank)
+            say_what_was_used(encoder)  # in the folder's log
             decisive = _decisive(request, cfg, recipe, teacher, runtime)
             _check_same_run(decisive, request.no_resume, output_dir, task)
             cases = _checked_cases(request, splits, recipe, resize_scale, output_dir)
@@ -213,7 +248,7 @@ def open_run(request: Request, task: str, resize_scale: float = 1.0) -> Iterator
             counts = ", ".join(f"{len(items)} {part}" for part, items in splits.items())
             logger.info("%s: %s cases; %s", recipe.name, counts, ", ".join(recipe.output_names))
             try:
-                yield Setting(request, cfg, recipe, backbone, cases, output_dir, runtime, teacher.reference, decisive)
+                yield Setting(request, cfg, recipe, encoder, cases, output_dir, runtime, teacher.reference, decisive)
             except BadInput:
                 if is_main_process() and not _has_saved(output_dir):
                     (output_dir / IDENTITY).unlink(missing_ok=True)
@@ -229,7 +264,7 @@ def _recipe_of(request: Request, task: str) -> Recipe:
     if task == "segmentation":
         return recipe
     recipe = with_tertiles(recipe, request.base_data_dir)
-    return recipe if recipe.resize is not None else dataclasses.replace(recipe, resize=[request.image_size] * 3)
+    return recipe if recipe.resize is not None else dataclasses.replace(recipe, resize=[request.cube] * 3)
 
 
 def _config_of(request: Request, teacher: Teacher, task: str) -> DictConfig:
@@ -237,13 +272,13 @@ def _config_of(request: Request, teacher: Teacher, task: str) -> DictConfig:
 
     A run that was begun without a file when weights were not asked, on the published defaults, goes on with these.
     """
-    if request.config_file is None and not request.no_resume and not teacher.is_untrained:
+    if request.method.kind == "vit" and request.config_file is None and not request.no_resume and not teacher.is_untrained:
         before = _identity_of(Path(request.output_dir))
         if before and before.get("config_file") is None:
             defaults = load_and_merge_config_3d(None, request.overrides)
             if _other_words(before["config"], defaults, task) == []:
                 return defaults
-    return config_for(teacher, request.config_file, request.overrides)
+    return config_of(request.method, teacher, request.config_file, request.overrides)
 
 
 def _checked_cases(

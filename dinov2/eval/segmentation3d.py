@@ -20,29 +20,32 @@ from dinov2.data.downstream.cases import Cases
 from dinov2.distributed import barrier
 from dinov2.distributed.runtime import Runtime
 from dinov2.errors import EXIT_OK
-from dinov2.eval.run import MODELS, Request, checked_request, eval_parser, open_run, require_positive
+from dinov2.eval.methods.flags import complete
+from dinov2.eval.methods.registry import HEADS
+from dinov2.eval.run import Request, checked_request, eval_parser, open_run, require_positive
 from dinov2.eval.segmentation_3d import engine
 from dinov2.eval.segmentation_3d.batches import prepare_all
-from dinov2.eval.segmentation_3d.build import HEADS, Task, build_segmentation, load_segmentation
+from dinov2.eval.segmentation_3d.build import Task, build_segmentation, load_segmentation
+from dinov2.geometry import Edges
 from dinov2.program import run_program
 
 logger = logging.getLogger("dinov2.eval.segmentation3d")
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    """3DINO's flags, with the paper's values as defaults."""
-    batch = "cases a step and process; each gives the recipe's crops_per_volume"
-    parser = eval_parser("segmentation3d.py", "Segmentation on a downstream dataset.", "100", 2, batch)
+    """3DINO's flags, with the paper's values as defaults; those that are its methods' are None until `complete`."""
+    batch = "cases a step and process, each gives the recipe's crops_per_volume; default: the method's"
+    parser = eval_parser("segmentation3d.py", "Segmentation on a downstream dataset.", "100", None, batch, has_methods=True)
     add = parser.add_argument
-    add("--segmentation-head", choices=HEADS, default="ViTAdapterUNETR")
-    add("--train-feature-model", action="store_true", help="train the backbone too")
+    add("--segmentation-head", choices=HEADS, help="default: the method's; of 3DINO ViTAdapterUNETR")
+    whole = "train the backbone too, as methods that start from nothing do"
+    add("--train-feature-model", action="store_true", default=None, help=whole)
     add("--epochs", type=int, default=100, help="epochs of --epoch-length iterations")
     add("--epoch-length", type=int, default=300, help="iterations of an epoch")
     add("--eval-iters", type=int, default=600, help="iterations between two validations")
     add("--warmup-iters", type=int, default=3000, help="iterations of the linear warm-up")
     add("--resize-scale", type=float, default=1.0, help="divides the recipe's spacing")
-    add("--learning-rate", type=float, default=1e-4, help="peak learning rate (the paper's: 1e-4; Linear 1e-3)")
-    add("--model-name", choices=MODELS, default="3DINO")
+    add("--learning-rate", type=float, help="peak learning rate; default, the paper's: 1e-4, of a Linear head 1e-3")
     return parser
 
 
@@ -56,8 +59,8 @@ def run(args: argparse.Namespace) -> int:
     request, plan, head = check_arguments(args)
     with open_run(request, "segmentation", head.resize_scale) as setting:
         cfg, runtime, output_dir = setting.cfg, setting.runtime, setting.output_dir
-        task = Task(setting.recipe, head.name, request.image_size, head.resize_scale)
-        model = build_segmentation(cfg, setting.backbone, task, plan.train_backbone, runtime)
+        task = Task(setting.recipe, head.name, request.image_size, head.resize_scale, request.model_name, request.plan)
+        model = build_segmentation(cfg, setting.encoder, task, plan.train_backbone, runtime)
         prepare(setting.cases, request.image_size, runtime)
         setting.begin()
         state = engine.start_run(model, cfg, plan, output_dir, runtime)
@@ -67,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
         code = engine.train(state, cfg, task, plan, setting.cases, request.dataset_seed, runtime)
         barrier()
         if code == EXIT_OK:
-            best, _, _ = load_segmentation(output_dir / engine.BEST, runtime)
+            best, _, _ = load_segmentation(output_dir / engine.BEST, runtime, request.model_name)
             engine.test(best, cfg, task, setting.cases["test"], state, runtime)
         return code
 
@@ -85,9 +88,10 @@ def check_arguments(args: argparse.Namespace) -> tuple[Request, engine.Plan, Hea
     Raises:
         BadInput: Something of it cannot be used.
     """
-    request = checked_request(args)
-    for flag in ("epochs", "epoch_length", "eval_iters", "resize_scale", "learning_rate"):
+    for flag in ("epochs", "epoch_length", "eval_iters", "resize_scale", "learning_rate", "image_size"):
         require_positive(**{flag: getattr(args, flag)})
+    args = complete(args)
+    request = checked_request(args)
     plan = engine.Plan(
         total_iters=args.epochs * args.epoch_length,
         warmup_iters=min(args.warmup_iters, args.epochs * args.epoch_length),
@@ -102,7 +106,7 @@ def check_arguments(args: argparse.Namespace) -> tuple[Request, engine.Plan, Hea
     return request, plan, Head(args.segmentation_head, args.resize_scale)
 
 
-def prepare(cases: dict[str, Cases], image_size: int, runtime: Runtime) -> None:
+def prepare(cases: dict[str, Cases], image_size: Edges, runtime: Runtime) -> None:
     """Every case prepared into the cache before the first iteration."""
     for part, of_part in cases.items():
         prepare_all(of_part, image_size, part, runtime)

@@ -42,11 +42,11 @@ def config_for(teacher: Teacher, config: str | Path | None, overrides: Sequence[
     return load_and_merge_config_3d(None, overrides)
 
 
-def require_whole_patches(image_size: int, patch_size: int) -> None:
-    """Raise `BadInput` where an edge (voxels) is no multiple of the patch."""
+def require_whole_patches(image_size: int, patch_size: int, what: str = "the patch size") -> None:
+    """Raise `BadInput` where an edge (voxels) is no multiple of the patch, or of what stands for it."""
     if image_size % patch_size:
         nearest = sorted({max(patch_size, image_size // patch_size * patch_size), -(-image_size // patch_size) * patch_size})
-        raise BadInput(f"--image-size {image_size} is no multiple of the patch size {patch_size}: use {nearest}")
+        raise BadInput(f"--image-size {image_size} is no multiple of {what} {patch_size}: use {nearest}")
 
 
 def build_model_for_eval(

@@ -7,7 +7,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from dinov2.models import vision_transformer as vits
-from dinov2.models.backbone import Backbone
+from dinov2.models.backbone import Backbone, BackboneModule, BlockBackbone
 from dinov2.models.vision_transformer import DinoVisionTransformer3d
 
 
@@ -48,4 +48,11 @@ def build_model_from_cfg(cfg: DictConfig, only_teacher: bool = False) -> tuple[A
     return *both, teacher.embed_dim
 
 
-__all__ = ["Backbone", "DinoVisionTransformer3d", "build_backbone", "build_model_from_cfg"]
+__all__ = [
+    "Backbone",
+    "BackboneModule",
+    "BlockBackbone",
+    "DinoVisionTransformer3d",
+    "build_backbone",
+    "build_model_from_cfg",
+]

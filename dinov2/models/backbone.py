@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
@@ -45,3 +45,31 @@ class Backbone(Protocol):
     def parameters(self) -> Iterator[nn.Parameter]: ...
 
     def state_dict(self) -> dict[str, Any]: ...
+
+
+class BackboneModule(Backbone, Protocol):
+    """A `Backbone` that is an `nn.Module`, as whatever is put around it or trained needs it."""
+
+    def train(self, mode: bool = True) -> Any: ...
+
+    def eval(self) -> Any: ...
+
+    def to(self, *args: Any, **kwargs: Any) -> Any: ...
+
+    def requires_grad_(self, requires_grad: bool = True) -> Any: ...
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True) -> Any: ...
+
+
+@runtime_checkable
+class BlockBackbone(BackboneModule, Protocol):
+    """One whose blocks can be run a few at a time, as the adapter does."""
+
+    def prepare_tokens_with_masks(self, x: Tensor) -> Tensor:
+        """[B, 1, H, W, D] -> tokens before the first block [B, num_prefix_tokens + N, E]."""
+
+    def segment(self, x: Tensor, tokens: Tensor) -> Any:
+        """What `run_blocks` must know of a batch beside its tokens; may be None."""
+
+    def run_blocks(self, tokens: Tensor, segment: Any, first: int, last: int) -> Tensor:
+        """Blocks `first` to `last` (exclusive): [B, num_prefix_tokens + N, E] -> the same."""

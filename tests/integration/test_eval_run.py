@@ -249,7 +249,7 @@ def test_runs_of_versions_that_did_not_ask_the_weights_go_on(
     kept = json.loads((tmp_path / "out" / "decisive.json").read_text())
     lines = [line.split("  #")[0] for line in kept["config"].splitlines() if "interpolate_offset" not in line]
     (tmp_path / "out" / "decisive.json").write_text(json.dumps({**kept, "config": "\n".join(lines)}))
-    monkeypatch.setattr(evaluation, "config_for", lambda *_: load_and_merge_config_3d("pretrain/tiny_cpu"))
+    monkeypatch.setattr(evaluation, "config_of", lambda *_: load_and_merge_config_3d("pretrain/tiny_cpu"))
     assert start(program, data, tmp_path / "out", tmp_path / "teacher.pth", opts=opts) == EXIT_OK
     assert "finished already" in capfd.readouterr().err
 

@@ -47,7 +47,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for i in range(5):
             voxels = rng.integers(0, 100 if kind == "images" else 2, (20, 18, 16)).astype(np.int16)
             nib.save(nib.Nifti1Image(voxels, np.diag([1.0, 1.0, 2.0, 1.0])), folder / kind / f"case{i}.nii.gz")
+    for name, dice in (("one", "0.8"), ("other", "0.7")):
+        (folder / f"{name}.csv").write_text(f"case,class,dice\na,ball,{dice}\nb,ball,0.9\n")
     (folder / "rules.yaml").write_text("seed: 0\nrules:\n  - {name: half, keep_share: 0.5}\n")
+    (folder / "d.yaml").write_text("task: segmentation\nclasses: {0: outside, 1: inside}\n")
+    (folder / "study.yaml").write_text(
+        "base_data_dir: .\noutput_dir: study\ndatasets: {d: {recipe: d.yaml}}\nbudget: {disk_gib: 0.001}\n"
+        "methods: {3DINO: {weights: demo}, Random: }\n"
+    )
     return folder
 
 
@@ -64,17 +71,25 @@ COMMANDS = [
     ["cache", "verify", "list.json", "--cache-dir", "cache"],
     ["cache", "stats", "list.json", "--cache-dir", "cache"],
     ["split", "--images", "images", "--labels", "labels", "--output", "d_100_datalist.json"],
+    ["study", "plan", "study.yaml"],
+    ["study", "status", "study.yaml"],
+    ["study", "collect", "study.yaml"],
+    ["study", "report", "study.yaml"],
     ["split", "--folds", "3", "--images", "images", "--labels", "labels", "--output", "d_100_datalist.json"],
+    ["compare", "one.csv", "other.csv", "--output", "compared"],
 ]
 
 
 def test_commands_that_need_no_network_import_no_torch(folder: Path) -> None:
-    codes = {}
+    codes: dict[str, int] = {}
     for command in COMMANDS:
         code, heavy, _ = started(folder, *command)
         assert not heavy, f"dinov2 {' '.join(command)} imported {heavy}"
         codes[" ".join(command[:2])] = code
-    assert {name for name, code in codes.items() if code} == {"overlap list.json"}  # it found what the two lists share
+    assert {name for name, code in codes.items() if code} == {
+        "overlap list.json",
+        "study collect",
+    }  # something is shared; not run
     assert len(json.loads((folder / "list.json").read_text())) == 5
 
 

@@ -263,7 +263,7 @@ def test_lists_that_cannot_be_used_are_one_line(
         ([], {"dataset_percent": 7}, "none of its 1 cases is"),
         ([], {"learning_rates": "-1"}, "must be positive"),
         (["--fine-tune"], {"cached_views": 2}, "leave it out with --fine-tune"),
-        ([], {"model_name": "SwinTransfer"}, "not part of this version"),
+        ([], {"model_name": "UNet"}, "UNet: has no feature for a classification"),
         ([], {"dataset_name": "BTCV"}, "segmentation3d.py"),
         ([], {"classifier_fpath": "{data}/textures.yaml"}, "not a checkpoint"),
     ],

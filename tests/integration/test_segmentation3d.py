@@ -227,7 +227,7 @@ def test_what_cannot_be_used_is_said_in_one_line(data: Path, tmp_path: Path, cap
         ({"pretrained_weights": tmp_path / "none.pth"}, "no such file"),
         ({"dataset_name": "BTVC"}, "BTVC: no such recipe file, and no dataset of that name (did you mean 'BTCV'?)"),
         ({"base_data_dir": tmp_path}, "balls_100_datalist.json"),
-        ({"model_name": "SwinTransfer"}, "--model-name SwinTransfer"),
+        ({"model_name": "SwinTransfer"}, "--model-name SwinTransfer: needs published self-supervised weights"),
         ({"learning_rate": 0}, "--learning-rate 0.0 must be positive"),
     ]
     for flags, message in cases:

@@ -70,7 +70,7 @@ def test_the_commands_help_names_every_program(capsys: pytest.CaptureFixture[str
     with pytest.raises(SystemExit):
         main(["--help"])
     said = capsys.readouterr().out
-    assert not [name for name in (*PROGRAMS, "split") if f"  {name} " not in said]
+    assert not [name for name in (*PROGRAMS, "split", "study") if f"  {name} " not in said]
 
 
 @pytest.fixture

@@ -107,6 +107,15 @@ def check_headers(items: Sequence[Item], recipe: Recipe) -> None:
         _open(item, recipe)
 
 
+def prepared_grids(items: Sequence[Item], recipe: Recipe, resize_scale: float = 1.0) -> list[GridMap]:
+    """Shape and spacing that cases will have, by their headers alone.
+
+    Raises:
+        BadInput: As `check_headers`.
+    """
+    return [_grid(_open(item, recipe)[0], recipe, resize_scale) for item in items]
+
+
 def _open(item: Item, recipe: Recipe) -> list[RawVolume]:
     """An opened file for each channel, then the label map where there is one, all on one grid."""
     if len(item.images) not in (1, recipe.channels):

@@ -2,7 +2,7 @@
 
 Crops with label maps for a segmentation, views (one input of the network) for a classification.
 
-C channels, s the crop's edge (voxels).
+C channels, s the crop's edges (voxels), of a classification a cube's.
 """
 
 from __future__ import annotations
@@ -18,46 +18,46 @@ from dinov2.data.augmentation import plan as ap
 from dinov2.data.augmentation.fast import apply_intensity_
 from dinov2.data.downstream.cases import Case
 from dinov2.data.downstream.recipes import Recipe, Training
-from dinov2.geometry import triple
+from dinov2.geometry import Edges, Size3, edges, triple
 
 ROTATION, SCALE, SHIFT = 30.0, (0.8, 1.25), 0.1  # of a random affine map, for each axis: degrees, factor, share of the edge
 BACKGROUND = -1.0  # of images; around what is smaller than a crop, and what a foreground is told from
 
 
-def training_crops(case: Case, recipe: Recipe, image_size: int, rng: np.random.Generator) -> list[dict[str, Tensor]]:
+def training_crops(case: Case, recipe: Recipe, image_size: Edges, rng: np.random.Generator) -> list[dict[str, Tensor]]:
     """Random crops of one case; a case smaller than a crop is padded around (`is_smaller` tells).
 
     Args:
         case: With a label.
         recipe: Its `train` says how.
-        image_size: s.
+        image_size: s, one number for a cube.
         rng: Stream of this draw, the only source of randomness (`dinov2/streams.py`).
 
     Returns:
-        `train.crops_per_volume` times `image` [C, s, s, s] float32 and `label` [1, s, s, s] int16.
+        `train.crops_per_volume` times `image` [C, *s] float32 and `label` [1, *s] int16.
 
     Raises:
         BadInput: It has none.
 
     Source: 3DINO paper, Methods, "3DINO segmentation", and published settings, taken as facts (`configs/eval/datasets`).
     """
-    plan = recipe.train
+    plan, size = recipe.train, edges(image_size)
     image, label = case.image, case.truth
     if plan.foreground_crop:
         box = foreground_box(image)
         image, label = image[:, *box], label[:, *box]
     crops = []
     for _ in range(plan.crops_per_volume):
-        start = _random_start(image, label, image_size, plan, rng)
-        pair = [_cut(image, start, image_size, BACKGROUND), _cut(label, start, image_size, 0)]
+        start = _random_start(image, label, size, plan, rng)
+        pair = [_cut(image, start, size, BACKGROUND), _cut(label, start, size, 0)]
         pair = _turn(pair, plan, rng)
         crops.append({"image": _change_intensity(pair[0], plan, rng), "label": pair[1].contiguous()})
     return crops
 
 
-def is_smaller(case: Case, image_size: int) -> bool:
-    """Whether crops of this edge reach beyond the case."""
-    return min(case.image.shape[1:]) < image_size
+def is_smaller(case: Case, image_size: Edges) -> bool:
+    """Whether crops of these edges reach beyond the case."""
+    return any(n < edge for n, edge in zip(case.image.shape[1:], edges(image_size), strict=True))
 
 
 def foreground_box(image: Tensor) -> tuple[slice, slice, slice]:
@@ -70,14 +70,15 @@ def foreground_box(image: Tensor) -> tuple[slice, slice, slice]:
     return triple(box)
 
 
-def _random_start(image: Tensor, label: Tensor, size: int, plan: Training, rng: np.random.Generator) -> list[int]:
+def _random_start(image: Tensor, label: Tensor, size: Size3, plan: Training, rng: np.random.Generator) -> list[int]:
     """First voxel of a crop along each axis; below 0, by half of what is missing, where the volume is smaller."""
     shape = label.shape[1:]
-    free = [n - size for n in shape]
+    free = [n - edge for n, edge in zip(shape, size, strict=True)]
     if plan.crop == "random":
         return [int(rng.integers(f + 1)) if f > 0 else f // 2 for f in free]
     centre = _random_centre(image, label, rng)
-    return [min(max(c - size // 2, 0), f) if f > 0 else f // 2 for c, f in zip(centre, free, strict=True)]
+    places = zip(centre, size, free, strict=True)
+    return [min(max(c - edge // 2, 0), f) if f > 0 else f // 2 for c, edge, f in places]
 
 
 def _random_centre(image: Tensor, label: Tensor, rng: np.random.Generator) -> tuple[int, ...]:
@@ -89,10 +90,10 @@ def _random_centre(image: Tensor, label: Tensor, rng: np.random.Generator) -> tu
     return tuple(int(i) for i in np.unravel_index(places[rng.integers(len(places))], labelled.shape))
 
 
-def _cut(volume: Tensor, start: list[int], size: int, fill: float) -> Tensor:
-    """[C, s, s, s] from [C, H, W, D]; what lies outside is filled."""
-    out = volume.new_full((len(volume), size, size, size), fill)
-    inside = [slice(max(a, 0), min(a + size, n)) for a, n in zip(start, volume.shape[1:], strict=True)]
+def _cut(volume: Tensor, start: list[int], size: Size3, fill: float) -> Tensor:
+    """[C, *s] from [C, H, W, D]; what lies outside is filled."""
+    out = volume.new_full((len(volume), *size), fill)
+    inside = [slice(max(a, 0), min(a + edge, n)) for a, edge, n in zip(start, size, volume.shape[1:], strict=True)]
     place = [slice(s.start - a, s.stop - a) for a, s in zip(start, inside, strict=True)]
     out[:, *place] = volume[:, *inside]
     return out
@@ -102,6 +103,8 @@ def _turn(pair: list[Tensor], plan: Training, rng: np.random.Generator) -> list[
     """The same flips and the same quarter turns for image and label."""
     flips = [1 + axis for axis in plan.flip_axes if rng.random() < plan.flip_p]
     turns = int(rng.integers(1, 4)) if rng.random() < plan.rot90_p else 0
+    if turns % 2 and pair[0].shape[1] != pair[0].shape[2]:
+        turns = 2  # a quarter would exchange the edges of a crop that is no square
     return [torch.rot90(volume.flip(flips), turns, (1, 2)) for volume in pair]
 
 
@@ -114,7 +117,7 @@ def _change_intensity(image: Tensor, plan: Training, rng: np.random.Generator) -
 
 def central_cube(image: Tensor, image_size: int) -> Tensor:
     """The middle of a classification's image, [C, H, W, D] -> [C, s, s, s]; a smaller one is padded around."""
-    return _cut(image, [(n - image_size) // 2 for n in image.shape[1:]], image_size, BACKGROUND)
+    return _cut(image, [(n - image_size) // 2 for n in image.shape[1:]], edges(image_size), BACKGROUND)
 
 
 def training_cube(image: Tensor, recipe: Recipe, image_size: int, rng: np.random.Generator) -> Tensor:
@@ -125,7 +128,7 @@ def training_cube(image: Tensor, recipe: Recipe, image_size: int, rng: np.random
     plan = recipe.train
     free = [n - image_size for n in image.shape[1:]]
     start = [int(rng.integers(f + 1)) if f > 0 else f // 2 for f in free]
-    (view,) = _turn([_cut(image, start, image_size, BACKGROUND)], plan, rng)
+    (view,) = _turn([_cut(image, start, edges(image_size), BACKGROUND)], plan, rng)
     view = view.contiguous()
     if plan.one_of and rng.random() < plan.one_of_p:
         view = _one_of(view, plan.one_of[int(rng.integers(len(plan.one_of)))], rng)

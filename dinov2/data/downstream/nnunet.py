@@ -88,6 +88,17 @@ def write_recipe(datalist: Path, text: str) -> Path:
     return path
 
 
+def label_names(path: Path) -> dict[tuple[int, ...], str]:
+    """Of each class or region that a `dataset.json` describes its name, by its values in order.
+
+    Raises:
+        BadInput: It cannot be used.
+    """
+    outputs = _outputs(_load(path), path)
+    groups = {name: [value] for value, name in outputs["classes"].items()} if "classes" in outputs else outputs["regions"]
+    return {tuple(sorted(group)): name for name, group in groups.items()}
+
+
 def _load(path: Path) -> dict[str, Any]:
     content = read_json(path, f"--nnunet {path}", "give the raw folder, such as Dataset004_Hippocampus")
     if not isinstance(content, dict):

@@ -51,14 +51,20 @@ class Head:
         return slice((num_layers - self.layers) * embed_dim, stop * embed_dim)
 
 
-def head_grid(learning_rates: Sequence[float], num_layers: int) -> list[Head]:
+def head_grid(learning_rates: Sequence[float], num_layers: int, pooled: bool = True) -> list[Head]:
     """Every rate with the last {1, 4} layers (as many as there are), with and without pooled patches.
 
     In an order in which the readers of each part of the features are neighbours.
+
+    Args:
+        learning_rates: Each with every part of the features.
+        num_layers: That there are.
+        pooled: False: without pooled patches alone.
     """
     few, many = min(LAYER_CHOICES), min(max(LAYER_CHOICES), num_layers)
     parts = [(few, False), (few, True), (many, True), (many, False)]
-    return [Head(n, pooled, rate) for n, pooled in (parts if many > few else parts[:2]) for rate in learning_rates]
+    chosen = [part for part in (parts if many > few else parts[:2]) if pooled or not part[1]]
+    return [Head(n, with_patches, rate) for n, with_patches in chosen for rate in learning_rates]
 
 
 class LinearHeads:

@@ -59,7 +59,7 @@ def part_features(setting: Setting, backbone: Backbone, cases: Cases, part: str)
     mine = list(range(setting.runtime.rank, len(cases), setting.runtime.world_size))
     endless = (mine[i % len(mine)] for i in range(10**12)) if mine else iter(())
     num_workers = min(request.num_workers, len(mine))
-    views = compute_in_order(lambda i: central_cube(cases[i].image, request.image_size), endless, num_workers)
+    views = compute_in_order(lambda i: central_cube(cases[i].image, request.cube), endless, num_workers)
     rows: dict[int, Tensor] = {}
     for first in track(range(0, len(mine), request.batch_size), f"batches of {part} features"):
         chosen = mine[first : first + request.batch_size]

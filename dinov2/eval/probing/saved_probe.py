@@ -21,13 +21,14 @@ from dinov2.data.volumes.formats import stem
 from dinov2.distributed.precision import evaluation_autocast
 from dinov2.distributed.runtime import start_runtime
 from dinov2.errors import EXIT_BAD_INPUT, EXIT_OK, BadInput
+from dinov2.eval.methods.networks import open_network
+from dinov2.eval.methods.registry import OURS, find_method
 from dinov2.eval.metrics.classification import write_predictions
 from dinov2.eval.probing.linear_heads import Head
 from dinov2.eval.probing.parts import feature_layers
 from dinov2.eval.probing.training import Probe
 from dinov2.eval.run import Setting
 from dinov2.features.features import class_features
-from dinov2.features.setup import build_model_for_eval
 from dinov2.files import refuse_output, user_path
 from dinov2.logging import Say
 from dinov2.models.architecture import refuse_other_sizes
@@ -45,6 +46,7 @@ def save_probe(setting: Setting, probe: Probe, best: int) -> None:
         "recipe": dataclasses.asdict(setting.recipe),
         "image_size": setting.request.image_size,
         "head": dataclasses.asdict(head),
+        "method": setting.request.model_name,
         "weights": _weights_from(setting.weights, setting.output_dir),
         "weights_sha256": setting.decisive["pretrained_weights"],
         "validation_auc": probe.history[-1]["auc"],
@@ -70,12 +72,13 @@ class SavedProbe:
     Args:
         path: `probe.pth`.
         weights: Of the backbone, as of `open_teacher`; None: where they were when the probe was made, seen from its file.
+        encoder: `module:function` of a probe on somebody's encoder. A file alone names no code that is run.
 
     Raises:
         BadInput: The file is no probe, or the backbone's weights are missing or others.
     """
 
-    def __init__(self, path: str | Path, weights: str | None = None) -> None:
+    def __init__(self, path: str | Path, weights: str | None = None, encoder: str | None = None) -> None:
         content = open_weights(path)
         if not isinstance(content, dict) or not {"weight", "bias", "meta"} <= content.keys():
             raise BadInput(f"{path}: no saved probe: give the probe.pth that linear3d.py wrote")
@@ -84,13 +87,19 @@ class SavedProbe:
         refuse_non_finite({**{k: content[k] for k in ("weight", "bias")}, **(trained or {})}, str(path))
         self.recipe, self.image_size = typed_from(Recipe, meta["recipe"], str(path)), meta["image_size"]
         self.cfg = saved_config(meta["config"], str(path))
+        method = find_method(meta.get("method", OURS))
+        if method.kind == "encoder" and method.name != encoder:
+            raise BadInput(f"{path}: on the encoder {method.name}: give --encoder {method.name} where you trust its code")
         if trained:
             refuse_other_sizes(self.cfg, plain_names(trained), path)
         self.runtime = start_runtime(self.cfg.train.num_threads)
         teacher = open_teacher(RANDOM if trained else weights or _weights_beside(path, meta["weights"]))
         if not trained and teacher.identity() != meta["weights_sha256"]:
             raise BadInput(f"{teacher.source}: not the weights that {path} was made with: give them as --pretrained-weights")
-        self.backbone = build_model_for_eval(self.cfg, teacher, self.runtime)
+        network = open_network(method, self.cfg, teacher, self.recipe.task, self.image_size, self.runtime)
+        if network is None:
+            raise BadInput(f"{path}: {method.name} has no feature for a classification: another file's description")
+        self.backbone = network
         if trained:
             self.backbone.load_state_dict(trained)
         self.layers = feature_layers(self.backbone)
@@ -111,7 +120,9 @@ class SavedProbe:
         return (features @ self.weight.T + self.bias)[0].double().softmax(-1).cpu()
 
 
-def classify(probe: Path, inputs: Sequence[Path], weights: str | None, output: Path | None, say: Say) -> int:
+def classify(
+    probe: Path, inputs: Sequence[Path], weights: str | None, output: Path | None, say: Say, encoder: str | None = None
+) -> int:
     """Say each scan's class and probabilities; a file that cannot be used is said and the others go on.
 
     Args:
@@ -120,6 +131,7 @@ def classify(probe: Path, inputs: Sequence[Path], weights: str | None, output: P
         weights: Of the backbone, where they are no longer where they were.
         output: A table like `predictions.csv`.
         say: Takes each line.
+        encoder: As of `SavedProbe`.
 
     Returns:
         The exit code: 2 where a scan could not be used.
@@ -129,7 +141,7 @@ def classify(probe: Path, inputs: Sequence[Path], weights: str | None, output: P
     """
     if output:
         refuse_output(output, "--output")
-    saved = SavedProbe(probe, weights)
+    saved = SavedProbe(probe, weights, encoder)
     scans = [[path] for path in inputs] if saved.recipe.channels == 1 else [list(inputs)]
     names, done, failed = saved.recipe.output_names, {}, 0
     for scan in scans:

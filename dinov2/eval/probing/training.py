@@ -36,7 +36,7 @@ from dinov2.features.features import class_features
 from dinov2.files import read_json, write_json
 from dinov2.logging import MetricWriter
 from dinov2.logging.progress import Progress, track
-from dinov2.models import DinoVisionTransformer3d
+from dinov2.models import BackboneModule
 from dinov2.signals import stop_requests
 from dinov2.streams import Kind, stream, torch_seed
 
@@ -65,7 +65,7 @@ class Probe:
     """What changes while training, and where it is kept."""
 
     heads: LinearHeads
-    backbone: DinoVisionTransformer3d
+    backbone: BackboneModule
     optimizer: AdamW | None  # of a backbone that is trained
     folder: Path
     iteration: int = -1  # the last finished one
@@ -114,7 +114,7 @@ class Probe:
         return self.history[-1]["head"]
 
 
-def start_probe(setting: Setting, backbone: DinoVisionTransformer3d, plan: Plan, seed: int) -> Probe:
+def start_probe(setting: Setting, backbone: BackboneModule, plan: Plan, seed: int) -> Probe:
     """A probe at its beginning.
 
     Raises:
@@ -122,7 +122,7 @@ def start_probe(setting: Setting, backbone: DinoVisionTransformer3d, plan: Plan,
     """
     scale = setting.request.batch_size * setting.runtime.world_size / 256 if plan.scale_rates else 1.0
     layers = feature_layers(backbone)
-    grid = head_grid([rate * scale for rate in plan.learning_rates], layers)
+    grid = head_grid([rate * scale for rate in plan.learning_rates], layers, setting.request.method.pooled)
     generator = torch.Generator().manual_seed(torch_seed(seed, Kind.INIT, 0))
     classes, device = setting.recipe.num_outputs, setting.runtime.device
     heads = LinearHeads(grid, layers, backbone.embed_dim, classes, generator, device)
@@ -185,7 +185,7 @@ class Inputs:
     def _view(self, index: int, number: int) -> Tensor:
         """The view of a case that stands at a place of the sample sequence."""
         image = self.cases[index].image
-        return training_cube(image, self.cases.recipe, self.request.image_size, stream(self.seed, Kind.SAMPLE, number))
+        return training_cube(image, self.cases.recipe, self.request.cube, stream(self.seed, Kind.SAMPLE, number))
 
     def _views(self, positions: list[int]) -> tuple[list[int], Tensor]:
         return positions, torch.stack([self._view(self.order(p), p) for p in positions])

@@ -1,4 +1,4 @@
-"""A 3D ViT-Adapter around any backbone of this package: volume -> pyramid of features at 1/2, 1/4, 1/8 and 1/16.
+"""A 3D ViT-Adapter around a backbone whose blocks run a few at a time: volume -> pyramid at 1/2, 1/4, 1/8 and 1/16.
 
 # B batch, K channels, R registers, N patches, S voxels of the pyramid, E width
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,8 +19,7 @@ from dinov2.eval.segmentation_3d.deformable import MSDeformAttn3d
 from dinov2.eval.segmentation_3d.interaction import Extractor, Injector, Layout, make_layout
 from dinov2.eval.segmentation_3d.spatial_prior import SpatialPriorModule
 from dinov2.geometry import Size3, triple
-from dinov2.layers import Segment
-from dinov2.models import DinoVisionTransformer3d
+from dinov2.models import BlockBackbone
 
 NUM_STAGES = 4
 NUM_LEVELS = 3  # of the pyramid that is attended to: 1/4, 1/8, 1/16
@@ -115,9 +114,9 @@ class ViTAdapter3d(nn.Module):
     Source: ViT-Adapter (Chen et al., 2022); 3DINO paper, "3D ViT-Adapter", "Multi-channel inputs", Extended data Fig. 8.
     """
 
-    def __init__(self, backbone: DinoVisionTransformer3d, num_channels: int = 1, options: AdapterOptions = PAPER) -> None:
+    def __init__(self, backbone: BlockBackbone, num_channels: int = 1, options: AdapterOptions = PAPER) -> None:
         super().__init__()
-        depth, dim = len(backbone.block_list), backbone.embed_dim
+        depth, dim = backbone.num_layers, backbone.embed_dim
         if depth % NUM_STAGES:
             raise BadInput(f"the adapter needs a depth divisible by {NUM_STAGES}, this backbone has {depth} blocks: use UNETR")
         self.backbone = backbone
@@ -150,7 +149,7 @@ class ViTAdapter3d(nn.Module):
         embedded = zip(maps[1:], self.level_embed, strict=True)
         pyramid = torch.cat([m.flatten(2).transpose(1, 2) + e.to(m.dtype) for m, e in embedded], 1)  # [B, S, E]
         each = x.flatten(0, 1)[:, None]  # [B*K, 1, H, W, D]
-        grid = self.backbone.patch_embed.grid(x.shape[2:])
+        grid = triple(n // self.backbone.patch_size for n in x.shape[2:])
         layout = make_layout(grid, levels, x.device)
         tokens = self.backbone.prepare_tokens_with_masks(each)  # [B*K, 1 + R + N, E]
         segment = self.backbone.segment(each, tokens)
@@ -161,7 +160,7 @@ class ViTAdapter3d(nn.Module):
             outputs.append(self.merges[stage](self._patches(tokens)).transpose(1, 2).unflatten(2, grid))  # [B, E, h, w, d]
         return self._pyramid(maps[0], pyramid, levels, outputs)
 
-    def _stage(self, stage: int, tokens: Tensor, pyramid: Tensor, segment: Segment, layout: Layout) -> tuple[Tensor, Tensor]:
+    def _stage(self, stage: int, tokens: Tensor, pyramid: Tensor, segment: Any, layout: Layout) -> tuple[Tensor, Tensor]:
         """Inject, run a quarter of the blocks, extract; [B*K, 1 + R + N, E], [B, S, E] -> the same."""
         injected = self.injectors[stage](self._mean_patches(tokens), pyramid, layout)  # [B, N, E]
         copies = injected.repeat_interleave(self.num_channels, 0)
@@ -175,7 +174,7 @@ class ViTAdapter3d(nn.Module):
         return tokens, pyramid
 
     def _patches(self, tokens: Tensor) -> Tensor:
-        return tokens[:, 1 + self.backbone.num_register_tokens :]
+        return tokens[:, self.backbone.num_prefix_tokens :]
 
     def _mean_patches(self, tokens: Tensor) -> Tensor:
         return self._patches(tokens).unflatten(0, (-1, self.num_channels)).mean(1)  # [B, N, E]

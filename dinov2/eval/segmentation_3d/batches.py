@@ -13,6 +13,7 @@ from dinov2.data.downstream.crops import is_smaller, training_crops
 from dinov2.data.samplers import EndlessOrder, PositionSampler
 from dinov2.data.workers import compute_in_order
 from dinov2.distributed.runtime import Runtime
+from dinov2.geometry import Edges
 from dinov2.logging.progress import track
 from dinov2.streams import Kind, stream
 
@@ -24,7 +25,7 @@ class CropBatches:
 
     Args:
         cases: Of the training part.
-        image_size: Edge of the crops.
+        image_size: Edges of the crops.
         batch_size: Cases of this rank a step.
         seed: Of order and crops.
         start_step: First step to deliver.
@@ -35,7 +36,7 @@ class CropBatches:
     def __init__(
         self,
         cases: Cases,
-        image_size: int,
+        image_size: Edges,
         batch_size: int,
         seed: int,
         start_step: int,
@@ -51,7 +52,7 @@ class CropBatches:
         self.sampler = PositionSampler(batch_size, 1, runtime.rank, runtime.world_size, start_step)
 
     def __iter__(self) -> Generator[tuple[Tensor, Tensor], None, None]:
-        """`images` [n, C, s, s, s] float32 and `labels` [n, 1, s, s, s] int64, n = cases x crops of each."""
+        """`images` [n, C, *s] float32 and `labels` [n, 1, *s] int64, n = cases x crops of each."""
         for images, labels in compute_in_order(self._compute, self.sampler, self.num_workers):
             yield images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True).long()
 
@@ -64,7 +65,7 @@ class CropBatches:
         return torch.stack([c["image"] for c in crops]), torch.stack([c["label"] for c in crops])
 
 
-def prepare_all(cases: Cases, image_size: int, part: str, runtime: Runtime) -> None:
+def prepare_all(cases: Cases, image_size: Edges, part: str, runtime: Runtime) -> None:
     """Read every case of this rank's share once: what is wrong with one is said before the first iteration, not hours later.
 
     It also fills the cache. Cases that are smaller than a window are counted and said once.
@@ -78,5 +79,6 @@ def prepare_all(cases: Cases, image_size: int, part: str, runtime: Runtime) -> N
         if is_smaller(case, image_size):
             small.append(case.name)
     if small:
-        what = "%d of %d %s cases are smaller than the window of %d voxels (%s, ...): padded, predictions are cropped back"
-        logger.info(what, len(small), len(cases), part, image_size, small[0])
+        shown = image_size if isinstance(image_size, int) else " x ".join(map(str, image_size))
+        what = "%d of %d %s cases are smaller than the window of %s voxels (%s, ...): padded, predictions are cropped back"
+        logger.info(what, len(small), len(cases), part, shown, small[0])

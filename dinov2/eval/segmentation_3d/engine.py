@@ -36,6 +36,7 @@ from dinov2.eval.segmentation_3d.losses import build_loss
 from dinov2.files import write_json
 from dinov2.logging import MetricWriter
 from dinov2.logging.progress import Progress
+from dinov2.models import DinoVisionTransformer3d
 from dinov2.signals import stop_requests
 from dinov2.streams import Kind, torch_seed
 from dinov2.train.schedules import CosineSchedule
@@ -113,8 +114,15 @@ def build_optimizer(model: SegmentationNetwork, plan: Plan, decay: float) -> Ada
 
     Args:
         decay: Learning rate of each block of a trained backbone over that of the one above; 1, the paper's: one for all.
+
+    Raises:
+        BadInput: A decay for a network without blocks in a row.
     """
+    if decay == 1:
+        return AdamW([{"params": [p for p in model.parameters() if p.requires_grad], "lr_scale": 1.0}], lr=plan.learning_rate)
     backbone = model.backbone
+    if not isinstance(backbone, DinoVisionTransformer3d):
+        raise BadInput(f"segmentation.layerwise_decay={decay:g}: this network is no row of blocks: use 1")
     depth = len(backbone.block_list)
     level = {id(p): i + 1 for i, block in enumerate(backbone.block_list) for p in block.parameters()}
     level |= {id(p): 0 for p in backbone.parameters() if id(p) not in level}

@@ -1,4 +1,4 @@
-"""Segmentation networks: a backbone and one of three decoders, volume -> logits of its own size.
+"""Segmentation networks: a backbone and one of three decoders, volume -> logits of its own size; beside them whole networks.
 
 # B batch, K channels, E width of the backbone, R outputs
 """
@@ -14,7 +14,10 @@ from torch import Tensor, nn
 
 from dinov2.errors import BadInput
 from dinov2.eval.segmentation_3d.adapter import PAPER, AdapterOptions, ChannelMerge, ViTAdapter3d
-from dinov2.models import DinoVisionTransformer3d
+from dinov2.eval.segmentation_3d.swin import SwinUNETR3d
+from dinov2.eval.segmentation_3d.unet import UNet3d
+from dinov2.geometry import triple
+from dinov2.models import BackboneModule, BlockBackbone
 
 NUM_LAST_LAYERS = 4  # that the linear decoder reads
 
@@ -55,7 +58,7 @@ class ViTAdapterUNETR(nn.Module):
 
     def __init__(
         self,
-        backbone: DinoVisionTransformer3d,
+        backbone: BlockBackbone,
         num_channels: int,
         num_outputs: int,
         decoder_channels: Sequence[int] = (256, 128, 64, 32),
@@ -71,7 +74,7 @@ class ViTAdapterUNETR(nn.Module):
         self.out = nn.Conv3d(widths[3], num_outputs, 1)
 
     @property
-    def backbone(self) -> DinoVisionTransformer3d:
+    def backbone(self) -> BlockBackbone:
         return self.adapter.backbone
 
     def forward(self, x: Tensor) -> Tensor:
@@ -100,16 +103,14 @@ class UNETR(nn.Module):
     Source: Hatamizadeh et al. (2022); 3DINO paper, "SOTA segmentation comparisons".
     """
 
-    def __init__(
-        self, backbone: DinoVisionTransformer3d, num_channels: int, num_outputs: int, decoder_channels: Sequence[int]
-    ) -> None:
+    def __init__(self, backbone: BackboneModule, num_channels: int, num_outputs: int, decoder_channels: Sequence[int]) -> None:
         super().__init__()
         num_ups = int(math.log2(backbone.patch_size))
         if 2**num_ups != backbone.patch_size or not 1 <= num_ups <= 4:
             raise BadInput(f"UNETR needs a patch size of 2, 4, 8 or 16, this backbone has {backbone.patch_size}")
         self.backbone = backbone
         self.num_channels = num_channels
-        depth, dim = len(backbone.block_list), backbone.embed_dim
+        depth, dim = backbone.num_layers, backbone.embed_dim
         self.layers = sorted({max(0, depth * k // 4 - 1) for k in (1, 2, 3, 4)})
         widths = list(decoder_channels)[-num_ups:]
         self.merges = nn.ModuleList(ChannelMerge(num_channels, dim) for _ in self.layers)
@@ -154,11 +155,11 @@ class Linear(nn.Module):
     Source: 3DINO paper, "Linear decoder segmentation".
     """
 
-    def __init__(self, backbone: DinoVisionTransformer3d, num_channels: int, num_outputs: int, batch_norm: bool) -> None:
+    def __init__(self, backbone: BackboneModule, num_channels: int, num_outputs: int, batch_norm: bool) -> None:
         super().__init__()
         self.backbone = backbone
         self.num_channels = num_channels
-        depth, dim = len(backbone.block_list), backbone.embed_dim
+        depth, dim = backbone.num_layers, backbone.embed_dim
         self.layers = list(range(max(0, depth - NUM_LAST_LAYERS), depth))
         self.merge = ChannelMerge(num_channels, dim)
         self.norm = nn.BatchNorm3d(dim * len(self.layers)) if batch_norm else nn.Identity()
@@ -170,15 +171,13 @@ class Linear(nn.Module):
         return F.interpolate(self.out(self.norm(torch.cat(maps, 1))), x.shape[2:], mode="trilinear")
 
 
-SegmentationNetwork = Linear | UNETR | ViTAdapterUNETR
+SegmentationNetwork = Linear | UNETR | ViTAdapterUNETR | SwinUNETR3d | UNet3d
 
 
-def _layer_maps(
-    backbone: DinoVisionTransformer3d, x: Tensor, layers: Sequence[int], merges: Iterable[nn.Module]
-) -> list[Tensor]:
+def _layer_maps(backbone: BackboneModule, x: Tensor, layers: Sequence[int], merges: Iterable[nn.Module]) -> list[Tensor]:
     """Normed tokens after each of the blocks, channels merged: [B, E, h, w, d] each."""
     each = x.flatten(0, 1)[:, None]  # [B*K, 1, H, W, D]
-    grid = backbone.patch_embed.grid(x.shape[2:])
+    grid = triple(n // backbone.patch_size for n in x.shape[2:])
     with torch.set_grad_enabled(torch.is_grad_enabled() and any(p.requires_grad for p in backbone.parameters())):
         tokens = backbone.get_intermediate_layers(each, layers)
     return [merge(t).transpose(1, 2).unflatten(2, grid) for merge, t in zip(merges, tokens, strict=True)]

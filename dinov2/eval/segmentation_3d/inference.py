@@ -17,6 +17,7 @@ from dinov2.distributed import gather_objects
 from dinov2.distributed.precision import autocast
 from dinov2.distributed.runtime import Runtime
 from dinov2.eval.metrics.segmentation import Score, score_case
+from dinov2.geometry import Edges, edges
 from dinov2.logging.progress import track
 
 logger = logging.getLogger(__name__)
@@ -26,7 +27,7 @@ TEST_OVERLAP, VALIDATION_OVERLAP = 0.75, 0.0
 
 @torch.inference_mode()
 def predict_masks(
-    model: nn.Module, case: Case, recipe: Recipe, image_size: int, overlap: float, window_batch: int, dtype: torch.dtype
+    model: nn.Module, case: Case, recipe: Recipe, image_size: Edges, overlap: float, window_batch: int, dtype: torch.dtype
 ) -> Tensor:
     """One mask per output of a whole case.
 
@@ -37,7 +38,7 @@ def predict_masks(
         model: In evaluation mode.
         case: Smaller ones than a window are padded with the lowest intensity, and cropped back.
         recipe: Its outputs.
-        image_size: Edge of a window (voxels).
+        image_size: Edges of a window (voxels).
         overlap: Share of a window that the next one covers too.
         window_batch: Windows a pass.
         dtype: Of the multiplications on a GPU.
@@ -55,7 +56,7 @@ def predict_masks(
 
     logits = sliding_window_inference(
         case.image[None],
-        (image_size,) * 3,
+        edges(image_size),
         window_batch,
         logits_of,
         overlap=overlap,
@@ -71,7 +72,7 @@ def predict_masks(
 def score_cases(
     model: nn.Module,
     cases: Cases,
-    image_size: int,
+    image_size: Edges,
     overlap: float,
     window_batch: int,
     dtype: torch.dtype,

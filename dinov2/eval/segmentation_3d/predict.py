@@ -28,7 +28,14 @@ from dinov2.logging.progress import track
 logger = logging.getLogger(__name__)
 
 
-def predict(weights: str | Path, inputs: Sequence[Path], output: Path, overlap: float, say: Callable[[str], None]) -> int:
+def predict(
+    weights: str | Path,
+    inputs: Sequence[Path],
+    output: Path,
+    overlap: float,
+    say: Callable[[str], None],
+    encoder: str | None = None,
+) -> int:
     """Segment one case into a file, or every case of a folder into a folder.
 
     A scan is a file or the folder of a DICOM series, whatever is asked for.
@@ -39,6 +46,7 @@ def predict(weights: str | Path, inputs: Sequence[Path], output: Path, overlap: 
         output: A NIfTI file for one case; a folder for a folder of cases. Written aside and renamed.
         overlap: Of the sliding window.
         say: Where the results are announced.
+        encoder: `module:function`, of a network around somebody's encoder.
 
     Returns:
         The exit code; a case of a folder that cannot be used is named, and the others are segmented.
@@ -47,7 +55,7 @@ def predict(weights: str | Path, inputs: Sequence[Path], output: Path, overlap: 
         BadInput: Weights or files that cannot be used.
     """
     runtime = start_runtime()
-    model, cfg, task = load_segmentation(weights, runtime)
+    model, cfg, task = load_segmentation(weights, runtime, encoder)
     dtype = evaluation_dtype(cfg, runtime.device.type)
     jobs = plan_jobs(inputs, output, task.recipe)
     failed = 0

@@ -13,9 +13,9 @@ from dinov2.configs import ConfigError, config_keys, default_yaml, find_config, 
 
 ROOT = Path(__file__).resolve().parents[3]
 LISTS = [p for p in (ROOT / "configs").rglob("*.yaml") if re.search(r"^(stages|rules):", p.read_text(), re.M)]
-DATASETS = ROOT / "configs" / "eval" / "datasets"  # of another schema: tests/unit/data/downstream/test_recipes.py
+OTHERS = ROOT / "configs" / "eval"  # of other schemas: tests/unit/data/downstream/test_recipes.py, tests/unit/eval/study
 FOLDERS = (ROOT / "configs", ROOT / "dinov2" / "configs")
-ALL_YAML = sorted(p for folder in FOLDERS for p in folder.rglob("*.yaml") if p not in LISTS and DATASETS not in p.parents)
+ALL_YAML = sorted(p for folder in FOLDERS for p in folder.rglob("*.yaml") if p not in LISTS and OTHERS not in p.parents)
 # kept so that old files load; said once in the log (train3d.say_what_has_no_effect), or read by fsdp only
 ACCEPTED_ONLY = {"sharding_strategy", "reduce_dtype", "buffer_dtype"}
 

@@ -61,6 +61,20 @@ def test_image_and_label_stay_voxel_by_voxel_together(crop: str) -> None:
     assert len(kinds) == 16  # 8 flips, each with the first two axes in place or swapped
 
 
+def test_crops_that_are_no_cubes_keep_their_edges_and_voxels_whatever_turns_come() -> None:
+    turned = set()
+    for i in range(20):
+        for made in training_crops(case(), recipe(crop="pos_neg", flip_p=0.0, rot90_p=0.7), (4, 6, 3), draw(i)):
+            assert made["image"].shape == (2, 4, 6, 3) and made["label"].shape == (1, 4, 6, 3)
+            assert torch.equal(made["image"][:1], value_of(made["label"]))
+            turned.add(int(made["label"].long().diff(dim=1).flatten()[0]))
+    assert len(turned) == 2, "as it was, and by a half turn"
+    square = [
+        m["label"].long().diff(dim=1).flatten()[0] for m in training_crops(case(), recipe(rot90_p=1.0), (4, 4, 3), draw(0))
+    ]
+    assert len(set(map(int, square))) > 1, "quarter turns where they keep the edges"
+
+
 def test_the_same_stream_gives_the_same_crops_and_another_gives_others() -> None:
     everything = recipe(crop="pos_neg", flip_p=0.5, rot90_p=0.5, scale=0.1, shift=0.1)
     one, same, other = (training_crops(case(), everything, 5, draw(i)) for i in (3, 3, 4))
@@ -109,6 +123,7 @@ def test_a_case_without_a_label_map_is_refused_by_name() -> None:
 def test_a_volume_smaller_than_the_crop_is_padded_on_both_sides_with_background(crop: str) -> None:
     small = case(shape=(4, 9, 3))
     assert is_smaller(small, 7) and not is_smaller(small, 3)
+    assert is_smaller(case(), (13, 11, 10)) and not is_smaller(case(), (13, 11, 9)), "each axis by its own edge"
     for made in training_crops(small, recipe(crop=crop), 7, draw(0)):
         inside = made["image"][0] > -1
         assert inside.any((1, 2)).tolist() == [False, False, True, True, True, True, False]  # 2 of 3 before

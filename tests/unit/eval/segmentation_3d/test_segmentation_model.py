@@ -15,7 +15,7 @@ from dinov2.eval.segmentation_3d.deformable import MSDeformAttn3d, cell_centres,
 from dinov2.eval.segmentation_3d.engine import Plan, build_optimizer
 from dinov2.eval.segmentation_3d.heads import UNETR, Linear, ViTAdapterUNETR
 from dinov2.eval.segmentation_3d.interaction import ConvFFN, Extractor, make_layout
-from dinov2.models import DinoVisionTransformer3d
+from dinov2.models import BlockBackbone, DinoVisionTransformer3d
 
 CPU = Runtime(torch.device("cpu"))
 OPTIONS = AdapterOptions(inplanes=4)
@@ -108,7 +108,7 @@ def test_an_untrained_adapter_leaves_the_backbones_tokens_as_they_are() -> None:
 class OnlyItsWidth(torch.nn.Module):
     """What an adapter is built around, without a backbone's parameters."""
 
-    embed_dim, block_list = 1024, (None,) * 4
+    embed_dim, num_layers = 1024, 4
 
 
 def test_first_weights_spread_as_the_published_adapters_at_the_width_of_vit_l() -> None:
@@ -264,6 +264,32 @@ def test_checkpointing_changes_no_gradient() -> None:
     assert grads[0].keys() == grads[1].keys()
     for name, grad in grads[0].items():
         torch.testing.assert_close(grads[1][name], grad, msg=name)
+
+
+class Named(torch.nn.Module):
+    """Somebody's network: what `BlockBackbone` asks for, and nothing else of ours."""
+
+    def __init__(self, inner: DinoVisionTransformer3d) -> None:
+        super().__init__()
+        self.inner = inner
+        for name in ("embed_dim", "patch_size", "num_layers", "num_prefix_tokens", "input_size"):
+            setattr(self, name, getattr(inner, name))
+        for name in ("get_intermediate_layers", "prepare_tokens_with_masks", "segment", "run_blocks"):
+            setattr(self, name, getattr(inner, name))
+
+
+@pytest.mark.parametrize("kind", ["Linear", "UNETR", "ViTAdapterUNETR"])
+def test_every_head_goes_around_any_network_with_the_protocol(kind: str) -> None:
+    inner = backbone(4, 4, num_register_tokens=2)
+    assert isinstance(Named(inner), BlockBackbone)
+    x, outputs = torch.rand(1, 2, 16, 16, 32), []
+    for net in (inner, Named(inner)):
+        torch.manual_seed(3)
+        model = head(kind, net, channels=2)
+        choose_trained(model, False)
+        assert not any(p.requires_grad for p in model.backbone.parameters())
+        outputs.append(model.eval()(x))
+    assert torch.equal(*outputs)
 
 
 def test_random_trains_everything_at_one_rate() -> None:

@@ -1,0 +1,120 @@
+"""The methods that can be compared (`--model-name`): one row says all that tells one from another.
+
+Source: 3DINO paper, "SOTA segmentation comparisons", "Linear decoder segmentation", "3DINO classification".
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+
+from dinov2.configs.errors import nearest
+from dinov2.errors import BadInput
+
+VIT_HEADS = ("ViTAdapterUNETR", "UNETR", "Linear")
+HEADS = ("UNETR", "ViTAdapterUNETR", "Linear", "SwinUNETR", "DynUNet")
+OURS = "3DINO"
+_FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row of the registry.
+
+    Attributes:
+        name: As `--model-name` has it.
+        kind: What its network is: `vit` (ours), `swin`, `unet`, or `encoder` (anyone's).
+        what: A line for people.
+        weights: `any` (trained, or random), `trained`, or `none`.
+        heads: Of a segmentation; the first is the default.
+        image_size: Edge of the input (voxels); None: planned from the list (`unet`), or the encoder's own.
+        end_to_end: Its segmentation trains the encoder too, at one rate; a Linear head always leaves it frozen.
+        classifies: It has a feature for classifications.
+        batch_of_channels: Cases a step of a segmentation where scans have several channels; None: as with one.
+        unit_range: It takes intensities in [0, 1] instead of [-1, 1].
+        pooled: Its probe also tries the mean of the patch tokens.
+        one_head: Why it has no other head.
+    """
+
+    name: str
+    kind: str
+    what: str
+    weights: str
+    heads: tuple[str, ...]
+    image_size: int | None
+    end_to_end: bool = False
+    classifies: bool = True
+    batch_of_channels: int | None = None
+    unit_range: bool = False
+    pooled: bool = True
+    one_head: str = ""
+
+    def trains_encoder(self, head: str) -> bool:
+        """Whether a segmentation with this head trains all of the network unless told otherwise."""
+        return self.end_to_end and head != "Linear"
+
+
+_SWIN = Method(
+    name="SwinRandom",
+    kind="swin",
+    what="MONAI's SwinUNETR from scratch",
+    weights="none",
+    heads=("SwinUNETR",),
+    image_size=96,
+    end_to_end=True,
+    classifies=False,
+    batch_of_channels=1,
+    pooled=False,
+    one_head="its last map is 3 voxels an edge",
+)
+METHODS = {
+    m.name: m
+    for m in (
+        Method(OURS, "vit", "a frozen ViT of this package, and a decoder", "any", VIT_HEADS, 112),
+        Method("MONAI-ViT", "vit", "the same at 96 cubed, pretrained with the Swin recipe's tasks", "trained", VIT_HEADS, 96),
+        Method(
+            "Random",
+            "vit",
+            "a ViT with UNETR's decoder from scratch",
+            "none",
+            ("UNETR", "ViTAdapterUNETR", "Linear"),
+            112,
+            True,
+        ),
+        _SWIN,
+        replace(
+            _SWIN,
+            name="SwinTransfer",
+            what="SwinUNETR from MONAI's self-supervised weights (model_swinvit.pt)",
+            weights="trained",
+            classifies=True,
+            unit_range=True,
+        ),
+        Method(
+            "UNet",
+            "unet",
+            "MONAI's DynUNet from scratch, planned by nnU-Net's rules",
+            "none",
+            ("DynUNet",),
+            None,
+            end_to_end=True,
+            classifies=False,
+            one_head="it is a whole network",
+        ),
+    )
+}
+
+
+def find_method(name: str) -> Method:
+    """The method of a name, or of a `module:function`, whose encoder is used frozen.
+
+    Raises:
+        BadInput: There is none.
+    """
+    if name in METHODS:
+        return METHODS[name]
+    if _FUNCTION.fullmatch(name):
+        return Method(name, "encoder", "an encoder of your own, frozen", "any", ("Linear", "ViTAdapterUNETR", "UNETR"), None)
+    hint = nearest(name, METHODS)
+    known = f"{', '.join(METHODS)}, or module:function of your own encoder"
+    raise BadInput(f"--model-name {name}: no such method{hint}: one of {known}")

@@ -1,0 +1,1 @@
+"""Comparisons of methods: what a study declares, its runs, and what is said of them."""
