@@ -145,13 +145,20 @@ def _serve(connection: Connection) -> None:
     with suppress(EOFError, ConnectionError):  # closed by the main process
         work = pickle.loads(connection.recv_bytes())
         while True:
-            answer = _answer(work, pickle.loads(connection.recv_bytes()))
+            answer = attempt(work, pickle.loads(connection.recv_bytes()), "worker")
             connection.send_bytes(pickle.dumps(answer))
 
 
-def _answer(work: Callable[[Any], Any], item: Any) -> tuple[Any, Exception | None]:
+def attempt(work: Callable[[Any], Any], item: Any, kind: str) -> tuple[Any, Exception | None]:
+    """What a process sends back: the result, or what was raised, with its traceback as a note, for the main process to raise.
+
+    Args:
+        work: Called with the item.
+        item: Its argument.
+        kind: Of process, named in the note.
+    """
     try:
         return work(item), None
     except Exception as err:  # noqa: BLE001 - raised again in the main process
-        err.add_note(f"in a worker process:\n{traceback.format_exc()}")
+        err.add_note(f"in a {kind} process:\n{traceback.format_exc()}")
         return None, err

@@ -7,7 +7,6 @@ import ctypes
 import multiprocessing
 import pickle
 import signal
-import traceback
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from typing import Any
 
 import torch
 
+from dinov2.data.pool import attempt
 from dinov2.errors import BadInput
 from dinov2.signals import SIGNALS, die_with_parent
 
@@ -127,15 +127,7 @@ def _serve(compute: Compute, connection: Connection, inherited: list[Connection]
     with suppress(EOFError, ConnectionError):  # closed by the main process
         while True:
             # plain pickle: multiprocessing's hands tensors over by a socket in a temporary folder, which a kill leaves there
-            connection.send_bytes(pickle.dumps(_answer(compute, connection.recv())))
-
-
-def _answer(compute: Compute, request: Any) -> tuple[Any, Exception | None]:
-    try:
-        return compute(request), None
-    except Exception as err:  # noqa: BLE001 - raised again in the main process
-        err.add_note(f"in a loader process:\n{traceback.format_exc()}")
-        return None, err
+            connection.send_bytes(pickle.dumps(attempt(compute, connection.recv(), "loader")))
 
 
 def _died(process: BaseProcess) -> BadInput:
