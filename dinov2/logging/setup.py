@@ -29,3 +29,4 @@ def setup_logging(output_dir: Path | None = None, rank: int = 0, level: int = lo
     logging.basicConfig(level=level, format=FORMAT, datefmt="%H:%M:%S", handlers=handlers, force=True)
     logging.captureWarnings(True)
     logging.getLogger("nibabel.global").setLevel(logging.ERROR)  # it corrects headers aloud; what matters is checked here
+    logging.getLogger("numexpr").setLevel(logging.WARNING)  # of pandas and blosc2: it says its number of threads

@@ -13,7 +13,6 @@ mapped, not read, so that all loader processes share one copy in the page cache 
 from __future__ import annotations
 
 import json
-import logging
 import mmap
 import zlib
 from dataclasses import dataclass
@@ -112,8 +111,7 @@ def open_item(path: Path, check: bool = True) -> Item:
 
 
 def _blosc2() -> ModuleType | None:
-    """blosc2, where it is installed; imported at its first use, and without the line that a library of its own logs."""
-    logging.getLogger("numexpr").setLevel(logging.WARNING)
+    """blosc2, where it is installed; imported at its first use."""
     try:
         import blosc2
     except ImportError:

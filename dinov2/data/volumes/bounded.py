@@ -8,6 +8,7 @@ from __future__ import annotations
 import bz2
 import errno
 import os
+import re
 import stat
 import zlib
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ from dinov2.errors import BadVolume
 
 MAX_TEXT_BYTES = 16 * 2**20  # of a sidecar, a data set's description, a header
 MAX_TRAILING_BYTES = 16 * 2**20  # after the voxels of a compressed stream: MGH's tags, padding
+_ADDRESS = re.compile(r"\(0x[0-9a-f]+\)")  # of the object that ITK speaks of, another one in each run
 _CHUNK = 2**20
 _PACKED_CHUNK = 2**16  # so that what is left of one, which zlib copies, is little
 _GZIP_OR_ZLIB = 32 + zlib.MAX_WBITS
@@ -84,7 +86,7 @@ def describe_error(err: Exception) -> str:
     if isinstance(err, MemoryError):
         return "it takes more memory than there is"
     lines = str(err).rpartition("ERROR: ")[2].splitlines() or [""]  # before it SimpleITK says where it was built
-    text = lines[-1 if lines[0].endswith(":") else 0]
+    text = _ADDRESS.sub("", lines[-1 if lines[0].endswith(":") else 0])
     speaks = text and isinstance(err, (OSError, EOFError, ValueError, RuntimeError)) and not isinstance(err, RecursionError)
     return text if speaks else f"{type(err).__name__} {text}".rstrip()
 

@@ -316,6 +316,8 @@ def odd(folder: Path) -> dict[str, tuple[str, str]]:
         header = f"ObjectType = Image\n{line}\nDimSize = 9 9 9\nElementType = MET_SHORT\nElementDataFile = LOCAL\n"
         (folder / f"{name}.mha").write_bytes(header.encode() + bytes(2 * 9**3))
         expected[f"{name}.mha"] = ("damaged", "1 to 10 axes")
+    (folder / "far.mha").write_text(f"ObjectType = Image\nNDims = 3\nElementSpacing = 1{'0' * 400} 1 1\nDimSize = 9 9 9\n")
+    expected["far.mha"] = ("unreadable", "cannot be opened: MetaImageIO: File cannot be read")  # and not at which address
     (folder / "typed.nrrd").write_bytes(b"NRRD0004\ntype: shorty\ndimension: 3\nsizes: 9 9 9\nencoding: raw\n\n" + bytes(1458))
     expected["typed.nrrd"] = ("unreadable", "cannot be opened: [nrrd] _nrrdReadNrrdParse_type: couldn't parse type")
     (folder / "skip.nrrd").write_text(
