@@ -170,7 +170,28 @@ class IbotConfig(HeadConfig):
 
 
 @dataclass
+class SwinConfig:
+    rotation_loss_weight: float = key(1.0, "weight of telling a view's rotation")
+    contrastive_loss_weight: float = key(1.0, "weight of telling which views are of one cube")
+    reconstruction_loss_weight: float = key(1.0, "weight of filling in what a view lost")
+    contrastive_dim: int = key(512, "features of a view that are contrasted")
+    contrastive_temperature: float = key(0.5, "temperature of their cosines")
+    max_corrupted: float = key(0.3, "largest share of a view filled with noise, and with another volume")
+
+    def __post_init__(self) -> None:
+        weights = [getattr(self, f"{name}_loss_weight") for name in ("rotation", "contrastive", "reconstruction")]
+        require(min(weights) >= 0 < max(weights), f"swin.*_loss_weight={weights} must not be negative, nor all 0")
+        require(self.contrastive_dim >= 1, f"swin.contrastive_dim={self.contrastive_dim} must be at least 1")
+        for name, high in (("contrastive_temperature", math.inf), ("max_corrupted", 1)):
+            require(0 < getattr(self, name) <= high, f"swin.{name}={getattr(self, name)} must lie in (0, {high:g}]")
+
+
+@dataclass
 class TrainConfig:
+    objective: str = key("3dino", "what is learned: 3dino, or swin (the tasks of Swin UNETR's pretraining, section swin)")
+    orientation: str = key(
+        "", "where the axes of volumes are turned to point, such as RAS; empty: as stored, the slice axis last"
+    )
     batch_size_per_gpu: int = key(128, "volumes per rank and forward pass")
     accumulation_steps: int = key(1, "passes per update; the effective batch is batch_size_per_gpu x ranks x this")
     data_min_axis_size: int = key(24, "keep only volumes whose smallest axis is greater than this (voxels)")
@@ -208,6 +229,10 @@ class TrainConfig:
     centering: str = key("sinkhorn_knopp", "teacher targets: sinkhorn_knopp or centering")
 
     def __post_init__(self) -> None:
+        require_choice("train.objective", self.objective, ("3dino", "swin"))
+        axes = sorted(next((pair for pair in ("LR", "PA", "IS") if c in pair), c) for c in self.orientation)
+        problem = f"train.orientation={self.orientation!r} is not three of L or R, P or A, I or S in any order, such as RAS"
+        require(axes in ([], ["IS", "LR", "PA"]), problem)
         require_choice("train.centering", self.centering, ("sinkhorn_knopp", "centering"))
         require_choice("train.strategy", self.strategy, ("auto", "single", "ddp", "fsdp"))
         memory_budget(self.activation_checkpointing)
@@ -305,7 +330,7 @@ class OptimConfig:
     lr: float = key(0.0, "computed from optim.base_lr by optim.scaling_rule and written here; what a file says has no effect")
     warmup_epochs: int = key(10, "epochs of the linear learning-rate warm-up")
     min_lr: float = key(1e-06, "learning rate at the end of the cosine")
-    clip_grad: float = key(3.0, "largest gradient norm of each of backbone, dino_head, ibot_head; 0 does not clip")
+    clip_grad: float = key(3.0, "largest gradient norm of backbone and of each head; 0 does not clip")
     freeze_last_layer_epochs: int = key(1, "epochs during which the prototypes do not move")
     scaling_rule: str = key("sqrt_wrt_1024", "base_lr against batch: sqrt_wrt_1024, linear_wrt_256, or none: as it is")
     patch_embed_lr_mult: float = key(0.2, "learning-rate factor of the patch embedding")
@@ -396,6 +421,7 @@ class Config:
     compute_precision: ComputePrecisionConfig = section(ComputePrecisionConfig, "dtypes and sharding, per module")
     dino: DinoConfig = section(DinoConfig, "image-level objective: class tokens of all crops")
     ibot: IbotConfig = section(IbotConfig, "patch-level objective: masked patches of the global crops")
+    swin: SwinConfig = section(SwinConfig, "the tasks of train.objective=swin, the baseline MONAI-ViT")
     train: TrainConfig = section(TrainConfig, "data, batch, output")
     student: StudentConfig = section(StudentConfig, "the network")
     teacher: TeacherConfig = section(TeacherConfig, "the exponential moving average of the student")
@@ -412,6 +438,8 @@ class Config:
             nearest_valid = sorted({max(p, size // p * p), max(1, math.ceil(size / p)) * p})
             use = " or ".join(map(str, nearest_valid))
             require(size >= 1 and size % p == 0, f"crops.{name}={size} is not a multiple of student.patch_size={p}: use {use}")
+        is_power = self.train.objective != "swin" or p & (p - 1) == 0 < p - 1
+        require(is_power, f"student.patch_size={p} is no power of 2, which train.objective=swin needs to fill views in again")
         starts = [self.MODEL.WEIGHTS, self.student.pretrained_weights or self.student.full_pretrained_weights]
         require(not all(starts), "MODEL.WEIGHTS and student.[full_]pretrained_weights are both set: keep one")
         dtypes = {m.mixed_precision.param_dtype for m in self.precision_modules()}

@@ -100,8 +100,8 @@ def collate(rows: Rows, positions: Sequence[int], samples: Sequence[Sample], upp
     Returns:
         `collated_global_crops` (2b, 1, G, G, G), `collated_local_crops` (L*b, 1, S, S, S), `collated_masks` (2b, N) bool,
         `mask_indices_list` (M,) into the flattened mask, `masks_weight` (M,) = 1 / masked patches of that row, `upperbound`
-        int >= M, `n_masked_patches` (1,), `sample_ids`, `positions` (b,) int64, `bad` {path: reason}; only `bad` where no
-        volume could be used.
+        int >= M, `n_masked_patches` (1,), `sample_ids`, `positions` (b,) int64, `bad` {path: reason}; of `SwinViews`
+        `rotations` (2b,) int64; only `bad` where no volume could be used.
     """
     bad = {path: reason for s in samples for path, reason in s["bad"].items()}
     if not all("sample_id" in s for s in samples):
@@ -111,7 +111,15 @@ def collate(rows: Rows, positions: Sequence[int], samples: Sequence[Sample], upp
         "sample_ids": [s["sample_id"] for s in samples],
         "positions": torch.tensor(positions, dtype=torch.int64),
         "bad": bad,
+        **_per_view(samples),
     }
+
+
+def _per_view(samples: Sequence[Sample]) -> dict[str, Tensor]:
+    """What samples say of each of their views, view-major."""
+    if "rotations" not in samples[0]:
+        return {}
+    return {"rotations": torch.tensor([s["rotations"] for s in samples], dtype=torch.int64).T.flatten()}
 
 
 def _of_rows(rows: Rows, upperbound: int) -> Batch:

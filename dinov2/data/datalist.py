@@ -30,6 +30,7 @@ class Entry:
         spacing_mm: (sx, sy, sz) of a format without one; of another the file's counts, and a difference is said.
         axes: What a fourth axis is: `xyzt` time, `xyzc` channels; None: time where the header gives it a spacing.
         channel: Which channel of an `xyzc` volume.
+        orientation: Where the axes of what is read shall point (`RAS`); no key of a list. None: as stored.
         extra: Other keys of the list (modality, organ, dataset, patient, ...).
     """
 
@@ -38,6 +39,7 @@ class Entry:
     spacing_mm: Spacing | None = None
     axes: str | None = None
     channel: int | None = None
+    orientation: str | None = None
     extra: dict[str, Any] = field(default_factory=dict, compare=False)
 
     def as_item(self) -> dict[str, Any]:

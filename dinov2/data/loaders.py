@@ -8,6 +8,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from enum import Enum
 from itertools import islice
 from typing import Any
@@ -23,6 +24,7 @@ from dinov2.data.datalist import Datalist
 from dinov2.data.dataset import PretrainDataset, Sample
 from dinov2.data.samplers import PositionSampler
 from dinov2.data.slots import HELD, slot_queue
+from dinov2.data.swin_views import NUM_VIEWS, SwinViews
 from dinov2.distributed.precision import crop_dtype
 from dinov2.errors import BadInput, replaced
 
@@ -68,17 +70,17 @@ class TrainLoader:
     ) -> None:
         t = cfg.train
         self.device = torch.device(device)
-        self.datalist = datalist
+        self.datalist = datalist = _turned(datalist, t.orientation)
         self.accumulation_steps = t.accumulation_steps
         self.bad_volumes: dict[str, str] = {}
         self._sampler = sampler = PositionSampler(t.batch_size_per_gpu, t.accumulation_steps, rank, world_size, start_step)
         self._layout = _layout(cfg, crop_dtype(cfg, self.device.type))
-        masked = cfg.ibot.mask_sample_probability, tuple(cfg.ibot.mask_ratio_min_max)
-        self._masking = Masking(t.seed, sampler.effective_batch, *masked)
+        masked = cfg.ibot.mask_sample_probability if t.objective == "3dino" else 0.0
+        self._masking = Masking(t.seed, sampler.effective_batch, masked, tuple(cfg.ibot.mask_ratio_min_max))
         cache = VolumeCache(t.cache_dir, t.cache_max_gb) if t.cache_dir else None
         self._num_workers = count_workers(t.num_workers, len(os.sched_getaffinity(0)))
         store_bytes = store_share(t.memory_store_mb * 2**20, self._num_workers, datalist)
-        self._dataset = PretrainDataset(datalist, build_augmentation(cfg), t.seed, store_bytes, cache)
+        self._dataset = _dataset(cfg, datalist, sampler.effective_batch, store_bytes, cache)
 
     def __iter__(self) -> Generator[list[Batch], None, None]:
         if self._sampler.rank == 0:
@@ -158,9 +160,29 @@ def load_line(load: float, num_cores: int, num_workers: int) -> str:
     return f"{line}: other programs use them, steps will take longer; least so with few train.num_threads"
 
 
+def _turned(datalist: Datalist, orientation: str) -> Datalist:
+    """The list with volumes whose axes point as `train.orientation` says."""
+    if not orientation:
+        return datalist
+    return replace(datalist, entries=[replace(entry, orientation=orientation) for entry in datalist.entries])
+
+
+def _dataset(
+    cfg: DictConfig, datalist: Datalist, effective_batch: int, store_bytes: int, cache: VolumeCache | None
+) -> PretrainDataset | SwinViews:
+    """What an objective learns from, by position."""
+    shared = cfg.train.seed, store_bytes, cache
+    if cfg.train.objective == "swin":
+        return SwinViews(datalist, cfg.crops.global_crops_size, cfg.swin.max_corrupted, effective_batch, *shared)
+    return PretrainDataset(datalist, build_augmentation(cfg), *shared)
+
+
 def _layout(cfg: DictConfig, dtype: torch.dtype) -> BatchLayout:
+    """Of `SwinViews`, what the network sees of the views lies where local crops do."""
     c, num_patches = cfg.crops, (cfg.crops.global_crops_size // cfg.student.patch_size) ** 3
     sizes = c.global_crops_size, c.local_crops_size, c.local_crops_number
+    if cfg.train.objective == "swin":
+        sizes = c.global_crops_size, c.global_crops_size, NUM_VIEWS
     return BatchLayout(cfg.train.batch_size_per_gpu, *sizes, num_patches, dtype)
 
 

@@ -86,7 +86,9 @@ def slice_axis(spacing_mm: Spacing) -> int:
     return int(np.argmax(spacing_mm))
 
 
-def preprocess(voxels: np.ndarray, spacing_mm: Spacing, name: str, padding: np.ndarray | None = None) -> Volume:
+def preprocess(
+    voxels: np.ndarray, spacing_mm: Spacing, name: str, padding: np.ndarray | None = None, across: int | None = None
+) -> Volume:
     """Preprocess one time point.
 
     Args:
@@ -94,12 +96,13 @@ def preprocess(voxels: np.ndarray, spacing_mm: Spacing, name: str, padding: np.n
         spacing_mm: Along X, Y, Z.
         name: Path for messages.
         padding: Where the header says that nothing was measured.
+        across: The axis that becomes the last; None: the one across slices, by the spacing.
 
     Raises:
         BadVolume: No finite voxel, or (nearly) constant.
     """
     voxels = normalise(voxels, name, padding=padding)
-    axis = slice_axis(spacing_mm)
+    axis = slice_axis(spacing_mm) if across is None else across
     voxels = np.moveaxis(voxels, axis, -1)
     spacing = triple([*(s for i, s in enumerate(spacing_mm) if i != axis), spacing_mm[axis]])
     box = foreground_box(voxels)

@@ -26,6 +26,12 @@ def training_dtype(precision: DictConfig, device_type: str) -> torch.dtype:
     return torch.float32 if dtype == torch.float16 and device_type == "cpu" else dtype
 
 
+def module_precision(cfg: DictConfig, side: str, module: str) -> DictConfig:
+    """`compute_precision.<side>.<module>`; heads that have no keys of their own go by `dino_head`'s."""
+    of_side = cfg.compute_precision[side]
+    return of_side.get(module, of_side.dino_head)
+
+
 def evaluation_dtype(cfg: DictConfig, device_type: str) -> torch.dtype:
     """What a frozen or fine-tuned backbone multiplies in: as the teacher's, half precisions on a GPU only."""
     dtype = training_dtype(cfg.compute_precision.teacher.backbone, device_type)

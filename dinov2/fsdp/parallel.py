@@ -20,7 +20,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from dinov2.distributed.precision import DTYPES, HALF, training_dtype
+from dinov2.distributed.precision import DTYPES, HALF, module_precision, training_dtype
 from dinov2.distributed.runtime import Runtime
 
 logger = logging.getLogger(__name__)
@@ -71,7 +71,7 @@ def parallelise(model: TwoSides, cfg: DictConfig, runtime: Runtime) -> None:
         copies = init_device_mesh(runtime.device.type, (runtime.world_size, 1), mesh_dim_names=("replicate", "shard"))
         for side in ("student", "teacher"):
             for name, net in getattr(model, side).items():
-                precision = cfg.compute_precision[side][name]
+                precision = module_precision(cfg, side, name)
                 _shard(net, copies if precision.sharding_strategy == "NO_SHARD" else mesh["shard"], precision, side, runtime)
     model.gradient_sync = lambda is_last: _gradient_sync(model, strategy, is_last)
     if runtime.world_size > 1:

@@ -23,15 +23,18 @@ from dinov2.layers.attention import resolve_attention
 from dinov2.models.weights import load_backbone, load_heads
 from dinov2.streams import Kind, torch_seed
 from dinov2.train.compiling import compile_as_configured
+from dinov2.train.meta_arch import MetaArch
 from dinov2.train.ssl_meta_arch import SSLMetaArch
+from dinov2.train.swin_meta_arch import SwinMetaArch
 
 logger = logging.getLogger(__name__)
 
 
-def build(cfg: DictConfig, runtime: Runtime, load_start: bool = False) -> tuple[SSLMetaArch, AdamW]:
+def build(cfg: DictConfig, runtime: Runtime, load_start: bool = False) -> tuple[MetaArch, AdamW]:
     """Model from the run's seed or its start weights, spread over the ranks, and the optimiser over the student."""
     torch.manual_seed(torch_seed(cfg.train.seed, Kind.INIT, 0))
-    model = SSLMetaArch(cfg, resolve_attention(cfg.student.attention, runtime.device.type)).to(runtime.device)
+    arch = {"3dino": SSLMetaArch, "swin": SwinMetaArch}[cfg.train.objective]
+    model = arch(cfg, resolve_attention(cfg.student.attention, runtime.device.type)).to(runtime.device)
     if load_start:
         load_start_weights(model, cfg)
     logger.info("student of %.1f M parameters", sum(p.numel() for p in model.student.parameters()) / 1e6)
@@ -49,7 +52,7 @@ def start_weights(cfg: DictConfig) -> str:
     return cfg.student.full_pretrained_weights or cfg.student.pretrained_weights or cfg.MODEL.WEIGHTS
 
 
-def load_start_weights(model: SSLMetaArch, cfg: DictConfig) -> None:
+def load_start_weights(model: MetaArch, cfg: DictConfig) -> None:
     """Start from a backbone, or from backbone and heads; optimiser and centres start afresh either way."""
     path = start_weights(cfg)
     if not path:

@@ -22,7 +22,7 @@ from dinov2.distributed import any_rank, is_enabled
 from dinov2.distributed.runtime import Runtime
 from dinov2.layers import Block, Segment
 from dinov2.loss.row_math import PLAIN, compiled_row_math
-from dinov2.train.ssl_meta_arch import SSLMetaArch
+from dinov2.train.meta_arch import MetaArch
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +77,7 @@ def _one_line(err: BaseException) -> str:
     return f"{type(err).__name__}: {' '.join(lines)[:200]}"
 
 
-def compile_as_configured(model: SSLMetaArch, cfg: DictConfig, runtime: Runtime) -> None:
+def compile_as_configured(model: MetaArch, cfg: DictConfig, runtime: Runtime) -> None:
     """Compile a model by `train.compile`, before it is spread over ranks."""
     budget = memory_budget(cfg.train.activation_checkpointing)
     if resolve_compile(cfg.train.compile, runtime):
@@ -91,7 +91,7 @@ def compile_block(block: nn.Module, dynamic: bool | None = False) -> None:
     block.forward = torch.compile(block.forward, dynamic=dynamic, backend=BACKEND)
 
 
-def compile_model(model: SSLMetaArch, memory_budget: float = 1.0) -> None:
+def compile_model(model: MetaArch, memory_budget: float = 1.0) -> None:
     """Compile each block of both networks, and the row-wise part of the heads; it happens in the first step.
 
     Equal blocks share what is compiled. `memory_budget` is the share of what a block would keep for the backward pass that it
@@ -109,7 +109,7 @@ def compile_model(model: SSLMetaArch, memory_budget: float = 1.0) -> None:
     model.compile_state = "untried"
 
 
-def leave_uncompiled(model: SSLMetaArch) -> None:
+def leave_uncompiled(model: MetaArch) -> None:
     """Undo `compile_model`."""
     for side in (model.student, model.teacher):
         for block in side.backbone.block_list:
@@ -118,7 +118,7 @@ def leave_uncompiled(model: SSLMetaArch) -> None:
     model.compile_state = "off"
 
 
-def first_compiled(model: SSLMetaArch, step: Callable[[], T]) -> T:
+def first_compiled(model: MetaArch, step: Callable[[], T]) -> T:
     """Run `step`, a forward and backward pass; of the first compiled one say how long it took.
 
     Where that fails, which is said once, blocks go on uncompiled and `step` runs again, with the same draws. With several ranks
@@ -130,7 +130,7 @@ def first_compiled(model: SSLMetaArch, step: Callable[[], T]) -> T:
     buffers = [(b, b.clone()) for b in model.buffers()]
     try:
         result = step()
-        _wait_for(buffers[0][0].device)
+        _wait_for(next(model.parameters()).device)
     except torch.OutOfMemoryError:
         raise
     except _FAILURES as err:

@@ -61,21 +61,34 @@ def forecast_gib(cfg: DictConfig, batch: int, compiled: bool, shards: int = 1) -
     embed_dim, depth = network_shape(cfg)[:2]
     patches = (c.global_crops_size // s.patch_size) ** 3
     lengths = [1 + s.num_register_tokens + (size // s.patch_size) ** 3 for size in (c.global_crops_size, c.local_crops_size)]
-    tokens = batch * (NUM_GLOBAL_CROPS * lengths[0] + c.local_crops_number * lengths[1])
+    is_swin = cfg.train.objective == "swin"
+    tokens = batch * (NUM_GLOBAL_CROPS * lengths[0] + (0 if is_swin else c.local_crops_number * lengths[1]))
     kept = tokens * (1 - s.drop_path_rate if s.drop_path_rate > 0.1 else 1)
-    masked = batch * NUM_GLOBAL_CROPS * cfg.ibot.mask_sample_probability * sum(cfg.ibot.mask_ratio_min_max) / 2 * patches
     of_block = f.block * embed_dim + f.hidden * _hidden_channels(cfg)  # a row
     budget = memory_budget(cfg.train.activation_checkpointing)
     if cfg.train.activation_checkpointing == "full":
         blocks = depth * tokens * embed_dim * 2 + kept * of_block  # every block's input, and one block at a time
     else:
         blocks = depth * kept * of_block * (budget * BUDGET_USED if compiled and budget is not None and budget < 1 else 1)
-    cls = batch * (NUM_GLOBAL_CROPS + c.local_crops_number) * cfg.dino.head_n_prototypes
-    heads = f.heads * (masked * _patch_head(cfg).head_n_prototypes + cls)
+    views = NUM_GLOBAL_CROPS * batch
+    heads = _reconstruction_bytes(cfg, views * patches) if is_swin else f.heads * _scores(cfg, batch, views * patches)
     voxels = NUM_GLOBAL_CROPS * c.global_crops_size**3 + c.local_crops_number * c.local_crops_size**3
     activations = blocks + heads + f.once * tokens * embed_dim + 2 * batch * voxels
     is_half = cfg.compute_precision.student.backbone.mixed_precision.param_dtype in ("fp16", "bf16")
     return (WEIGHTS * num_parameters(cfg) / shards + activations * (1 if is_half else 2)) / GIB
+
+
+def _scores(cfg: DictConfig, batch: int, patches: int) -> float:
+    """The student's scores of class tokens and masked patches, over all prototypes."""
+    masked = patches * cfg.ibot.mask_sample_probability * sum(cfg.ibot.mask_ratio_min_max) / 2
+    cls = batch * (NUM_GLOBAL_CROPS + cfg.crops.local_crops_number) * cfg.dino.head_n_prototypes
+    return masked * _patch_head(cfg).head_n_prototypes + cls
+
+
+def _reconstruction_bytes(cfg: DictConfig, patches: int) -> float:
+    """What the transposed convolutions of `train.objective=swin` keep, with the gradient of it: not measured on a card."""
+    embed_dim, steps = network_shape(cfg)[0], int(math.log2(cfg.student.patch_size))
+    return 4.0 * patches * sum(8**i * max(1, embed_dim >> i) for i in range(1, steps + 1))
 
 
 def _patch_head(cfg: DictConfig) -> DictConfig:

@@ -60,9 +60,21 @@ def progress_line(iteration: int, total: int, m: dict[str, float]) -> str:
     """One line a person reads while waiting."""
     left = timedelta(seconds=round((total - iteration - 1) * m["iter_time"]))
     return (
-        f"[{iteration + 1}/{total}] loss {m['total_loss']:.3f} (dino {m['dino_cross_entropy']:.3f}, ibot "
-        f"{m['ibot_cross_entropy']:.3f} nats) lr {m['lr']:.2e} | teacher entropy {m['teacher_entropy']:.2f}, prototypes "
-        f"{m['prototypes_used']:.0f}, cosine {m['mean_cosine']:.2f} | {m['iter_time']:.2f} s/step, "
-        f"{m['volumes_per_s']:.1f} volumes/s, data wait {m['data_wait']:.0%}, mfu {m['mfu']:.0%}, "
+        f"[{iteration + 1}/{total}] loss {m['total_loss']:.3f} ({_objective(m)}, cosine {m['mean_cosine']:.2f} | "
+        f"{m['iter_time']:.2f} s/step, {m['volumes_per_s']:.1f} volumes/s, data wait {m['data_wait']:.0%}, mfu {m['mfu']:.0%}, "
         f"{m['memory_gib']:.1f} GiB | ETA {left}"
+    )
+
+
+def _objective(m: dict[str, float]) -> str:
+    """What an objective's own terms and monitors say."""
+    if "rotation_loss" in m:
+        return (
+            f"rotation {m['rotation_loss']:.3f}, contrast {m['contrastive_loss']:.3f} nats, reconstruction "
+            f"{m['reconstruction_loss']:.3f}) lr {m['lr']:.2e} | rotations told {m['rotation_accuracy']:.0%}, rank "
+            f"{m['feature_rank']:.1f}"
+        )
+    return (
+        f"dino {m['dino_cross_entropy']:.3f}, ibot {m['ibot_cross_entropy']:.3f} nats) lr {m['lr']:.2e} | teacher entropy "
+        f"{m['teacher_entropy']:.2f}, prototypes {m['prototypes_used']:.0f}"
     )

@@ -6,30 +6,19 @@ E embedding, A micro-batches of one update. Crops are crop-major: [G*B, ...] hol
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from omegaconf import DictConfig
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from dinov2.configs.schema import NUM_GLOBAL_CROPS
 from dinov2.distributed import all_reduce_sum
-from dinov2.distributed.precision import HALF, autocast, training_dtype
-from dinov2.fsdp.tensors import own_part
 from dinov2.layers import DINOHead
 from dinov2.loss import TeacherCenter, dino_loss, ibot_loss, koleo_loss, sinkhorn_knopp
-from dinov2.loss.row_math import PLAIN
-from dinov2.models import DinoVisionTransformer3d, build_backbone
+from dinov2.models import DinoVisionTransformer3d
+from dinov2.train.meta_arch import Batch, MetaArch, Pass, linear_flops
 from dinov2.train.monitors import collapse_monitors, mean_entropy
-from dinov2.train.param_groups import fuse_groups, param_groups_with_decay
-
-logger = logging.getLogger(__name__)
-
-Batch = dict[str, Any]
 
 
 class Targets(NamedTuple):
@@ -48,50 +37,28 @@ class StudentOutputs(NamedTuple):
     global_cls_before_head: Tensor  # [G, B, E]
 
 
-class Networks(nn.ModuleDict):
-    """One side's networks by name, as they are saved."""
-
-    backbone: DinoVisionTransformer3d
-    dino_head: DINOHead
-
-
-class SSLMetaArch(nn.Module):
-    """Student, its moving average the teacher, and one training step.
-
-    Args:
-        cfg: A merged configuration (`load_and_merge_config_3d`).
-        attention: `sdpa` or `xformers`, as resolved for the device.
+class SSLMetaArch(MetaArch):
+    """3DINO's objective.
 
     `student` and `teacher` are `Networks` with `backbone`, `dino_head` and, unless shared, `ibot_head`.
     """
 
     def __init__(self, cfg: DictConfig, attention: str = "sdpa") -> None:
-        super().__init__()
-        self.cfg = cfg
-        self.separate_ibot_head = cfg.ibot.separate_head
-        self.student = Networks(self._build_side(attention, teacher=False))
-        self.teacher = Networks(self._build_side(attention, teacher=True)).requires_grad_(False)
+        super().__init__(cfg, attention)
         self.dino_center = TeacherCenter(cfg.dino.head_n_prototypes)
         self.ibot_center = TeacherCenter(self._ibot_head_cfg().head_n_prototypes)
-        self.student_calls: dict[str, DistributedDataParallel] = {}  # by name, called instead of a student's module
-        # around a micro-batch; told whether it is the last
-        self.gradient_sync: Callable[[bool], AbstractContextManager[None]] = lambda is_last: nullcontext()
-        self.row_math = PLAIN  # or compiled, by `compile_model`
-        self.compile_state = "off"  # untried, on: of `compile_model`
-        self.grad_scaler = torch.amp.GradScaler(enabled=False)  # the loop replaces it where fp16 needs one
-        if cfg.compute_precision.student.backbone.mixed_precision.param_dtype == "fp64":
-            self.double()
-        self.start_teacher_from_student()
-        self.train()
+        self.to(next(self.student.parameters()).dtype)
+
+    @property
+    def separate_ibot_head(self) -> bool:
+        return self.cfg.ibot.separate_head
 
     def _ibot_head_cfg(self) -> DictConfig:
         return self.cfg.ibot if self.separate_ibot_head else self.cfg.dino
 
-    def _build_side(self, attention: str, teacher: bool) -> dict[str, nn.Module]:
-        backbone = build_backbone(self.cfg, teacher, attention)
-        backbone.recompute_blocks = not teacher and self.cfg.train.activation_checkpointing == "full"
+    def build_heads(self, backbone: DinoVisionTransformer3d) -> dict[str, nn.Module]:
         heads = {"dino_head": self.cfg.dino} | ({"ibot_head": self.cfg.ibot} if self.separate_ibot_head else {})
-        make = {
+        return {
             name: DINOHead(
                 backbone.embed_dim,
                 h.head_n_prototypes,
@@ -101,16 +68,6 @@ class SSLMetaArch(nn.Module):
             )
             for name, h in heads.items()
         }
-        return {"backbone": backbone, **make}
-
-    def start_teacher_from_student(self) -> None:
-        """Copy the student's weights into the teacher."""
-        self.teacher.load_state_dict(self.student.state_dict())
-
-    def train(self, mode: bool = True) -> SSLMetaArch:
-        super().train(mode)
-        self.teacher.eval()
-        return self
 
     # ------------------------------------------------------------------ the step
 
@@ -222,38 +179,14 @@ class SSLMetaArch(nn.Module):
         of_images = dino * (losses["dino_local_crops_loss"] + losses["dino_global_crops_loss"])
         return of_images + NUM_GLOBAL_CROPS * (losses["koleo_loss"] + ibot * losses["ibot_loss"])
 
-    @torch.no_grad()
-    def update_teacher(self, momentum: float, skip: Tensor | None = None) -> None:
-        """teacher <- momentum * teacher + (1 - momentum) * student; where `skip`, a scalar on the device, is 1, not at all."""
-        teacher, student = ([own_part(p) for p in side.parameters()] for side in (self.teacher, self.student))
-        weight = teacher[0].new_full((), 1 - momentum)
-        if skip is not None:
-            weight = weight * (1 - skip)
-        torch._foreach_lerp_(teacher, student, [weight] * len(teacher))
-
-    def get_params_groups(self) -> list[dict[str, Any]]:
-        """Optimiser groups of the student: parameters of equal learning-rate and weight-decay factors together."""
-        depth = len(self.student.backbone.block_list)
-        o = self.cfg.optim
-        named = [
-            group
-            for module, net in self.student.items()
-            for group in param_groups_with_decay(net, module, depth, o.layerwise_decay, o.patch_embed_lr_mult)
-        ]
-        return fuse_groups(named)
-
-    # ------------------------------------------------------------------ passes
-
-    def _run(self, side: str, module: str, *args: Any, **kwargs: Any) -> Any:
-        """A module of one side under its configured precision."""
-        net = getattr(self, side)[module]
-        call = self.student_calls.get(module, net) if side == "student" else net
-        device_type = next(net.parameters()).device.type
-        dtype = training_dtype(self.cfg.compute_precision[side][module], device_type)
-        if dtype == torch.float32:  # what a module in half precision hands over: no autocast takes it to this one's dtype
-            args = tuple(x.float() if isinstance(x, Tensor) and x.dtype in HALF else x for x in args)
-        with autocast(device_type, dtype):
-            return call(*args, **kwargs)
+    def passes(self, batch: Batch) -> list[Pass]:
+        crops = [c for c in (batch["collated_global_crops"], batch["collated_local_crops"]) if len(c)]
+        masked, counted = len(batch["mask_indices_list"]), []
+        for net, passed, times in ((self.student, crops, 3), (self.teacher, crops[:1], 1)):
+            patch_head = net["ibot_head"] if "ibot_head" in net else net["dino_head"]
+            heads = linear_flops(net["dino_head"]) * sum(len(c) for c in passed) + linear_flops(patch_head) * masked
+            counted.append(Pass(net.backbone, passed, times, heads))
+        return counted
 
     def _project(self, side: str, cls: Tensor, patch: Tensor) -> tuple[Tensor, Tensor]:
         """Prototype scores of class tokens and patches, through two heads or one shared head."""

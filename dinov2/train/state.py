@@ -23,7 +23,7 @@ from dinov2.files import read_json
 from dinov2.fsdp.tensors import whole
 from dinov2.logging.provenance import RUN_FILE, versions
 from dinov2.train.flags import FlagExchange
-from dinov2.train.ssl_meta_arch import SSLMetaArch
+from dinov2.train.meta_arch import MetaArch
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ class TrainState:
         optimizer: AdamW over `model.get_params_groups()`.
     """
 
-    def __init__(self, model: SSLMetaArch, optimizer: AdamW) -> None:
+    def __init__(self, model: MetaArch, optimizer: AdamW) -> None:
         self.model = model
         self.optimizer = optimizer
         self.iteration = -1  # the last finished one
@@ -103,7 +103,7 @@ def _materialise_moments(optimizer: AdamW) -> None:
             }
 
 
-def save_teacher(model: SSLMetaArch, cfg: DictConfig, folder: Path, iteration: int, data: dict[str, Any]) -> Path:
+def save_teacher(model: MetaArch, cfg: DictConfig, folder: Path, iteration: int, data: dict[str, Any]) -> Path:
     """Write `teacher_checkpoint.pth`: `{"teacher": state dict, "meta": plain JSON types}`, self-describing; all ranks call it.
 
     `data` is of `data_record`. `torch.load(path, weights_only=True)` opens it.

@@ -47,9 +47,9 @@ from dinov2.train.build import build, build_checkpointer, data_record
 from dinov2.train.compiling import first_compiled
 from dinov2.train.flops import step_flops
 from dinov2.train.forecast import out_of_memory_explained
+from dinov2.train.meta_arch import MetaArch
 from dinov2.train.progress import Progress, progress_line
 from dinov2.train.schedules import Schedules, StepParams, apply_schedules, build_schedules, with_derived_lr
-from dinov2.train.ssl_meta_arch import SSLMetaArch
 from dinov2.train.stages import read_stages
 from dinov2.train.state import TrainState, check_same_on_all_ranks, check_same_run, save_teacher
 
@@ -233,7 +233,7 @@ def train_step(
     return values | grad_norms
 
 
-def not_finite(model: SSLMetaArch, loss: Tensor, grad_norms: dict[str, Tensor]) -> Tensor:
+def not_finite(model: MetaArch, loss: Tensor, grad_norms: dict[str, Tensor]) -> Tensor:
     """Whether the step must not change weights, as a scalar on the device.
 
     Under a gradient scaler an overflow of the gradients alone is its business: it skips the update and lowers the scale.

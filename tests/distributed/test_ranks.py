@@ -147,6 +147,25 @@ def test_any_layout_gives_one_processs_result_in_float64(
 
 
 @pytest.mark.slow
+def test_the_baselines_objective_gives_one_processs_result_in_float64(trainer: Trainer, tmp_path: Path) -> None:
+    """Swapped boxes and contrast reach over all volumes of an update, whichever ranks have them."""
+    words = [*STEPS, *FP64, "train.objective=swin", "train.orientation=RAS", "swin.contrastive_dim=8", "optim.epochs=1"]
+    assert trainer.call(tmp_path / "one", *words, "train.batch_size_per_gpu=4").returncode == EXIT_OK
+    one = teacher(tmp_path / "one", 9)
+    for strategy in ("ddp", "fsdp"):
+        many = tmp_path / strategy
+        result = run(torchrun(trainer, 2, many, *words, "train.batch_size_per_gpu=2", f"train.strategy={strategy}"))
+        assert result.returncode == EXIT_OK, result.stderr
+        other = teacher(many, 9)
+        assert one.keys() == other.keys()
+        for name, value in one.items():
+            torch.testing.assert_close(other[name], value, rtol=0, atol=1e-10, msg=name)
+        for row, found in zip(metrics(tmp_path / "one"), metrics(many), strict=True):
+            for key in ("rotation_loss", "contrastive_loss", "reconstruction_loss", "rotation_accuracy", "feature_rank"):
+                assert found[key] == pytest.approx(row[key], rel=1e-6), (strategy, key)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_accumulation_over_ranks_is_one_batch_too(trainer: Trainer, tmp_path: Path, strategy: str) -> None:
     """Without KoLeo, which sees a micro-batch only."""

@@ -96,7 +96,8 @@ class VolumeCache:
         file = self.fingerprint(entry.image)
         if file is None:
             return None
-        return {"file": file, "spacing": entry.spacing_mm, "axes": entry.axes, "channel": entry.channel}
+        source = {"file": file, "spacing": entry.spacing_mm, "axes": entry.axes, "channel": entry.channel}
+        return source | ({"orientation": entry.orientation} if entry.orientation else {})
 
     def fingerprint(self, path: str) -> dict[str, Any] | None:
         """What tells a source file's content and how it is read, once per process; None where it cannot be read."""

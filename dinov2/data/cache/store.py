@@ -9,8 +9,10 @@ import numpy as np
 from dinov2.data.cache.folder import VolumeCache
 from dinov2.data.datalist import Entry
 from dinov2.data.preprocess import Volume, preprocess
+from dinov2.data.volumes.grids import GridMap
 from dinov2.data.volumes.opening import open_volume
 from dinov2.errors import BadVolume
+from dinov2.geometry import triple
 
 
 def count_times(entry: Entry, cache: VolumeCache | None = None) -> int:
@@ -33,7 +35,14 @@ def load_volume(entry: Entry, time_point: int, cache: VolumeCache | None = None)
     if volume is None:
         raw = open_volume(entry)
         voxels = raw.read(time_point)
-        volume = preprocess(voxels, raw.spacing_mm, raw.path, raw.padding(voxels))
+        padding = raw.padding(voxels)
+        if entry.orientation is None:
+            volume = preprocess(voxels, raw.spacing_mm, raw.path, padding)
+        else:
+            grid = GridMap(triple(voxels.shape), raw.affine, entry.orientation, None)
+            voxels = grid.prepare(voxels, linear=True)
+            padding = None if padding is None else grid.prepare(padding, linear=False)
+            volume = preprocess(voxels, grid.spacing_mm, raw.path, padding, across=2)
         if cache:
             cache.store(entry, time_point, raw.num_times, volume)
     return volume
