@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import importlib
 import logging
+import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
     Commands = argparse._SubParsersAction[argparse.ArgumentParser]
 
 logger = logging.getLogger(__name__)
+
+EXIT_PIPE = 128 + signal.SIGPIPE  # as of a program that the signal ends
 
 PROGRAMS = {  # sub-commands whose words all go to a program's own `main`: its module, what it does
     "train": ("dinov2.train.train3d", "pretrain"),
@@ -399,22 +403,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a sub-command; a user's mistake is one line and exit code 2."""
     setup_logging()
     try:
-        argv = words(argv)
-        if argv and argv[0] in PROGRAMS:
-            module, _ = PROGRAMS[argv[0]]
-            return importlib.import_module(module).main(argv[1:])
-        if argv[:1] == ["split"]:
-            from dinov2.data.downstream.split_command import main as split_main
-
-            return split_main(argv[1:], say)
-        if argv[:1] == ["study"]:
-            from dinov2.eval.study.command import main as study_main
-
-            return study_main(argv[1:], say)
-        args = build_parser().parse_args(argv)
-        return args.function(args)
+        code = _run(argv)
+        sys.stdout.flush()  # here, where a reader that has gone can be told from a full disk
+        return code
+    except BrokenPipeError:  # `dinov2 ... | head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes when it ends
+        return EXIT_PIPE
     except BadInput as err:
         logger.error("%s", err)
     except OSError as err:  # a full disk, a folder that went away, a name that a system cannot have
         logger.error("%s: %s", shown(err.filename or "a file"), err.strerror or err)
     return EXIT_BAD_INPUT
+
+
+def _run(argv: Sequence[str] | None) -> int:
+    argv = words(argv)
+    if argv and argv[0] in PROGRAMS:
+        module, _ = PROGRAMS[argv[0]]
+        return importlib.import_module(module).main(argv[1:])
+    if argv[:1] == ["split"]:
+        from dinov2.data.downstream.split_command import main as split_main
+
+        return split_main(argv[1:], say)
+    if argv[:1] == ["study"]:
+        from dinov2.eval.study.command import main as study_main
+
+        return study_main(argv[1:], say)
+    args = build_parser().parse_args(argv)
+    return args.function(args)

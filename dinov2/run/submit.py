@@ -162,9 +162,10 @@ def submit(program: Program, job: Job, folder: Path, num_nodes: int, ranks_per_n
 
 
 def submit_array(programs: list[Program], last: Program, job: Job, folder: Path, num_gpus: int = 0) -> list[str]:
-    """Submit programs of one task each as an array, and one that starts when all of them are done; returns the ids.
+    """Submit programs of one task each as an array, and one that starts when all have ended; returns the ids.
 
-    Each gets `num_gpus` GPUs.
+    The last one starts though some failed, and has to say so: it would wait for ever for their success. Each gets `num_gpus`
+    GPUs.
 
     Raises:
         BadInput: No SLURM here, or SLURM refuses a job.
@@ -177,7 +178,7 @@ def submit_array(programs: list[Program], last: Program, job: Job, folder: Path,
         with executor.batch():
             submitted = [executor.submit(program) for program in programs]
         array = submitted[0].job_id.split("_")[0]
-        executor.update_parameters(slurm_additional_parameters={"dependency": f"afterok:{array}"})
+        executor.update_parameters(slurm_additional_parameters={"dependency": f"afterany:{array}"})
         return [*(one.job_id for one in submitted), executor.submit(last).job_id]
 
 

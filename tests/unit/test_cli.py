@@ -8,15 +8,17 @@ import os
 import runpy
 import shutil
 import stat
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 from dinov2.checkpointer.teacher import DEMO
-from dinov2.cli import PROGRAMS, main
+from dinov2.cli import EXIT_PIPE, PROGRAMS, main
 from dinov2.configs import load_and_merge_config_3d
 from dinov2.data import read_datalist
+from dinov2.errors import EXIT_OK
 from dinov2.features.encoder import load_encoder
 from tests.conftest import BUNDLED
 
@@ -160,3 +162,18 @@ def test_a_launcher_refuses_a_word_of_several_lines(program: str, word: str, cap
 def test_a_name_with_a_line_break_is_still_one_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["curate", f"{tmp_path}/a\nb.json", "--rules", "pretrain/curation/paper", "--output", f"{tmp_path}/o"]) == 2
     assert capfd.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize("words", [["config", "show"], ["--help"], ["study", "plan", "mini"]])
+@pytest.mark.parametrize("buffered", [True, False])
+def test_a_reader_that_has_enough_is_no_error(words: list[str], buffered: bool) -> None:
+    """As `dinov2 ... | head`: its end of the pipe is closed before anything is written."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    flags = [] if buffered else ["-u"]
+    with open(writing, "wb") as closed:
+        done = subprocess.run(
+            [sys.executable, *flags, "-m", "dinov2", *words], stdout=closed, stderr=subprocess.PIPE, text=True
+        )
+    expected = EXIT_OK if words == ["--help"] else EXIT_PIPE  # argparse itself passes over what it cannot print
+    assert (done.returncode, done.stderr) == (expected, "")

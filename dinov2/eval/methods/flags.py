@@ -9,14 +9,18 @@ from dinov2.checkpointer.teacher import RANDOM, open_teacher
 from dinov2.data.downstream.lists import read_downstream_datalist
 from dinov2.data.downstream.recipes import Recipe, load_recipe
 from dinov2.errors import BadInput
-from dinov2.eval.methods.registry import METHODS, OURS, Method, find_method
+from dinov2.eval.methods.registry import (
+    EDGE,
+    LEARNING_RATE,
+    LINEAR_LEARNING_RATE,
+    METHODS,
+    OURS,
+    Method,
+    find_method,
+)
 from dinov2.eval.methods.unet_plan import plan_unet
 from dinov2.models.encoders import build_encoder
 from dinov2.models.vision_transformer import FACTORIES
-
-EDGE = 96  # voxels, where nothing says one
-LEARNING_RATE, LINEAR_LEARNING_RATE = 1e-4, 1e-3  # of a segmentation
-BATCH, LINEAR_BATCH = 2, 4  # cases a step; four crops of each in the paper's sets
 
 
 def add_method_flags(parser: argparse.ArgumentParser) -> None:
@@ -65,13 +69,12 @@ def _of_segmentation(method: Method, args: argparse.Namespace) -> dict[str, Any]
         raise BadInput(f"--segmentation-head {head}: {method.name} has {' or '.join(method.heads)}{why}: leave the flag out")
     if args.train_feature_model and method.kind == "encoder":
         raise BadInput(f"--train-feature-model: {method.name} is used frozen: leave the flag out")
-    recipe, linear = load_recipe(args.dataset_name), head == "Linear"
-    batch = method.batch_of_channels if recipe.channels > 1 and method.batch_of_channels else BATCH
+    recipe = load_recipe(args.dataset_name)
     own = {
         "segmentation_head": head,
         "train_feature_model": method.trains_encoder(head),
-        "learning_rate": LINEAR_LEARNING_RATE if linear else LEARNING_RATE,
-        "batch_size": LINEAR_BATCH if linear else batch,
+        "learning_rate": LINEAR_LEARNING_RATE if head == "Linear" else LEARNING_RATE,
+        "batch_size": method.cases_a_step(head, recipe.channels),
     }
     if method.kind == "unet" and recipe.task == "segmentation":  # another task is refused where the run is opened
         own |= _planned(args, recipe)

@@ -14,6 +14,9 @@ from dinov2.errors import BadInput
 VIT_HEADS = ("ViTAdapterUNETR", "UNETR", "Linear")
 HEADS = ("UNETR", "ViTAdapterUNETR", "Linear", "SwinUNETR", "DynUNet")
 OURS = "3DINO"
+EDGE = 96  # voxels, where nothing says one
+LEARNING_RATE, LINEAR_LEARNING_RATE = 1e-4, 1e-3  # of a segmentation
+BATCH, LINEAR_BATCH = 2, 4  # cases a step of a segmentation; four crops of each in the paper's sets
 _FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 
@@ -52,6 +55,12 @@ class Method:
     def trains_encoder(self, head: str) -> bool:
         """Whether a segmentation with this head trains all of the network unless told otherwise."""
         return self.end_to_end and head != "Linear"
+
+    def cases_a_step(self, head: str, channels: int) -> int:
+        """Of a segmentation, unless told otherwise."""
+        if head == "Linear":
+            return LINEAR_BATCH
+        return self.batch_of_channels if channels > 1 and self.batch_of_channels else BATCH
 
 
 _SWIN = Method(

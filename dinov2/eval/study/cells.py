@@ -18,9 +18,13 @@ from dinov2.configs.schema import ARCH_NAMES
 from dinov2.data.downstream.lists import SPLITS, Item, read_downstream_datalist, select_percent, with_tertiles
 from dinov2.data.downstream.recipes import Recipe, load_recipe
 from dinov2.errors import BadInput
+from dinov2.eval.methods import registry as methods
+from dinov2.eval.methods.registry import EDGE
 from dinov2.eval.study.schema import Method, Study
 from dinov2.files import to_json, user_path
 
+LENGTHS = {"segmentation": (100, 300), "classification": (100, 125)}  # the programs' own epochs, and iterations of each
+PROBED = 32  # cases a step of a classification
 COMMANDS = {"segmentation": "segment", "classification": "linear"}  # of `dinov2`, by a recipe's task
 RANDOM = "random"
 NAMED_WEIGHTS = (RANDOM, "demo", *ARCH_NAMES)  # words for weights that are no files
@@ -96,6 +100,7 @@ class Cell:
         settings: The program's flags, by name, without dashes.
         parts: Its cases by part; none where the list cannot be read.
         recipe: A hash of what the data set's recipe says.
+        channels: Of a scan.
     """
 
     dataset: str
@@ -107,6 +112,7 @@ class Cell:
     settings: Settings
     parts: dict[str, Part]
     recipe: str
+    channels: int = 1
 
     @property
     def name(self) -> str:
@@ -115,6 +121,33 @@ class Cell:
     def command(self) -> list[str]:
         """The words of `dinov2`."""
         return [COMMANDS[self.task], *(word for name, value in self.settings.items() for word in _flag(name, value))]
+
+    @property
+    def iterations(self) -> int:
+        """Of its training."""
+        epochs, length = LENGTHS[self.task]
+        return self._number("epochs", epochs) * self._number("epoch-length", length)
+
+    @property
+    def batch(self) -> int:
+        """Cases a step: its own, or its method's."""
+        if self.task == "classification":
+            return self._number("batch-size", PROBED)
+        head = self.settings.get("segmentation-head") or self._method.heads[0]
+        return self._number("batch-size", self._method.cases_a_step(head, self.channels))
+
+    @property
+    def edge(self) -> int:
+        """Of the network's input (voxels): its own, or its method's; of one that is planned from the list, about that."""
+        return self._number("image-size", self._method.image_size or EDGE)
+
+    @property
+    def _method(self) -> methods.Method:
+        return methods.find_method(str(self.settings["model-name"]))
+
+    def _number(self, flag: str, default: int) -> int:
+        value = self.settings.get(flag)
+        return value if isinstance(value, int) else default
 
     def identity(self) -> dict[str, Any]:
         """What decides its result, as JSON types."""
@@ -189,7 +222,7 @@ def _cell(study: Study, labelled: LabelledSet, method: str, percent: int, seed: 
     settings = {name: value for name, value in asked.items() if value is not None and value is not False}
     parts = labelled.parts(percent, seed)
     says = hashlib.sha256(repr(labelled.recipe).encode()).hexdigest()
-    return Cell(labelled.name, method, percent, seed, task, folder, settings, parts, says)
+    return Cell(labelled.name, method, percent, seed, task, folder, settings, parts, says, labelled.recipe.channels)
 
 
 def method_settings(name: str, method: Method, task: str) -> Settings:

@@ -11,7 +11,7 @@ from dinov2.configs.errors import nearest
 from dinov2.errors import EXIT_OK, BadInput
 from dinov2.eval.study import records
 from dinov2.eval.study.cells import Cell, cells_of, labelled_sets
-from dinov2.eval.study.plan import plan, problems_of
+from dinov2.eval.study.plan import disk_problem, estimate, plan, problems_of
 from dinov2.eval.study.report import report
 from dinov2.eval.study.runner import run_cells
 from dinov2.eval.study.schema import Study, load_study
@@ -76,6 +76,9 @@ def run(study: Study, args: argparse.Namespace, say: Say) -> int:
     if args.rerun_changed:
         records.move_changed_aside(cells)
     records.refuse_changed(cells)
+    estimates = [estimate(cell, study.budget_of(cell.method, cell.dataset), sets[cell.dataset].recipe) for cell in cells]
+    for line in disk_problem(study, sets, cells, estimates):  # an estimate: what does not fit is refused when it is written
+        logger.warning("%s", line)
     code = run_cells(cells, slots_of(args.jobs, args.gpus))
     return collect(study, say) if code == EXIT_OK and not args.cells else code
 

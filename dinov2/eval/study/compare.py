@@ -132,12 +132,18 @@ def _shared_metrics(runs: Sequence[Results]) -> list[str]:
     return [metric for metric in runs[0].values if all(metric in run.values for run in runs)]
 
 
-def compare_results(runs: Sequence[Results]) -> list[Row]:
-    """All means and differences of runs that can be compared, by metric and class; p corrected by Holm."""
-    rows = []
+def compare_results(runs: Sequence[Results], pairs: Sequence[tuple[int, int]] | None = None) -> list[Row]:
+    """Means and differences of runs that can be compared, by metric and class; p corrected by Holm.
+
+    Args:
+        runs: Of the same items or seeds.
+        pairs: Places of those whose differences are wanted; None: all pairs.
+    """
+    rows, pairs = [], list(combinations(range(len(runs)), 2)) if pairs is None else pairs
     for metric in _shared_metrics(runs):
         values = [_with_mean(run.values[metric]) for run in runs]
-        rows += _corrected([row for name in values[0] for row in _of_class(metric, name, runs, [v[name] for v in values])])
+        of_classes = (_of_class(metric, name, runs, [v[name] for v in values], pairs) for name in values[0])
+        rows += _corrected([row for of_class in of_classes for row in of_class])
     return rows
 
 
@@ -151,12 +157,15 @@ def _with_mean(of_class: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {MEAN: mean, **of_class}
 
 
-def _of_class(metric: str, name: str, runs: Sequence[Results], values: Sequence[np.ndarray]) -> Iterator[Row]:
-    """Means of the runs, then the differences of all pairs."""
+def _of_class(
+    metric: str, name: str, runs: Sequence[Results], values: Sequence[np.ndarray], pairs: Sequence[tuple[int, int]]
+) -> Iterator[Row]:
+    """Means of the runs, then the differences of pairs."""
     for run, own in zip(runs, values, strict=True):
         counted = own[~np.isnan(own)]
         yield Row(metric, name, run.name, "", statistics.estimate(counted), len(own) - len(counted))
-    for (run, one), (minus, other) in combinations(zip(runs, values, strict=True), 2):
+    for i, j in pairs:
+        run, one, minus, other = runs[i], values[i], runs[j], values[j]
         if run.unit == "case":
             both = ~(np.isnan(one) | np.isnan(other))
             found = (
@@ -264,7 +273,7 @@ def write(output: Path, runs: Sequence[Results], rows: Sequence[Row]) -> None:
     records = [row.as_record() for row in rows]
     writer = csv.DictWriter(text, list(records[0]), lineterminator="\n")
     writer.writeheader()
-    writer.writerows({column: _cell(value) for column, value in record.items()} for record in records)
+    writer.writerows({column: cell_text(value) for column, value in record.items()} for record in records)
     content = {
         "runs": {run.name: run.path for run in runs},
         "unit": runs[0].unit,
@@ -284,7 +293,7 @@ def write(output: Path, runs: Sequence[Results], rows: Sequence[Row]) -> None:
         raise BadInput(f"--output {output}: {err.strerror}: choose another folder") from err
 
 
-def _cell(value: Any) -> Any:
+def cell_text(value: Any) -> Any:
     """Of a CSV file: six digits, nothing where there is no number."""
     if isinstance(value, float):
         return "" if math.isnan(value) else f"{value:.6g}"

@@ -53,6 +53,8 @@ PAPER: dict[str, tuple[Said, ...]] = {
         Said("BTCV", None, EQUIVALENCE, "below 50", _TASKS),
         Said("BraTS", None, MOST_BASELINE, "13.0", "Discussion"),
         Said("BTCV", None, MOST_BASELINE, "55.1", "Discussion"),
+        Said("BraTS", None, MOST_BASELINE, "5.1", "Discussion", "SwinTransfer"),
+        Said("BTCV", None, MOST_BASELINE, "1.8", "Discussion", "SwinTransfer"),
     ),
     "classification": (
         Said("COVID-CT-MD", None, MEAN_NEXT_BEST, "18.9", _TASKS),

@@ -18,14 +18,10 @@ from pathlib import Path
 
 from dinov2.data.downstream.recipes import Recipe
 from dinov2.errors import EXIT_BAD_INPUT, EXIT_OK
-from dinov2.eval.study.cells import NAMED_WEIGHTS, Cell, LabelledSet, Settings, cells_of, labelled_sets
+from dinov2.eval.study.cells import NAMED_WEIGHTS, Cell, LabelledSet, cells_of, labelled_sets
 from dinov2.eval.study.schema import Budget, Study
 from dinov2.logging import Say
 
-DEFAULTS = {  # the programs' own
-    "segmentation": {"epochs": 100, "epoch-length": 300, "batch-size": 2, "image-size": 112},
-    "classification": {"epochs": 100, "epoch-length": 125, "batch-size": 32, "image-size": 112},
-}
 STEP_S, STEP_GIB = 1.44, 47.9  # of 8 crops of 112 cubed, as above
 STEP_VOXELS = 8 * 112**3
 FORWARD_FLOP = 2 * 12 * 24 * 1024**2  # a token of a ViT-L (depth 24, width 1024), its attention left out
@@ -84,21 +80,15 @@ def plan(study: Study, say: Say) -> int:
 
 def estimate(cell: Cell, budget: Budget, recipe: Recipe) -> Estimate:
     """What a cell takes; see the top of this file."""
-    epochs, length, batch, size = (_number(cell.settings, cell.task, name) for name in DEFAULTS[cell.task])
     seconds, memory = budget.seconds_per_iteration, budget.memory_gib
     marks = ["" if given else "~" for given in (seconds, memory)]
     if cell.task == "segmentation":
-        share = batch * recipe.train.crops_per_volume * size**3 / STEP_VOXELS
+        share = cell.batch * recipe.train.crops_per_volume * cell.edge**3 / STEP_VOXELS
         seconds, memory = seconds or STEP_S * share, memory or STEP_GIB * share
     elif seconds is None:
-        seconds, marks[0] = batch * (1 + (size // PATCH) ** 3) * FORWARD_FLOP / RATE_FLOP, ">"
-    hours = epochs * length * seconds / 3600
-    return Estimate(epochs * length, hours, memory, (marks[0], marks[1]), budget.disk_gib or KEPT_GIB[cell.task])
-
-
-def _number(settings: Settings, task: str, name: str) -> int:
-    value = settings.get(name)
-    return value if isinstance(value, int) else DEFAULTS[task][name]
+        seconds, marks[0] = cell.batch * (1 + (cell.edge // PATCH) ** 3) * FORWARD_FLOP / RATE_FLOP, ">"
+    hours = cell.iterations * seconds / 3600
+    return Estimate(cell.iterations, hours, memory, (marks[0], marks[1]), budget.disk_gib or KEPT_GIB[cell.task])
 
 
 def problems_of(study: Study, sets: dict[str, LabelledSet], cells: Sequence[Cell]) -> list[str]:

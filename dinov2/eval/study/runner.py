@@ -24,7 +24,6 @@ from typing import IO
 from dinov2.errors import EXIT_BAD_INPUT, EXIT_OK, EXIT_RESUMABLE, BadInput
 from dinov2.eval.study import records
 from dinov2.eval.study.cells import Cell
-from dinov2.eval.study.plan import DEFAULTS
 from dinov2.files import write_json
 from dinov2.logging.progress import Progress
 from dinov2.signals import die_with, stop_requests
@@ -201,9 +200,9 @@ def _reason(job: _Job, code: int) -> str:
 
 def smaller_batch(cell: Cell) -> str:
     """What to write into the study for a cell that ran out of memory."""
-    batch = cell.settings.get("batch-size", DEFAULTS[cell.task]["batch-size"])
+    batch = cell.batch
     place = f"methods.{cell.method}.by_dataset.{cell.dataset}.batch_size"
-    if not isinstance(batch, int) or batch < 2:
+    if batch < 2:
         return f"its batch_size is {batch}: use a device with more memory, or a smaller image_size"
     return f"its batch_size is {batch}: try {place}: {batch // 2} (or a device with more memory)"
 

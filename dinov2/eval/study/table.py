@@ -187,17 +187,17 @@ def write_table(stem: Path, columns: Sequence[str], rows: Sequence[Row]) -> None
         raise BadInput(f"{stem}.csv: {err.strerror}: make room or choose another output_dir") from err
 
 
-def read_runs(study: Study) -> list[Row]:
-    """The table of runs as `collect` wrote it, in the types of its columns.
+def read_table(study: Study, name: str) -> list[Row]:
+    """The table of `items` or `runs` as `collect` wrote it, in the types of its columns.
 
     Raises:
         BadInput: It is not there, or no such table.
     """
-    path = study.output / "runs.csv"
+    path = study.output / f"{name}.csv"
     rows = list(csv.DictReader(io.StringIO(read_text(path, advice="`dinov2 study collect` makes it"))))
     try:
         return [
             {**row, "percent": int(row["percent"]), "seed": int(row["seed"]), "value": _value(row["value"])} for row in rows
         ]
     except (KeyError, ValueError, TypeError) as err:
-        raise BadInput(f"{path}: is no table of runs ({err}): make it again: dinov2 study collect") from err
+        raise BadInput(f"{path}: is no table of {name} ({err}): make it again: dinov2 study collect") from err

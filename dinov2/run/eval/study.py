@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BadInput as err:
         logger.error("%s", err)
         return EXIT_BAD_INPUT
-    logger.info("submitted %s; logs: %s; the last job writes the tables when all others are done", ", ".join(jobs), folder)
+    logger.info("submitted %s; logs: %s; the last job writes the tables when all others have ended", ", ".join(jobs), folder)
     return EXIT_OK
 
 

@@ -135,7 +135,7 @@ def test_a_second_runner_waits_for_the_cells_of_the_first(study: Study, study_fi
     words = [sys.executable, "-c", DRIVER, "run", str(study_file), "--jobs", "3"]
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     both = [subprocess.Popen(words, cwd=ROOT, env=environment, **quiet) for _ in range(2)]
-    assert [process.wait(60) for process in both] == [EXIT_OK, EXIT_OK]
+    assert [process.wait(300) for process in both] == [EXIT_OK, EXIT_OK]
     counted(study)
 
 

@@ -9,12 +9,15 @@ import shutil
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from scipy import stats
 
 from dinov2.errors import EXIT_OK, BadInput
 from dinov2.eval.study import command, paper, records, runner
 from dinov2.eval.study.cells import cells_of, labelled_sets
+from dinov2.eval.study.compare import compare
 from dinov2.eval.study.report import headlines, label_equivalence, report
 from dinov2.eval.study.schema import Study, load_study
 from dinov2.eval.study.table import COLUMNS, RUN_COLUMNS, collect, write_table
@@ -123,6 +126,55 @@ def test_a_report_says_gains_and_label_equivalence(finished: Study) -> None:
     assert any(line.startswith("ages ") and "+" in line for line in said)
 
 
+def test_a_reports_tests_are_those_of_compare(finished: Study, ran: Path, tmp_path: Path) -> None:
+    """Of one seed the two read the same numbers; of several a case's is their mean, and a probe's are the seeds' own."""
+    one_seed = load_study(ran, [f"output_dir={finished.output}", "seeds=[0]"])
+    collect(one_seed, lambda _: None)
+    said: list[str] = []
+    report(one_seed, said.append)
+    cells = finished.cells / "balls"
+    compare([cells / method / "25" / "0" for method in ("3DINO", "Random")], tmp_path / "by_hand", lambda _: None)
+    with (tmp_path / "by_hand" / "comparison.csv").open() as file:
+        rows = [{k: v.removesuffix("_25_0") for k, v in row.items()} for row in csv.DictReader(file)]
+    expected = [{**row, "dataset": "balls", "percent": "25"} for row in rows]
+    found = [r for r in read(one_seed, "comparison.csv") if (r["dataset"], r["percent"]) == ("balls", "25")]
+    for metric in ("dice", "hd95_mm"):
+        assert [r for r in found if r["metric"] == metric] == [r for r in expected if r["metric"] == metric] != []
+    assert any("Wilcoxon" in line for line in said) and any("3DINO - Random" in line for line in said)
+
+    collect(finished, lambda _: None)
+    report(finished, lambda _: None)
+    both = {(r["dataset"], r["percent"], r["metric"], r["run"], r["minus"]): r for r in read(finished, "comparison.csv")}
+    items = [r for r in read(finished, "items.csv") if r["metric"] == "dice" and r["class"] == "ball" and r["percent"] == "25"]
+    by_case: dict[str, list[float]] = {}
+    for row in items:
+        if row["method"] == "3DINO":
+            by_case.setdefault(row["case"], []).append(float(row["value"]))
+    means = [sum(values) / 2 for values in by_case.values()]
+    row = both["balls", "25", "dice", "3DINO", ""]
+    assert float(row["mean"]) == pytest.approx(sum(means) / 3, rel=1e-5) and row["n"] == "3"
+    seeds = [r for r in read(finished, "runs.csv") if r["metric"] == "auc" and r["class"] == "mean"]
+    ours, theirs = ([float(r["value"]) for r in seeds if r["method"] == m] for m in ("3DINO", "Random"))
+    test = both["ages", "100", "auc", "3DINO", "Random"]
+    welch = stats.ttest_ind(ours, theirs, equal_var=False)
+    assert test["test"] == "Welch" and float(test["mean"]) == pytest.approx(np.mean(ours) - np.mean(theirs), rel=1e-4)
+    if np.isfinite(welch.pvalue):
+        assert float(test["p"]) == pytest.approx(welch.pvalue, rel=1e-4)
+
+
+def test_what_pretraining_gains_the_swin_transformer_stands_beside_the_papers(tmp_path: Path) -> None:
+    study = load_study("paper_segmentation", [f"output_dir={tmp_path}"])
+    scores = {"SwinTransfer": {25: 0.66, 100: 0.8}, "SwinRandom": {25: 0.6, 100: 0.8}}
+    rows = [
+        {"method": m, "dataset": "BTCV", "percent": p, "seed": 0, "class": "mean", "metric": "dice", "value": v}
+        for m, of in scores.items()
+        for p, v in of.items()
+    ]
+    [line] = [h for h in headlines(study, "BTCV", rows) if h.kind == paper.MOST_BASELINE and h.method == "SwinTransfer"]
+    assert line.gain_percent == pytest.approx(10.0) and line.against == "SwinRandom"
+    assert paper.said("segmentation", "BTCV", None, paper.MOST_BASELINE, "SwinTransfer").text == "1.8"
+
+
 def test_label_equivalence_is_interpolated_between_the_shares_that_were_run() -> None:
     curve = {10: 0.5, 25: 0.6, 100: 0.9}
     assert label_equivalence(curve, 0.7) == (pytest.approx(50.0), "(by linear interpolation)")
@@ -143,6 +195,7 @@ def test_the_papers_numbers_stand_beside_ours(tmp_path: Path) -> None:
         for m, pair in scores.items() for p, v in zip((25, 100), pair, strict=True)
     ]  # fmt: skip
     write_table(tmp_path / "runs", RUN_COLUMNS, rows)
+    write_table(tmp_path / "items", COLUMNS, [])
     assert report(study, lambda _: None) == EXIT_OK
     found = {(r["kind"], r["percent"], r["method"]): r for r in read(study, "headline.csv")}
     assert found[("value", "25", "3DINO")]["paper"] == "0.77 (0.72 to 0.81)"
