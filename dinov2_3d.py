@@ -21,5 +21,7 @@ def main() -> int:
         sys.stderr.write(HOW_TO_SEPARATE.format(path=getattr(dinov2, "__file__", "no file")) + "\n")
         return 2
     from dinov2.cli import main as cli_main
+    from dinov2.start import start_program
 
+    start_program()
     return cli_main()

@@ -3,5 +3,7 @@
 import sys
 
 from dinov2.cli import main
+from dinov2.start import start_program
 
+start_program()
 sys.exit(main())

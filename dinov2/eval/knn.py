@@ -15,7 +15,9 @@ from typing import NamedTuple
 
 if __package__ in (None, ""):  # started as a file: the repository, not this folder, is where imports begin
     sys.path[0] = str(Path(__file__).resolve().parents[2])
-    import dinov2.version  # noqa: F401 - its package comes before torch and decides how threads wait
+    from dinov2.start import start_program  # its package comes before torch and decides how threads wait
+
+    start_program()
 
 import numpy as np
 

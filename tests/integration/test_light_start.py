@@ -96,5 +96,26 @@ def test_commands_that_need_no_network_import_no_torch(folder: Path) -> None:
     assert len(json.loads((folder / "list.json").read_text())) == 5
 
 
+START = """
+import gc, runpy, sys
+before = gc.get_threshold()
+import dinov2, dinov2.cli
+assert gc.get_threshold() == before, "a setting of the whole process is no library's"
+sys.argv = ["train3d.py", "--help"]
+try:
+    runpy.run_path("dinov2/train/train3d.py", run_name="__main__")
+except SystemExit:
+    from dinov2.start import THRESHOLDS
+    import atexit
+    atexit._run_exitfuncs()
+    print("STARTED", gc.get_threshold() == THRESHOLDS != before, gc.get_freeze_count() > 1000)
+"""
+
+
+def test_a_program_sets_the_collector_and_an_import_does_not() -> None:
+    done = subprocess.run([sys.executable, "-c", START], cwd=ROOT, capture_output=True, text=True)
+    assert "STARTED True True" in done.stdout, done.stdout[-200:] + done.stderr
+
+
 def test_help_takes_less_than_half_a_second_of_cpu(folder: Path) -> None:
     assert min(started(folder, "--help")[2] for _ in range(3)) < 0.5

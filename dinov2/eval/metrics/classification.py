@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy.stats import rankdata
 
 from dinov2.eval.metrics.statistics import bootstrap_interval
 from dinov2.files import write_text
@@ -30,6 +29,8 @@ def auc_per_class(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
     Returns:
         [..., K]; NaN for a class that no case has or all have, and where a score is not finite.
     """
+    from scipy.stats import rankdata  # here: it takes a second, which a command that ends before it need not wait
+
     ranks = rankdata(scores, axis=-2)
     is_class = labels[:, None] == np.arange(scores.shape[-1])  # [n, K]
     num = is_class.sum(0)
