@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from dinov2.errors import EXIT_BAD_INPUT, EXIT_OK
+from dinov2.errors import EXIT_BAD_INPUT, EXIT_OK, EXIT_RESUMABLE
 from dinov2.eval.study import command, runner
+from dinov2.eval.study.cells import cells_of, labelled_sets
 from dinov2.eval.study.schema import Study
+from dinov2.run import submit
 from dinov2.run.eval import study as launcher
 from tests.unit.eval.study.conftest import STANDIN
 
@@ -51,3 +56,47 @@ def test_what_cannot_run_is_refused_before_it_is_submitted(
     monkeypatch.setattr(launcher, "submit_array", lambda *args: pytest.fail("submitted"))
     assert launcher.main([str(study_file) if w == "STUDY" else w for w in words]) == EXIT_BAD_INPUT
     assert what in capsys.readouterr().err
+
+
+class Recorder:
+    """Stands in for submitit's executor: what the jobs are told, in order."""
+
+    def __init__(self) -> None:
+        self.told: list[dict[str, object]] = []
+
+    def update_parameters(self, **parameters: object) -> None:
+        self.told.append(parameters)
+
+    def submit(self, program: object) -> SimpleNamespace:
+        return SimpleNamespace(job_id="7_0")
+
+    def batch(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+
+def test_the_last_job_of_an_array_does_not_wait_for_the_success_of_the_others(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    recorder = Recorder()
+    monkeypatch.setattr(submit, "_executor", lambda job, folder: recorder)
+    program = submit.Program("dinov2.cli", ["--version"])
+    submit.submit_array([program, program], program, SimpleNamespace(), tmp_path)
+    assert recorder.told[-1] == {"slurm_additional_parameters": {"dependency": "afterany:7"}}
+
+
+def test_a_cell_that_leaves_batch_and_input_open_has_its_methods(study: Study) -> None:
+    [cell, *_] = cells_of(study, labelled_sets(study))
+    settings = {k: v for k, v in cell.settings.items() if k not in ("batch-size", "image-size", "segmentation-head")}
+    for model, channels, batch, edge in (("3DINO", 1, 2, 112), ("SwinRandom", 4, 1, 96), ("SwinRandom", 1, 2, 96)):
+        own = dataclasses.replace(cell, settings={**settings, "model-name": model}, channels=channels)
+        assert (own.batch, own.edge) == (batch, edge), model
+    linear = dataclasses.replace(cell, settings={**settings, "model-name": "3DINO", "segmentation-head": "Linear"})
+    assert linear.batch == 4
+
+
+def test_a_run_says_where_the_disk_may_not_hold_what_is_to_come(
+    study_file: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(command, "run_cells", lambda cells, slots: EXIT_RESUMABLE)
+    assert command.main(["run", str(study_file), "budget.disk_gib=1000000"], lambda _: None) == EXIT_RESUMABLE
+    assert "make room" in caplog.text
