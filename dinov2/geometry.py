@@ -36,3 +36,11 @@ def pair(values: Iterable[T]) -> tuple[T, T]:
 def edges(size: Edges) -> Size3:
     """Edges of a box along the three axes."""
     return (size, size, size) if isinstance(size, int) else size
+
+
+def not_whole(image_size: int, step: int, what: str) -> str:
+    """What is wrong with an input's edge (voxels) that is no multiple of a patch, or of what stands for it; else empty."""
+    if image_size % step == 0:
+        return ""
+    nearest = sorted({max(step, image_size // step * step), -(-image_size // step) * step})
+    return f"--image-size {image_size} is no multiple of {what} {step}: use {nearest}"

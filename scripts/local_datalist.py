@@ -1,6 +1,6 @@
 """Write a pretraining datalist from a data folder that has a `splits.json` (training and validation parts only).
 
-    python scripts/local_datalist.py DATA_FOLDER LIST.json
+    python scripts/local_datalist.py DATA_FOLDER LIST.json [--parts training]
 
 `splits.json` maps a data set to {"training": [...], "validation": [...], "test": [...]}, file names below
 `DATA_FOLDER/<data set>/images`. Test cases are left out, so that they are never seen before their evaluation.
@@ -26,6 +26,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data_folder", type=Path)
     parser.add_argument("output", type=Path)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     args = parser.parse_args()
     try:
         splits = json.loads((args.data_folder / "splits.json").read_text())
@@ -33,7 +34,7 @@ def main() -> int:
             {**describe((args.data_folder / name / "images" / file).absolute()), "dataset": name}
             for name, parts in splits.items()
             if isinstance(parts, dict)
-            for part in PARTS
+            for part in args.parts
             for file in parts[part]
         ]
         count = write_datalist(args.output, items)

@@ -26,7 +26,14 @@ from dinov2.configs.loader import config_keys, typed_from
 from dinov2.data.corpus.overlap import warn_of_overlap
 from dinov2.data.datalist import Entry
 from dinov2.data.downstream.cases import Cases, check_headers
-from dinov2.data.downstream.lists import Item, datalist_path, read_downstream_datalist, select_percent, with_tertiles
+from dinov2.data.downstream.lists import (
+    Item,
+    datalist_path,
+    percentage,
+    read_downstream_datalist,
+    select_percent,
+    with_tertiles,
+)
 from dinov2.data.downstream.recipes import Recipe, load_recipe
 from dinov2.data.downstream.skull import warn_of_skulls
 from dinov2.distributed import barrier, gather_objects, is_main_process
@@ -77,7 +84,7 @@ def eval_parser(
     add("--output-dir", required=True, help="folder of the run")
     add("--opts", nargs="*", default=[], metavar="key=value", help="configuration overrides")
     add("--dataset-name", required=True, help="a recipe: a name of configs/eval/datasets, or a YAML file")
-    add("--dataset-percent", type=int, default=100, help="share of the training part that is used")
+    add("--dataset-percent", type=percentage, default=100, help="share of the training part that is used")
     add("--base-data-dir", required=True, help=f"folder of <dataset>_{datalist}_datalist.json")
     size = "; default: the method's" if has_methods else ""
     add("--image-size", type=int, default=None if has_methods else 112, help=f"edge of the network's input (voxels){size}")
@@ -117,7 +124,7 @@ class Request:
     cache_dir: str | None
     dataset_name: str
     base_data_dir: str
-    dataset_percent: int
+    dataset_percent: float
     dataset_seed: int
     image_size: Edges
     batch_size: int
@@ -232,7 +239,7 @@ def open_run(request: Request, task: str, resize_scale: float = 1.0) -> Iterator
         splits["training"] = select_percent(splits["training"], request.dataset_percent)
     teacher = open_teacher(request.weights)
     cfg = _config_of(request, teacher, task)
-    require_whole(request.method, cfg, task, request.image_size, request.plan and request.plan.divisor)
+    require_whole(request.method, cfg, request.image_size, request.plan and request.plan.divisor)
     runtime = start_runtime(cfg.train.num_threads, cfg.train.backend, cfg.train.timeout_s)
     setup_logging(rank=runtime.rank)
     with lost_rank_explained(runtime.rank):

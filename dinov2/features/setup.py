@@ -12,6 +12,7 @@ from dinov2.checkpointer.teacher import RANDOM, Teacher, open_teacher
 from dinov2.configs import load_and_merge_config_3d
 from dinov2.distributed.runtime import Runtime, start_runtime
 from dinov2.errors import BadInput
+from dinov2.geometry import not_whole
 from dinov2.layers.attention import resolve_attention
 from dinov2.models import DinoVisionTransformer3d, build_backbone
 from dinov2.models.architecture import config_of_name, config_of_weights, refuse_other_heads
@@ -44,9 +45,8 @@ def config_for(teacher: Teacher, config: str | Path | None, overrides: Sequence[
 
 def require_whole_patches(image_size: int, patch_size: int, what: str = "the patch size") -> None:
     """Raise `BadInput` where an edge (voxels) is no multiple of the patch, or of what stands for it."""
-    if image_size % patch_size:
-        nearest = sorted({max(patch_size, image_size // patch_size * patch_size), -(-image_size // patch_size) * patch_size})
-        raise BadInput(f"--image-size {image_size} is no multiple of {what} {patch_size}: use {nearest}")
+    if problem := not_whole(image_size, patch_size, what):
+        raise BadInput(problem)
 
 
 def build_model_for_eval(

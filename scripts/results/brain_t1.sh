@@ -20,7 +20,7 @@ for task in sex age_group age; do
       *) program=(dinov2/eval/linear3d.py --num-seeds 5 --epochs 20 --epoch-length 125 --eval-period-iterations 125 --cached-views 2) ;;
     esac
     python "${program[@]}" --config-file pretrain/demo_weights --pretrained-weights "$from" --output-dir "$out/$task-$weights" \
-      --dataset-name "scripts/results/brain_t1/brain_t1_$task.yaml" --base-data-dir "$out" --cache-dir "$out/cache" \
+      --dataset-name "brain_t1_$task" --base-data-dir "$out" --cache-dir "$out/cache" \
       --image-size 48 --batch-size 32 --num-workers 0 --opts train.num_threads=1 train.seed="$seed"
   done
 done

@@ -164,7 +164,7 @@ def test_a_name_with_a_line_break_is_still_one_line(tmp_path: Path, capfd: pytes
     assert capfd.readouterr().err.count("\n") == 1
 
 
-@pytest.mark.parametrize("words", [["config", "show"], ["--help"], ["study", "plan", "mini"]])
+@pytest.mark.parametrize("words", [["config", "show"], ["--help"], ["study", "plan", "smoke"]])
 @pytest.mark.parametrize("buffered", [True, False])
 def test_a_reader_that_has_enough_is_no_error(words: list[str], buffered: bool) -> None:
     """As `dinov2 ... | head`: its end of the pipe is closed before anything is written."""

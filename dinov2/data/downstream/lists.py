@@ -234,6 +234,12 @@ def _check_disjoint(items: Sequence[Item], splits: Sequence[str], path: Path) ->
         raise BadInput(f"datalist {path}: patient {both[0]} is in {found}: split by patients (dinov2 split)")
 
 
+def percentage(value: str | float) -> float:
+    """A share as a number, an int where it is whole: 25 and 25.0 name the same run."""
+    number = float(value)
+    return int(number) if number.is_integer() else number
+
+
 def select_percent(items: Sequence[Item], percent: float, shuffle_seed: int | None = None) -> list[Item]:
     """The part of a training list that a label fraction stands for: its first ``round(n * percent / 100)`` items.
 

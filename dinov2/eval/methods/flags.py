@@ -38,7 +38,10 @@ def complete(args: argparse.Namespace) -> argparse.Namespace:
     """
     method = find_method(args.model_name)
     weights = _weights(method, args.pretrained_weights)
-    own = _of_segmentation(method, args) if hasattr(args, "segmentation_head") else _of_classification(method, args)
+    task, head = ("segmentation", args.segmentation_head) if hasattr(args, "segmentation_head") else ("classification", None)
+    if problem := method.misfit(task, head, args.image_size):
+        raise BadInput(problem)
+    own = _of_segmentation(method, args) if task == "segmentation" else _of_classification(method, args)
     if args.image_size is None and "image_size" not in own:
         own["image_size"] = _size_of_encoder(method, weights) if method.kind == "encoder" else method.image_size or EDGE
     given = {name: value for name, value in vars(args).items() if value is not None or name not in own}
@@ -64,9 +67,6 @@ def _weights(method: Method, given: str | None) -> str:
 def _of_segmentation(method: Method, args: argparse.Namespace) -> dict[str, Any]:
     """Values of the flags that a segmentation leaves to its method."""
     head = args.segmentation_head or method.heads[0]
-    if head not in method.heads:
-        why = f", {method.one_head}" if method.one_head else ""
-        raise BadInput(f"--segmentation-head {head}: {method.name} has {' or '.join(method.heads)}{why}: leave the flag out")
     if args.train_feature_model and method.kind == "encoder":
         raise BadInput(f"--train-feature-model: {method.name} is used frozen: leave the flag out")
     recipe = load_recipe(args.dataset_name)
@@ -89,9 +89,6 @@ def _planned(args: argparse.Namespace, recipe: Recipe) -> dict[str, Any]:
 
 
 def _of_classification(method: Method, args: argparse.Namespace) -> dict[str, Any]:
-    if not method.classifies:
-        have = ", ".join(m.name for m in METHODS.values() if m.classifies)
-        raise BadInput(f"--model-name {method.name}: has no feature for a classification: use {have} or module:function")
     if args.fine_tune and method.kind != "vit":
         raise BadInput(f"--fine-tune: {method.name} is probed frozen: leave the flag out")
     return {}

@@ -17,7 +17,7 @@ from dinov2.features.setup import build_model_for_eval, config_for, require_whol
 from dinov2.geometry import Edges, Size3, edges
 from dinov2.models import BackboneModule
 from dinov2.models.encoders import build_encoder
-from dinov2.models.swin import SMALLEST, SwinEncoder3d, load_swin, swin_width
+from dinov2.models.swin import SwinEncoder3d, load_swin, swin_width
 from dinov2.streams import Kind, torch_seed
 
 logger = logging.getLogger(__name__)
@@ -37,22 +37,15 @@ def config_of(method: Method, teacher: Teacher, config: str | None, overrides: S
     return load_and_merge_config_3d(config, [*told, *overrides])
 
 
-def require_whole(method: Method, cfg: DictConfig, task: str, image_size: Edges, divisor: Size3 | None) -> None:
-    """Raise `BadInput` where a network cannot take an input of these edges (voxels).
+def require_whole(method: Method, cfg: DictConfig, image_size: Edges, divisor: Size3 | None) -> None:
+    """Raise `BadInput` where a network cannot take an input of these edges (voxels) for its patches' or its plan's sake.
 
     Args:
-        task: Of a recipe.
         divisor: Of a planned U-Net.
     """
     if method.kind == "unet" and divisor:
         for edge, step in zip(edges(image_size), divisor, strict=True):
             require_whole_patches(edge, step, "its U-Net's stride")
-    elif method.kind == "swin":
-        require_whole_patches(edges(image_size)[0], SMALLEST, "SwinUNETR's stride")
-        if task == "segmentation" and max(edges(image_size)) < 2 * SMALLEST:
-            raise BadInput(
-                f"--image-size {SMALLEST} makes one voxel of SwinUNETR's last map, which has no spread: use 64 or more"
-            )
     elif method.kind == "vit":
         require_whole_patches(edges(image_size)[0], cfg.student.patch_size)
 

@@ -10,10 +10,12 @@ from dataclasses import dataclass, replace
 
 from dinov2.configs.errors import nearest
 from dinov2.errors import BadInput
+from dinov2.geometry import Edges, edges, not_whole
 
 VIT_HEADS = ("ViTAdapterUNETR", "UNETR", "Linear")
 HEADS = ("UNETR", "ViTAdapterUNETR", "Linear", "SwinUNETR", "DynUNet")
 OURS = "3DINO"
+SWIN_STRIDE = 32  # voxels of a cell of SwinUNETR's last map
 EDGE = 96  # voxels, where nothing says one
 LEARNING_RATE, LINEAR_LEARNING_RATE = 1e-4, 1e-3  # of a segmentation
 BATCH, LINEAR_BATCH = 2, 4  # cases a step of a segmentation; four crops of each in the paper's sets
@@ -51,6 +53,28 @@ class Method:
     unit_range: bool = False
     pooled: bool = True
     one_head: str = ""
+
+    def misfit(self, task: str, head: str | None, image_size: Edges | None) -> str:
+        """Why it cannot be run so; empty where it can, as far as its weights need not be known.
+
+        Args:
+            task: segmentation or classification.
+            head: Of a segmentation; None: its own.
+            image_size: Of the network's input (voxels); None: its own.
+        """
+        if task == "classification" and not self.classifies:
+            have = ", ".join(m.name for m in METHODS.values() if m.classifies)
+            return f"--model-name {self.name}: has no feature for a classification: use {have} or module:function"
+        if head and head not in self.heads:
+            why = f", {self.one_head}" if self.one_head else ""
+            return f"--segmentation-head {head}: {self.name} has {' or '.join(self.heads)}{why}: leave the flag out"
+        if self.kind == "swin" and image_size:
+            if task == "segmentation" and edges(image_size) == edges(SWIN_STRIDE):
+                return (
+                    f"--image-size {SWIN_STRIDE} makes one voxel of SwinUNETR's last map, which has no spread: use 64 or more"
+                )
+            return not_whole(edges(image_size)[0], SWIN_STRIDE, "SwinUNETR's stride")
+        return ""
 
     def trains_encoder(self, head: str) -> bool:
         """Whether a segmentation with this head trains all of the network unless told otherwise."""

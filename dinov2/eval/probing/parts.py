@@ -36,7 +36,7 @@ def require_every_class(items: Sequence[Item], recipe: Recipe, part: str) -> Non
         raise BadInput(f"{recipe.name}, {part}: none of its {len(items)} cases is {', '.join(absent)}: {advice}")
 
 
-def training_items(cases: Cases, percent: int, seed: int) -> Cases:
+def training_items(cases: Cases, percent: float, seed: int) -> Cases:
     """A seed's own random subset of the training part."""
     items = select_percent(cases.items, percent, seed)
     folder = cases.cache.folder if cases.cache else None

@@ -83,7 +83,7 @@ class LabelledSet:
     def folder(self) -> Path:
         return Path(os.path.abspath(self.base_data_dir))
 
-    def parts(self, percent: int, seed: int) -> dict[str, Part]:
+    def parts(self, percent: float, seed: int) -> dict[str, Part]:
         """The cases of a cell as its program takes them: of a segmentation the first ones, else a seed's own."""
         if not self.splits:
             return {}
@@ -105,7 +105,7 @@ class Cell:
 
     dataset: str
     method: str
-    percent: int
+    percent: float
     seed: int
     task: str
     folder: Path
@@ -140,6 +140,11 @@ class Cell:
     def edge(self) -> int:
         """Of the network's input (voxels): its own, or its method's; of one that is planned from the list, about that."""
         return self._number("image-size", self._method.image_size or EDGE)
+
+    @property
+    def misfit(self) -> str:
+        """Why its method cannot be run so; empty where it can, as far as a plan knows."""
+        return self._method.misfit(self.task, self.settings.get("segmentation-head"), self.settings.get("image-size"))
 
     @property
     def _method(self) -> methods.Method:
@@ -195,14 +200,14 @@ def cells_of(study: Study, sets: dict[str, LabelledSet]) -> list[Cell]:
     return [
         _cell(study, labelled, method, percent, seed)
         for labelled in sets.values()
-        for percent in study.dataset(labelled.name).percents
-        for seed in study.seeds
+        for percent in study.dataset(labelled.name).shares
+        for seed in study.seeds_of(labelled.name)
         for method in study.methods
         if labelled.name in (study.method(method).datasets or study.datasets)
     ]
 
 
-def _cell(study: Study, labelled: LabelledSet, method: str, percent: int, seed: int) -> Cell:
+def _cell(study: Study, labelled: LabelledSet, method: str, percent: float, seed: int) -> Cell:
     given, task = study.dataset(labelled.name), labelled.recipe.task
     budget = study.budget_of(method, labelled.name)
     folder = study.cells / labelled.name / method / str(percent) / str(seed)

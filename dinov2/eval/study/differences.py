@@ -22,7 +22,7 @@ from dinov2.eval.study.table import MEAN, RUN_METRICS, SEGMENTATION_METRICS, rea
 from dinov2.files import write_text
 
 TABLE = "comparison.csv"
-Differences = list[tuple[str, int, Row]]  # data set, percent, and a mean or a difference
+Differences = list[tuple[str, float, Row]]  # data set, percent, and a mean or a difference
 
 
 def differences(study: Study, recipes: dict[str, Recipe]) -> Differences:
@@ -36,7 +36,7 @@ def differences(study: Study, recipes: dict[str, Recipe]) -> Differences:
     for name, recipe in recipes.items():
         is_segmentation = recipe.task == "segmentation"
         of_set = [r for r in (items if is_segmentation else runs) if r["dataset"] == name]
-        for percent in study.dataset(name).percents:
+        for percent in study.dataset(name).shares:
             rows = [r for r in of_set if r["percent"] == percent]
             by_method = [[r for r in rows if r["method"] == m] for m in study.methods]
             read = _of_cases if is_segmentation else _of_seeds

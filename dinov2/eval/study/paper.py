@@ -75,7 +75,7 @@ PAPER: dict[str, tuple[Said, ...]] = {
 }
 
 
-def said(paper: str, dataset: str, percent: int | None, kind: str, method: str) -> Said | None:
+def said(paper: str, dataset: str, percent: float | None, kind: str, method: str) -> Said | None:
     """What the paper has of one row of a report; None where it has nothing."""
     key = (dataset, percent, kind, method)
     return next((s for s in PAPER.get(paper, ()) if (s.dataset, s.percent, s.kind, s.method) == key), None)

@@ -62,7 +62,8 @@ def plan(study: Study, say: Say) -> int:
     sets = labelled_sets(study)
     cells = cells_of(study, sets)
     estimates = [estimate(cell, study.budget_of(cell.method, cell.dataset), sets[cell.dataset].recipe) for cell in cells]
-    counts = f"data sets: {len(study.datasets)}, methods: {len(study.methods)}, seeds: {len(study.seeds)}"
+    seeds = {cell.seed for cell in cells}
+    counts = f"data sets: {len(study.datasets)}, methods: {len(study.methods)}, seeds: {len(seeds)}"
     say(f"{study.name}: {len(cells)} cells ({counts}), in {study.output}")
     rows = [_row(cell, one) for cell, one in zip(cells, estimates, strict=True)]
     for line in aligned([("cell", "training", "iterations", "hours", "GiB"), *rows]):
@@ -92,7 +93,7 @@ def estimate(cell: Cell, budget: Budget, recipe: Recipe) -> Estimate:
 
 
 def problems_of(study: Study, sets: dict[str, LabelledSet], cells: Sequence[Cell]) -> list[str]:
-    """Lists and weights that some cells need and that are not there; a line each."""
+    """Lists and weights that some cells need and that are not there, and methods that cannot be run so; a line each."""
     needed = {cell.dataset for cell in cells}
     problems = [labelled.problem for name, labelled in sets.items() if name in needed and labelled.problem]
     for name in study.methods:
@@ -100,7 +101,8 @@ def problems_of(study: Study, sets: dict[str, LabelledSet], cells: Sequence[Cell
         if of_method is not None:
             problem = weights_problem(str(of_method["pretrained-weights"]))
             problems += [f"methods.{name}.weights: {problem}"] if problem else []
-    return problems
+    misfits = {(cell.method, cell.dataset): cell.misfit for cell in cells}
+    return problems + [f"{method} on {dataset}: {why}" for (method, dataset), why in misfits.items() if why]
 
 
 def weights_problem(weights: str) -> str:

@@ -28,7 +28,7 @@ from dinov2.logging import Say
 PRIMARY = ("dice", "auc")  # the metric that a data set's numbers are of
 TESTED = ("dice", "hd95_mm", "auc", "f1")  # the metrics that the paper tests
 WHOLE = 100
-Values = dict[str, dict[int, float]]  # by method, then percent
+Values = dict[str, dict[float, float]]  # by method, then percent
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Headline:
     """
 
     dataset: str
-    percent: int | None
+    percent: float | None
     kind: str
     method: str
     against: str
@@ -103,7 +103,7 @@ def headlines(study: Study, dataset: str, rows: Sequence[dict[str, Any]]) -> Ite
     metric = of_it[0]["metric"]
     values, notes = _means(study, of_it)
     subject = study.first_method
-    for percent in study.dataset(dataset).percents:
+    for percent in study.dataset(dataset).shares:
         for method in study.methods:
             if percent in values.get(method, {}):
                 note = notes.get((method, percent), "")
@@ -112,16 +112,16 @@ def headlines(study: Study, dataset: str, rows: Sequence[dict[str, Any]]) -> Ite
     yield from _equivalence(dataset, metric, subject, values)
 
 
-def _means(study: Study, rows: Sequence[dict[str, Any]]) -> tuple[Values, dict[tuple[str, int], str]]:
+def _means(study: Study, rows: Sequence[dict[str, Any]]) -> tuple[Values, dict[tuple[str, float], str]]:
     """Mean over runs by method and percent, and a note where runs are missing."""
-    runs: dict[tuple[str, int], list[float]] = {}
+    runs: dict[tuple[str, float], list[float]] = {}
     for row in rows:
         if row["value"] is not None:
             runs.setdefault((row["method"], row["percent"]), []).append(row["value"])
     values: Values = {}
     for (method, percent), found in runs.items():
         values.setdefault(method, {})[percent] = sum(found) / len(found)
-    dataset, wanted = rows[0]["dataset"], len(study.seeds)
+    dataset, wanted = rows[0]["dataset"], len(study.seeds_of(rows[0]["dataset"]))
     notes = {
         key: f"{dataset}, {key[1]} %, {key[0]}: {len(found)} of {wanted} runs"
         for key, found in runs.items()
@@ -164,7 +164,7 @@ def _others_gain(dataset: str, metric: str, values: Values) -> Iterator[Headline
 
 
 def _gain(
-    dataset: str, percent: int, kind: str, subject: str, against: str, metric: str, value: float, other: float
+    dataset: str, percent: float, kind: str, subject: str, against: str, metric: str, value: float, other: float
 ) -> Headline:
     gain = 100 * (value / other - 1) if other > 0 else None
     return Headline(dataset, percent, kind, subject, against, metric, value, other, gain)
@@ -181,7 +181,7 @@ def _equivalence(dataset: str, metric: str, subject: str, values: Values) -> Ite
         yield Headline(dataset, None, paper.EQUIVALENCE, subject, other, metric, percent, others[other], note=note)
 
 
-def label_equivalence(own: dict[int, float], target: float) -> tuple[float | None, str]:
+def label_equivalence(own: dict[float, float], target: float) -> tuple[float | None, str]:
     """The smallest share of labels (per cent) with which a method reaches a value, and how that is known.
 
     Args:

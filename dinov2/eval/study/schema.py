@@ -16,6 +16,7 @@ from typing import Any
 from dinov2.configs.errors import ConfigError, nearest
 from dinov2.configs.loader import load_typed, recipe_folders
 from dinov2.configs.schema import key, require, require_choice, section
+from dinov2.data.downstream.lists import percentage
 from dinov2.files import user_path
 
 FOLDER = "eval/studies"
@@ -67,13 +68,20 @@ class Dataset:
 
     recipe: str = key("", "a name of configs/eval/datasets, or a YAML file; default: the data set's key", is_path=True)
     base_data_dir: str = key("", "folder of its list; default: the study's", is_path=True)
-    percents: list[int] = key([100], "shares of the training part, each a run of every method")
+    percents: list[float] = key([100], "shares of the training part, each a run of every method")
+    seeds: list[int] = key([], "default: the study's")
     budget: Budget = section(Budget, "what differs from the study's")
 
     def __post_init__(self) -> None:
-        p = self.percents
+        p = self.shares
         require(len(p) > 0 and len(set(p)) == len(p), f"percents={p} must be one or more, each once")
         require(min(p) > 0 and max(p) <= 100, f"percents={p} must be above 0 and at most 100")
+        require(len(set(self.seeds)) == len(self.seeds), f"seeds={self.seeds} must be some, each once")
+
+    @property
+    def shares(self) -> list[float]:
+        """Its percents, whole ones as ints, as folders and tables name them."""
+        return [percentage(p) for p in self.percents]
 
 
 @dataclass(frozen=True)
@@ -142,6 +150,10 @@ class Study:
     def method(self, name: str) -> Method:
         """A method of the study; one that is given as null has all defaults."""
         return self.methods[name] or Method()
+
+    def seeds_of(self, dataset: str) -> list[int]:
+        """The seeds of a data set's runs."""
+        return self.dataset(dataset).seeds or self.seeds
 
     def budget_of(self, method: str, dataset: str) -> Budget:
         """The budget of a cell, all levels in one."""

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from dinov2.data.downstream.lists import percentage
 from dinov2.data.downstream.recipes import Recipe
 from dinov2.errors import EXIT_BAD_INPUT, EXIT_OK, BadInput
 from dinov2.eval.study import records
@@ -176,7 +177,7 @@ def write_table(stem: Path, columns: Sequence[str], rows: Sequence[Row]) -> None
     writer.writerow(columns)
     for row in rows:
         writer.writerow(["" if row[c] is None else repr(row[c]) if isinstance(row[c], float) else row[c] for c in columns])
-    whole = {"percent": pa.int32(), "n_train": pa.int32(), "seed": pa.int64(), "value": pa.float64()}
+    whole = {"percent": pa.float64(), "n_train": pa.int32(), "seed": pa.int64(), "value": pa.float64()}
     schema = pa.schema({name: whole.get(name, pa.string()) for name in columns})
     try:
         stem.parent.mkdir(parents=True, exist_ok=True)
@@ -197,7 +198,8 @@ def read_table(study: Study, name: str) -> list[Row]:
     rows = list(csv.DictReader(io.StringIO(read_text(path, advice="`dinov2 study collect` makes it"))))
     try:
         return [
-            {**row, "percent": int(row["percent"]), "seed": int(row["seed"]), "value": _value(row["value"])} for row in rows
+            {**row, "percent": percentage(row["percent"]), "seed": int(row["seed"]), "value": _value(row["value"])}
+            for row in rows
         ]
     except (KeyError, ValueError, TypeError) as err:
         raise BadInput(f"{path}: is no table of {name} ({err}): make it again: dinov2 study collect") from err

@@ -29,7 +29,7 @@ def whole(path: Path, text: str) -> None:
 def value_of(case: str) -> float:
     """A score that method, seed, percent and case decide."""
     bonus = {"3DINO": 0.3, "Random": 0.1}.get(flag("model-name"), 0.0)
-    return round(0.3 + bonus + int(flag("dataset-percent")) / 500 + int(flag("dataset-seed")) / 100 + len(case) / 1000, 6)
+    return round(0.3 + bonus + float(flag("dataset-percent")) / 500 + int(flag("dataset-seed")) / 100 + len(case) / 1000, 6)
 
 
 def main() -> int:

@@ -11,9 +11,11 @@ import pytest
 
 from dinov2.configs import ConfigError
 from dinov2.errors import EXIT_BAD_INPUT, EXIT_OK
+from dinov2.eval.methods import registry
 from dinov2.eval.study.cells import cells_of, labelled_sets, method_settings
 from dinov2.eval.study.plan import plan, weights_problem
 from dinov2.eval.study.schema import Dataset, Method, Study, load_study
+from dinov2.models import swin
 
 MINIMAL = "datasets: {BTCV: {percents: [25, 100]}}\nmethods: {3DINO: {weights: random}, Random: }\n"
 PAPER = ("paper_segmentation", "paper_classification", "paper_linear_decoder", "paper_ood")
@@ -32,7 +34,7 @@ PAPER = ("paper_segmentation", "paper_classification", "paper_linear_decoder", "
         ("methods: [A]", ["methods", "list"]),
         ("datasets: {BTCV: {percents: [0]}}", ["percents=[0]", "above 0"]),
         ("datasets: {BTCV: {percents: [25, 25]}}", ["each once"]),
-        ("datasets: {BTCV: {percents: [2.5]}}", ["percents"]),
+        ("datasets: {BTCV: {percents: [few]}}", ["percents"]),
         ("seeds: []", ["seeds=[]"]),
         ("budget: {epochs: 0}", ["epochs=0"]),
         ("budget: {flags: {output-dir: x}}", ["flags.output-dir", "leave it out"]),
@@ -101,7 +103,7 @@ def test_flags_are_those_of_the_programs(study: Study) -> None:
         assert (args.dataset_percent, args.dataset_seed, args.model_name) == (cell.percent, cell.seed, cell.method)
 
 
-@pytest.mark.parametrize("name", [*PAPER, "mini"])
+@pytest.mark.parametrize("name", [*PAPER, "smoke"])
 def test_a_plan_lists_every_cell_and_what_is_missing_before_anything_runs(name: str, tmp_path: Path) -> None:
     study = load_study(name, [f"output_dir={tmp_path / 'out'}"])
     lines: list[str] = []
@@ -130,9 +132,38 @@ def test_the_paper_studies_have_the_papers_percents_seeds_and_methods() -> None:
     segmentation = load_study("paper_segmentation")
     assert list(segmentation.methods) == ["3DINO", "Random", "SwinRandom", "SwinTransfer", "MONAI-ViT"]
     assert [segmentation.budget_of("SwinRandom", d).batch_size for d in ("BraTS", "BTCV")] == [1, 2]
-    mini = load_study("mini", ["methods.SwinTransfer.weights=w.pt"])
-    assert len(mini.methods) == 6 and len(mini.datasets) == len(mini.seeds) == 2
+    smoke = load_study("smoke", ["methods.SwinTransfer.weights=w.pt"])
+    assert len(smoke.methods) == 6 and len(smoke.datasets) == len(smoke.seeds) == 2
     assert [segmentation.budget_of(m, "BTCV").image_size for m in segmentation.methods] == [112, 112, 96, 96, 96]
+
+
+def test_a_data_set_may_have_seeds_of_its_own(tmp_path: Path) -> None:
+    (tmp_path / "s.yaml").write_text("seeds: [4]\ndatasets: {BTCV: , ICBM: {seeds: [0, 7]}}\nmethods: {Random: }\n")
+    study = load_study(tmp_path / "s.yaml")
+    assert [c.name for c in cells_of(study, labelled_sets(study))] == [
+        "BTCV/Random/100/4", "ICBM/Random/100/0", "ICBM/Random/100/7",
+    ]  # fmt: skip
+    with pytest.raises(ConfigError, match="seeds=.7, 7. must be some, each once"):
+        load_study(tmp_path / "s.yaml", ["datasets.ICBM.seeds=[7,7]"])
+
+
+def test_a_plan_says_which_methods_cannot_be_run_so(study_file: Path) -> None:
+    """What the programs would refuse once the cells run, as far as it is known before their weights are opened."""
+    methods = (
+        "methods={SwinRandom: {budget: {image_size: %d}}, UNet: {head: Linear, datasets: [balls]}, Random: {head: Linear}}"
+    )
+    words = {edge: [methods % edge] for edge in (32, 40, 64)}
+    lines: list[str] = []
+    assert plan(load_study(study_file, words[32]), lines.append) == EXIT_BAD_INPUT
+    problems = [line for line in lines if line.startswith("problem: ")]
+    assert [p.split(": ")[1] for p in problems] == ["SwinRandom on balls", "UNet on balls", "SwinRandom on ages"]
+    for problem, part in zip(problems, ("makes one voxel of SwinUNETR", "UNet has DynUNet", "no feature for a"), strict=True):
+        assert part in problem
+    for edge, says in ((40, "no multiple of SwinUNETR's stride 32: use [32, 64]"), (64, "")):
+        study = load_study(study_file, words[edge])
+        cell = next(c for c in cells_of(study, labelled_sets(study)) if c.method == "SwinRandom")
+        assert says in cell.misfit and bool(says) == bool(cell.misfit)
+    assert registry.SWIN_STRIDE == swin.SMALLEST
 
 
 def test_weights_are_looked_for_without_being_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

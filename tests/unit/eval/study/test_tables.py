@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from scipy import stats
 
+from dinov2.data.downstream.lists import percentage
 from dinov2.errors import EXIT_OK, BadInput
 from dinov2.eval.study import command, paper, records, runner
 from dinov2.eval.study.cells import cells_of, labelled_sets
@@ -64,8 +65,25 @@ def test_the_tables_are_tidy_whole_and_the_same_in_both_forms(finished: Study) -
     assert correct == {"low", "high"}
     for name in ("items", "runs"):
         table = pq.read_table(finished.output / f"{name}.parquet").to_pylist()
-        as_text = [{k: "" if v is None else str(v) for k, v in row.items()} for row in table]
+        as_text = [
+            {k: "" if v is None else str(percentage(v) if k == "percent" else v) for k, v in row.items()} for row in table
+        ]
         assert as_text == read(finished, f"{name}.csv")
+
+
+def test_a_share_may_be_no_whole_percentage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One case of eight: 12.5 %; and 100.0 is 100."""
+    path = make_study(tmp_path)
+    monkeypatch.setattr(command, "run_cells", partial(runner.run_cells, program=STANDIN))
+    words = [str(path), "datasets.balls.percents=[12.5,100.0]", "methods={3DINO: {weights: random}, Random: }", "seeds=[0]"]
+    for step in ("run", "report"):
+        assert command.main([step, *words], lambda _: None) == EXIT_OK
+    cells = sorted(str(p.parent.relative_to(tmp_path / "out/cells")) for p in tmp_path.glob("out/cells/balls/Random/*/0/begun"))
+    assert cells == ["balls/Random/100/0", "balls/Random/12.5/0"]
+    study = load_study(path, words[1:])
+    runs = [r for r in read(study, "runs.csv") if r["dataset"] == "balls"]
+    assert {(r["percent"], r["n_train"]) for r in runs} == {("12.5", "1"), ("100", "8")}
+    assert {r["percent"] for r in read(study, "comparison.csv") if r["dataset"] == "balls"} == {"12.5", "100"}
 
 
 def test_what_is_not_counted_is_empty_and_no_part_of_a_mean(finished: Study) -> None:
