@@ -103,7 +103,7 @@ def test_flags_are_those_of_the_programs(study: Study) -> None:
         assert (args.dataset_percent, args.dataset_seed, args.model_name) == (cell.percent, cell.seed, cell.method)
 
 
-@pytest.mark.parametrize("name", [*PAPER, "smoke"])
+@pytest.mark.parametrize("name", [*PAPER, "mini", "smoke"])
 def test_a_plan_lists_every_cell_and_what_is_missing_before_anything_runs(name: str, tmp_path: Path) -> None:
     study = load_study(name, [f"output_dir={tmp_path / 'out'}"])
     lines: list[str] = []
@@ -134,6 +134,9 @@ def test_the_paper_studies_have_the_papers_percents_seeds_and_methods() -> None:
     assert [segmentation.budget_of("SwinRandom", d).batch_size for d in ("BraTS", "BTCV")] == [1, 2]
     smoke = load_study("smoke", ["methods.SwinTransfer.weights=w.pt"])
     assert len(smoke.methods) == 6 and len(smoke.datasets) == len(smoke.seeds) == 2
+    mini = load_study("mini")
+    counts = [round(145 * p / 100) for p in mini.dataset("MSD-Hippocampus").shares]
+    assert counts == [1, 5, 20, 145] and len(mini.seeds_of("MSD-Hippocampus")) == 3 and len(mini.seeds_of("brain_t1_sex")) == 5
     assert [segmentation.budget_of(m, "BTCV").image_size for m in segmentation.methods] == [112, 112, 96, 96, 96]
 
 

@@ -1,0 +1,73 @@
+#!/usr/bin/env bash
+# The small study of docs/mini_study.md, step by step: pretraining, learning rates, study, tables. Start it again to continue; what
+# is finished is not repeated.
+# Usage: scripts/results/mini_study.sh DATA_FOLDER OUTPUT_FOLDER lists|pretrain|rates|run|report...
+# DATA_FOLDER holds splits.json, hippocampus/{images,labels} and brain_t1/{images,participants.csv}.
+set -euo pipefail
+data=$(realpath "${1:?data folder}") out=$(realpath -m "${2:?output folder}")
+shift 2
+cd "$(dirname "$0")/../.."
+[ -d .venv ] && source .venv/bin/activate
+mkdir -p "$out/lists" "$out/rates"
+dino=$out/pretrain/3dino/eval/training_7999/teacher_checkpoint.pth monai=$out/pretrain/monai_vit/eval/training_2999/teacher_checkpoint.pth
+
+lists() { # the study's; one for the learning rates, tested on half of the validation cases; the pretraining's: training parts only
+  local d=$out/lists/MSD-Hippocampus_100_datalist.json
+  [ -f "$d" ] || python -m dinov2 split --images "$data/hippocampus/images" --labels "$data/hippocampus/labels" \
+    --output "$d" --parts "$data/splits.json" --parts-key hippocampus
+  for task in sex age_group age; do
+    d=$out/lists/brain_t1_${task}_cls_datalist.json
+    [ -f "$d" ] || python -m dinov2 split --table "$data/brain_t1/participants.csv" --label-column "${task%_group}" \
+      --output "$d" --parts "$data/splits.json" --parts-key brain_t1
+  done
+  python - "$out" <<'P'
+import json, sys
+from pathlib import Path
+
+out = Path(sys.argv[1])
+name = "MSD-Hippocampus_100_datalist.json"
+cases = json.loads((out / "lists" / name).read_text())
+held = cases["validation"]
+(out / "rates" / name).write_text(json.dumps({**cases, "validation": held[::2], "test": held[1::2]}))
+P
+  [ -f "$out/pretrain.json" ] || python scripts/local_datalist.py "$data" "$out/pretrain.json" --parts training
+}
+
+pretrain() { # NAME RECIPE STEPS: one thread each, so that both can run side by side on two cores
+  local TIMEFORMAT="%U s user, %S s system"
+  { time python dinov2/train/train3d.py --config-file "pretrain/$2" --output-dir "$out/pretrain/$1" --cache-dir "$out/cache" \
+    train.dataset_path="$out/pretrain.json" train.num_threads=1 optim.epochs="$3" 2>&3; } 3>&2 2>> "$out/pretrain/$1.time"
+}
+
+study() { # COMMAND OUTPUT LISTS [WORD...]
+  local command=$1 folder=$2 lists=$3
+  shift 3
+  python -m dinov2 study "$command" mini "base_data_dir=$lists" "output_dir=$folder" "methods.3DINO.weights=$dino" \
+    "methods.3DINO-linear.weights=$dino" "methods.MONAI-ViT.weights=$monai" "methods.MONAI-ViT-linear.weights=$monai" "$@"
+}
+
+for step in "$@"; do
+  case $step in
+    lists) lists ;;
+    pretrain)
+      mkdir -p "$out/pretrain"
+      pretrain 3dino demo_weights 80 & first=$!
+      pretrain monai_vit monai_vit_tiny_cpu 30 & second=$!
+      wait "$first" && wait "$second"
+      ;;
+    rates)
+      for rate in 3e-4 1e-3 3e-3; do
+        names=$(printf 'MSD-Hippocampus/%s/13.8/100,' 3DINO MONAI-ViT Random SwinRandom UNet 3DINO-linear MONAI-ViT-linear Random-linear)
+        study run "$out/rates/$rate" "$out/rates" --jobs 2 --cells "${names%,}" "seeds=[100]" \
+          "datasets.MSD-Hippocampus.budget.learning_rate=$rate" "datasets.brain_t1_sex.base_data_dir=$out/lists" \
+          "datasets.brain_t1_age_group.base_data_dir=$out/lists" "cache_dir=$out/cases"
+      done
+      ;;
+    run) study run "$out/study" "$out/lists" --jobs 2 "cache_dir=$out/cases" ;;
+    report)
+      study collect "$out/study" "$out/lists" "cache_dir=$out/cases"
+      study report "$out/study" "$out/lists" "cache_dir=$out/cases"
+      ;;
+    *) echo "no step $step: lists, pretrain, rates, run, report" >&2 && exit 2 ;;
+  esac
+done
