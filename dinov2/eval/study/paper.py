@@ -31,6 +31,7 @@ class Said:
         text: The number as the paper has it, in per cent but for `VALUE`.
         place: Where.
         method: Whose.
+        label: Class that it is of; empty: all.
     """
 
     dataset: str
@@ -39,6 +40,7 @@ class Said:
     text: str
     place: str
     method: str = "3DINO"
+    label: str = ""
 
 
 PAPER: dict[str, tuple[Said, ...]] = {
@@ -59,6 +61,8 @@ PAPER: dict[str, tuple[Said, ...]] = {
     "classification": (
         Said("COVID-CT-MD", None, MEAN_NEXT_BEST, "18.9", _TASKS),
         Said("ICBM", None, MEAN_NEXT_BEST, "5.3", _TASKS),
+        Said("COVID-CT-MD", None, MEAN_NEXT_BEST, "23", _TASKS, label="COVID-19"),
+        Said("ICBM", None, MEAN_NEXT_BEST, "22 (of which fraction is not said)", _TASKS, label="40-49"),
     ),
     "linear_decoder": (
         Said("BTCV", None, MEAN_NEXT_BEST, "61 (of which fraction is not said)", _LINEAR),
@@ -75,7 +79,7 @@ PAPER: dict[str, tuple[Said, ...]] = {
 }
 
 
-def said(paper: str, dataset: str, percent: float | None, kind: str, method: str) -> Said | None:
+def said(paper: str, dataset: str, percent: float | None, kind: str, method: str, label: str = "") -> Said | None:
     """What the paper has of one row of a report; None where it has nothing."""
-    key = (dataset, percent, kind, method)
-    return next((s for s in PAPER.get(paper, ()) if (s.dataset, s.percent, s.kind, s.method) == key), None)
+    key = (dataset, percent, kind, method, label)
+    return next((s for s in PAPER.get(paper, ()) if (s.dataset, s.percent, s.kind, s.method, s.label) == key), None)

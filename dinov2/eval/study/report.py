@@ -10,7 +10,7 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from itertools import pairwise
 from typing import Any
 
@@ -48,6 +48,7 @@ class Headline:
         note: What else is to be said.
         paper: The paper's number, as it has it.
         place: Where.
+        label: Class that it is of; empty: the mean of all.
     """
 
     dataset: str
@@ -62,6 +63,7 @@ class Headline:
     note: str = ""
     paper: str = ""
     place: str = ""
+    label: str = ""
 
 
 def report(study: Study, say: Say) -> int:
@@ -97,7 +99,8 @@ def report(study: Study, say: Say) -> int:
 
 def headlines(study: Study, dataset: str, rows: Sequence[dict[str, Any]]) -> Iterator[Headline]:
     """The lines of a data set; none where it has no runs."""
-    of_it = [r for r in rows if r["dataset"] == dataset and r["class"] == MEAN and r["metric"] in PRIMARY]
+    of_any_class = [r for r in rows if r["dataset"] == dataset and r["metric"] in PRIMARY]
+    of_it = [r for r in of_any_class if r["class"] == MEAN]
     if not of_it:
         return
     metric = of_it[0]["metric"]
@@ -109,6 +112,10 @@ def headlines(study: Study, dataset: str, rows: Sequence[dict[str, Any]]) -> Ite
                 note = notes.get((method, percent), "")
                 yield Headline(dataset, percent, paper.VALUE, method, "", metric, values[method][percent], note=note)
     yield from _gains(study, dataset, metric, subject, values)
+    for label in dict.fromkeys(r["class"] for r in of_any_class if r["class"] != MEAN):
+        of_class, _ = _means(study, [r for r in of_any_class if r["class"] == label])
+        gains = _gains(study, dataset, metric, subject, of_class)
+        yield from (replace(line, label=label) for line in gains if line.kind == paper.MEAN_NEXT_BEST)
     yield from _equivalence(dataset, metric, subject, values)
 
 
@@ -200,8 +207,8 @@ def label_equivalence(own: dict[float, float], target: float) -> tuple[float | N
 def _beside_paper(study: Study, line: Headline) -> Headline:
     """A line with the paper's number, where it has one."""
     recipe = study.dataset(line.dataset).recipe or line.dataset
-    found = paper.said(study.paper, recipe, line.percent, line.kind, line.method)
-    return line if found is None else Headline(**{**asdict(line), "paper": found.text, "place": found.place})
+    found = paper.said(study.paper, recipe, line.percent, line.kind, line.method, line.label)
+    return line if found is None else replace(line, paper=found.text, place=found.place)
 
 
 def _words(line: Headline) -> tuple[str, ...]:
@@ -211,4 +218,5 @@ def _words(line: Headline) -> tuple[str, ...]:
     other = "" if line.other is None else f"{line.other:.4f}"
     gain = "" if line.gain_percent is None else f"{line.gain_percent:+.1f}"
     percent = "" if line.percent is None else str(line.percent)
-    return (line.dataset, percent, line.kind, line.method, line.against, value, other, gain, line.paper)
+    kind = f"{line.kind}: {line.label}" if line.label else line.kind
+    return (line.dataset, percent, kind, line.method, line.against, value, other, gain, line.paper)

@@ -15,6 +15,7 @@ import pytest
 from scipy import stats
 
 from dinov2.data.downstream.lists import percentage
+from dinov2.data.downstream.recipes import load_recipe
 from dinov2.errors import EXIT_OK, BadInput
 from dinov2.eval.study import command, paper, records, runner
 from dinov2.eval.study.cells import cells_of, labelled_sets
@@ -226,9 +227,31 @@ def test_the_papers_numbers_stand_beside_ours(tmp_path: Path) -> None:
     assert not list(headlines(study, "BraTS", rows))
 
 
+def test_a_class_has_its_gain_beside_the_papers(tmp_path: Path) -> None:
+    study = load_study("paper_classification", [f"output_dir={tmp_path}", "seeds=[0]"])
+    scores = {"3DINO": (0.9, 0.6), "MONAI-ViT": (0.6, 0.5), "SwinTransfer": (0.5, 0.8)}
+    rows = [
+        {
+            "study": study.name, "method": m, "dataset": "COVID-CT-MD", "percent": 25, "n_train": 5, "seed": 0, "class": name,
+            "metric": "auc", "value": v,
+        }
+        for m, pair in scores.items() for name, v in zip(("COVID-19", "Normal", "mean"), (*pair, sum(pair) / 2), strict=True)
+    ]  # fmt: skip
+    write_table(tmp_path / "runs", RUN_COLUMNS, rows)
+    write_table(tmp_path / "items", COLUMNS, [])
+    said: list[str] = []
+    assert report(study, said.append) == EXIT_OK
+    found = {r["label"]: r for r in read(study, "headline.csv") if r["kind"] == paper.MEAN_NEXT_BEST}
+    gains = {label: float(r["gain_percent"]) for label, r in found.items()}
+    assert gains == pytest.approx({"": 100 * (0.75 / 0.65 - 1), "COVID-19": 50.0, "Normal": -25.0})
+    assert {label: r["paper"] for label, r in found.items()} == {"": "18.9", "COVID-19": "23", "Normal": ""}
+    assert any(f"{paper.MEAN_NEXT_BEST}: COVID-19" in line and line.endswith("+50.0     23") for line in said)
+
+
 def test_a_number_of_the_paper_is_of_a_study_that_runs_it() -> None:
     for name, numbers in paper.PAPER.items():
         study = load_study(f"paper_{name}")
+        assert {one.label for one in numbers} <= {"", *(n for d in study.datasets for n in load_recipe(d).output_names)}
         assert study.paper == name
         for one in numbers:
             assert one.dataset in study.datasets and one.method in study.methods and one.place
