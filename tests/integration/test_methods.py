@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import importlib
 import json
 import os
 import signal
@@ -263,6 +264,42 @@ def test_the_encoder_of_the_docs_is_trained_around_probed_and_opened_where_it_is
     command = ["classify", "--probe", str(tmp_path / "probe" / "probe.pth"), "--input", str(data / "image7.nii.gz")]
     assert dinov2(command) == EXIT_BAD_INPUT and "where you trust its code" in last_line(capfd)
     assert dinov2([*command, "--encoder", example]) == EXIT_OK and "high 0." in capfd.readouterr().out
+
+
+OWN_VIT = """from dinov2.configs import load_and_merge_config_3d
+from dinov2.models import build_backbone
+
+
+def encoder(weights):
+    cfg = load_and_merge_config_3d("pretrain/tiny_cpu", ["student.patch_size=8", "crops.global_crops_size=32"])
+    found = build_backbone(cfg)
+    if weights:
+        found.load_state_dict(weights)
+    return found
+"""
+
+
+def test_an_adapter_around_an_encoder_of_ones_own_is_that_around_ours(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has blocks; the same network and weights by either door end in the same tensors and the same label map."""
+    (tmp_path / "own_vit.py").write_text(OWN_VIT)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    torch.manual_seed(0)
+    net = importlib.import_module("own_vit").encoder({})
+    torch.save(net.state_dict(), tmp_path / "vit.pth")
+    adapter = ("--pretrained-weights", str(tmp_path / "vit.pth"), "--segmentation-head", "ViTAdapterUNETR")
+    small = [*SMALL, "segmentation.decoder_channels=[16,8,8,8]", "segmentation.inplanes=8"]
+    ours = (*adapter, "--config-file", "pretrain/tiny_cpu")
+    size = ["student.patch_size=8", "crops.global_crops_size=32"]
+    assert segment(data, tmp_path / "own", "boxes", "own_vit:encoder", *adapter, opts=small) == EXIT_OK
+    assert segment(data, tmp_path / "ours", "boxes", "3DINO", *ours, image_size=32, opts=[*small, *size]) == EXIT_OK
+    own, other = ({k: v for k, v in best(tmp_path / name).items()} for name in ("own", "ours"))
+    assert own.keys() == other.keys() and all(torch.equal(v, other[k]) for k, v in own.items())
+    for name, words in (("own", ("--encoder", "own_vit:encoder")), ("ours", ())):
+        assert predict(tmp_path / name, tmp_path / f"{name}.nii.gz", data / "image7.nii.gz", words=words) == EXIT_OK
+    assert np.array_equal(*(np.asarray(nib.load(tmp_path / f"{name}.nii.gz").dataobj) for name in ("own", "ours")))
 
 
 def probe(data: Path, out: Path, method: str, *words: str) -> int:
