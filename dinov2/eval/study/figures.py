@@ -38,7 +38,7 @@ DRAWN = {"segmentation": ("dice", "hd95_mm"), "classification": ("auc", "f1")}  
 LABELS = {  # of an axis, and the largest value
     "dice": ("Dice", 1.0), "hd95_mm": ("HD95 (mm)", None), "nsd": ("surface Dice", 1.0), "auc": ("AUC", 1.0), "f1": ("F1", 1.0),
     "volume_error_ml": ("volume error (ml)", None), "balanced_accuracy": ("balanced accuracy", 1.0),
-    "calibration_error": ("calibration error", 1.0), "absolute_error": ("absolute error", None),
+    "calibration_error": ("calibration error", None), "absolute_error": ("absolute error", None),
 }  # fmt: skip
 LOWER_IS_BETTER = ("hd95_mm", "volume_error_ml", "calibration_error", "absolute_error", "hd95")
 LINEAR = "Linear"  # the head of a linear decoder

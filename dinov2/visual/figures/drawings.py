@@ -57,7 +57,7 @@ def draw_corpus(counts: Mapping[str, Mapping[str, int]], stem: Path) -> None:
         axis.yaxis.set_major_formatter(lambda n, _: f"{n:,.0f}")
         axis.minorticks_off()
         if organs:
-            axis.set_ylim(0.8, max(max(of.values()) for of in counts.values()) * 9)
+            axis.set_ylim(0.8, max(max(of.values()) for of in counts.values()) * 20)
         axis.set_xticks(range(len(organs)), organs, rotation=35, ha="right", rotation_mode="anchor")
         axis.set_xlim(-0.6, max(1, len(organs)) - 0.4)
         axis.set_ylabel("volumes")
@@ -123,9 +123,7 @@ def draw_octants(offsets: np.ndarray, stem: Path) -> None:
 def _space(space: Any, reach: float, points: int) -> None:
     """The 3D panel: equal axes, the planes between octants."""
     ticks = [-points, 0, points]
-    space.set(
-        xlim=(-reach, reach), ylim=(-reach, reach), zlim=(-reach, reach), box_aspect=(1, 1, 1), xticks=ticks, yticks=ticks
-    )
+    space.set(xlim=(-reach, reach), ylim=(-reach, reach), zlim=(-reach, reach), xticks=ticks, yticks=ticks)
     space.set(
         zticks=ticks, xlabel="H (voxels)", ylabel="W (voxels)", zlabel="D (voxels)", title="3D: a head looks into each octant"
     )
@@ -134,4 +132,5 @@ def _space(space: Any, reach: float, points: int) -> None:
         line = np.zeros((5, 3))
         line[:, a], line[:, b] = edge[:, 0], edge[:, 1]
         space.plot(*line.T, color=SOFT, lw=0.4)
+    space.set_box_aspect((1, 1, 1), zoom=0.78)  # or a label is cut off
     space.view_init(elev=20, azim=-60)

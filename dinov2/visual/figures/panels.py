@@ -34,7 +34,7 @@ from dinov2.visual.figures.style import (
 
 NAN = math.nan
 STARS = "* p < 0.05, ** p < 0.01, *** p < 0.001, **** p < 0.0001, ns: not significant"
-BAR_WIDTH = 0.84  # of a group of bars
+BAR_WIDTH, WIDEST = 0.84, 0.28  # of a group of bars, of one bar
 ANY_OFFSET = 0.03  # of a series beside its neighbour on a logarithmic axis
 
 
@@ -175,7 +175,7 @@ def _most_marks(panel: Panel) -> int:
 
 def _bars(axis: Axes, panel: Panel, shown: dict[str, Look]) -> None:
     places, present = _places(panel), [name for name in shown if any(v.series == name for v in panel.values)]
-    width = BAR_WIDTH / max(1, len(present))
+    width = _group_width(present) / max(1, len(present))
     for value in panel.values:
         if value.mean != value.mean:
             continue
@@ -189,12 +189,15 @@ def _bars(axis: Axes, panel: Panel, shown: dict[str, Look]) -> None:
     axis.set(xlabel=panel.axis, ylabel=panel.label, title=panel.title)
 
 
+def _group_width(present: Sequence[str]) -> float:
+    return min(BAR_WIDTH, WIDEST * len(present))
+
+
 def _mark(axis: Axes, panel: Panel, series: Sequence[str]) -> None:
     """Brackets and stars. The library looks at the axes for what is drawn there; the bars' own places tell it where."""
     tests = [t for t in panel.tests if t.p == t.p]
     if panel.largest is not None:
-        ticks = [t for t in axis.get_yticks() if 0 <= t <= panel.largest + 1e-9]
-        axis.set_yticks(ticks)
+        axis.set_yticks(np.linspace(0, panel.largest, 6))  # what is above has room for marks alone
     if not tests:
         return
     import pandas as pd
@@ -214,10 +217,10 @@ def _mark(axis: Axes, panel: Panel, series: Sequence[str]) -> None:
             warnings.simplefilter("ignore", category=FutureWarning)  # of pandas and seaborn, for the library
             marks = Annotator(
                 axis, pairs, plot="barplot", data=table, x="place", y="mean", hue="series", order=_places(panel),
-                hue_order=present, width=BAR_WIDTH,
+                hue_order=present, width=_group_width(present),
             )  # fmt: skip
             marks.configure(
-                test=None, text_format="star", verbose=0, line_width=0.6, line_height=0.012, text_offset=-1.5, color=INK,
+                test=None, text_format="star", verbose=0, line_width=0.6, line_height=0.012, text_offset=0.3, color=INK,
                 fontsize=SMALLEST, line_offset=0.02, line_offset_to_group=0.03,
             )  # fmt: skip
             marks.set_pvalues([t.p for t in tests])

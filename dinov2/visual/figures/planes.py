@@ -112,9 +112,10 @@ def _plane(axis: Axes, row: Shown, head: str, colours: Mapping[str, str]) -> Non
         axis.imshow(np.ones_like(row.image[:, :, at].T), cmap="gray", vmin=0, vmax=1, aspect=aspect)
         axis.text(0.5, 0.5, "none", transform=axis.transAxes, ha="center", va="center", fontsize=SMALLEST)
         return
-    plane = np.repeat(((row.image[:, :, at].T + 1) / 2).clip(0, 1)[..., None], 3, -1)  # [w, h, 3]
+    grey = np.repeat(((row.image[:, :, at].T + 1) / 2).clip(0, 1)[..., None], 3, -1)  # [W, H, 3]
+    plane = grey.copy()
     masks = row.masks.get(head, {}) if head != IMAGE else {}
     for name in sorted(masks, key=lambda name: -int(masks[name].sum())):  # what is inside another region lies above it
         inside = masks[name][:, :, at].T
-        plane[inside] = (1 - ALPHA) * plane[inside] + ALPHA * np.array(matplotlib.colors.to_rgb(colours[name]))
+        plane[inside] = (1 - ALPHA) * grey[inside] + ALPHA * np.array(matplotlib.colors.to_rgb(colours[name]))
     axis.imshow(plane, origin="lower", aspect=aspect, interpolation="nearest")

@@ -106,5 +106,5 @@ def test_what_is_inside_another_region_lies_above_it_in_its_own_colour(tmp_path:
     grey = np.full(3, 0.5)
     of_whole = (1 - ALPHA) * grey + ALPHA * np.array(to_rgb(CLASS_COLOURS[1]))
     assert plane[1, 1] == pytest.approx(of_whole) and plane[0, 0] == pytest.approx(grey)
-    assert plane[2, 2] == pytest.approx((1 - ALPHA) * of_whole + ALPHA * np.array(to_rgb(CLASS_COLOURS[0])))
+    assert plane[2, 2] == pytest.approx((1 - ALPHA) * grey + ALPHA * np.array(to_rgb(CLASS_COLOURS[0])))
     assert read(tmp_path / "x.csv") == [{"row": "case", "column": "A", "plane": "2", "dice": ""}]
