@@ -187,8 +187,30 @@ def overlap(args: argparse.Namespace) -> int:
 def compare(args: argparse.Namespace) -> int:
     """Compare runs on the same test items: means with intervals, differences with tests and effect sizes."""
     from dinov2.eval.study.compare import compare as run_compare
+    from dinov2.eval.study.figures import draw_comparison
 
-    return run_compare(args.runs, args.output, say)
+    return run_compare(args.runs, args.output, say, None if args.no_figures else draw_comparison)
+
+
+def figure_corpus(args: argparse.Namespace) -> int:
+    """Draw what a datalist holds: volumes by organ and modality."""
+    from dinov2.data.corpus.report import draw_list
+
+    say(f"{args.output / 'corpus'}.png, .pdf, .csv: {draw_list(args.list, args.output)} volumes")
+    return EXIT_OK
+
+
+def figure_octants(args: argparse.Namespace) -> int:
+    """Draw where the deformable attention looks before it is trained: a head an octant."""
+    from dinov2.eval.segmentation_3d.deformable import octant_offsets
+    from dinov2.visual.figures.drawings import draw_octants
+
+    try:
+        draw_octants(octant_offsets(args.points).numpy(), args.output / "octants")
+    except OSError as err:
+        raise BadInput(f"--output {args.output}: {err.strerror}: choose another folder") from err
+    say(f"{args.output / 'octants'}.png, .pdf, .csv: written")
+    return EXIT_OK
 
 
 def embed(args: argparse.Namespace) -> int:
@@ -291,6 +313,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_corpus(commands)
     _add_embed(commands)
     _add_compare(commands)
+    _add_figure(commands)
     checkpoints = commands.add_parser("checkpoint", help="weights and training checkpoints in their forms")
     checkpoint = checkpoints.add_subparsers(required=True, metavar="ACTION")
     for name, function in (("inspect", checkpoint_inspect), ("export", checkpoint_export)):
@@ -336,8 +359,23 @@ def _add_compare(commands: Commands) -> None:
     action = commands.add_parser("compare", help=_first_line(compare))
     runs = "folders of finished runs, summary.json of nnU-Net, or CSV files with case,class,dice; names are those of folders"
     action.add_argument("runs", type=Path, nargs="+", metavar="RUN", help=runs)
-    action.add_argument("--output", type=Path, metavar="FOLDER", help="where comparison.csv and comparison.json are written")
+    action.add_argument(
+        "--output", type=Path, metavar="FOLDER", help="where comparison.csv, comparison.json and figures are written"
+    )
+    action.add_argument("--no-figures", action="store_true", help="only the numbers")
     action.set_defaults(function=compare)
+
+
+def _add_figure(commands: Commands) -> None:
+    figures = commands.add_parser("figure", help="figures of what is no study").add_subparsers(required=True, metavar="ACTION")
+    for name, function in (("corpus", figure_corpus), ("octants", figure_octants)):
+        action = figures.add_parser(name, help=_first_line(function))
+        if name == "corpus":
+            action.add_argument("list", type=Path, help="datalist (JSON), as of `dinov2 index`")
+        else:
+            action.add_argument("--points", type=int, choices=range(1, 9), default=4, help="of each head")
+        action.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="where PNG, PDF and CSV are written")
+        action.set_defaults(function=function)
 
 
 def _add_corpus(commands: Commands) -> None:

@@ -43,7 +43,11 @@ def test_a_study_of_both_programs_ends_in_its_tables_and_is_not_run_again(
     begun = logs(tmp_path)
     assert main(["study", "run", str(study)]) == EXIT_OK and logs(tmp_path) == begun
     assert main(["study", "status", str(study)]) == EXIT_OK and "study: 2 finished" in capsys.readouterr().out
-    assert main(["study", "report", str(study)]) == EXIT_OK and "balls" in capsys.readouterr().out
+    assert main(["study", "report", str(study), "--predictions"]) == EXIT_OK and "balls" in capsys.readouterr().out
+    panels = read(tmp_path / "out" / "figures" / "panels_balls.csv")  # of cases that the cell's own network segmented again
+    assert {(r["row"].split(" (")[0], r["dice"]) for r in panels} == {
+        (r["case"], r["value"]) for r in items if r["metric"] == "dice" and r["class"] == "mean"
+    }
 
 
 def read(path: Path) -> list[dict[str, str]]:

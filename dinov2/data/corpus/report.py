@@ -119,11 +119,33 @@ def _modality(entry: Entry) -> str:
     return _LABEL_MAP if entry.extra.get("label_map") else str(entry.extra.get("modality", _UNKNOWN))
 
 
-def _stacked_bars(entries: list[Entry]) -> str:
-    """Counts by organ, in colours by modality (the paper's Fig. 1b)."""
+def organ_counts(entries: Sequence[Entry]) -> dict[str, Counter[str]]:
+    """Volumes by organ, then modality."""
     counts: dict[str, Counter[str]] = defaultdict(Counter)
     for entry in entries:
         counts[str(entry.extra.get("organ", _UNKNOWN))][_modality(entry)] += 1
+    return counts
+
+
+def draw_list(list_path: Path, output: Path) -> int:
+    """Bars of a list's organs and modalities (the paper's Fig. 1b): `corpus` as PNG, PDF and CSV, in a folder; the volumes.
+
+    Raises:
+        BadInput: The list cannot be read, or the folder not written.
+    """
+    from dinov2.visual.figures.drawings import draw_corpus  # here: a page needs no matplotlib
+
+    entries = read_datalist(list_path).entries
+    try:
+        draw_corpus(organ_counts(entries), output / "corpus")
+    except OSError as err:
+        raise BadInput(f"--output {output}: {err.strerror}: choose another folder") from err
+    return len(entries)
+
+
+def _stacked_bars(entries: list[Entry]) -> str:
+    """Counts by organ, in colours by modality (the paper's Fig. 1b)."""
+    counts = organ_counts(entries)
     named = [name for name, _ in Counter(map(_modality, entries)).most_common() if name not in _GREYS]
     modalities = [*named, *_GREYS]
     colour = _GREYS | {name: _COLOURS[min(i, len(_COLOURS) - 1)] for i, name in enumerate(named)}

@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from dinov2.configs.errors import nearest
 from dinov2.errors import EXIT_OK, BadInput
 from dinov2.eval.study import records
 from dinov2.eval.study.cells import Cell, cells_of, labelled_sets
+from dinov2.eval.study.figures import Drawn, draw_study
 from dinov2.eval.study.plan import disk_problem, estimate, plan, problems_of
 from dinov2.eval.study.report import report
 from dinov2.eval.study.runner import run_cells
@@ -25,7 +26,7 @@ WHAT = {
     "run": "run the cells that are not finished, then collect",
     "status": "say how far every cell is, and why those that failed did",
     "collect": "write the tables of all finished cells",
-    "report": "say the headline numbers, from the tables",
+    "report": "say the headline numbers and draw the figures, from the tables",
 }
 
 
@@ -43,6 +44,10 @@ def build_parser() -> argparse.ArgumentParser:
     add("--cells", help="only these, as BTCV/3DINO/25/0,BTCV/Random/25/0")
     moved = "begin cells anew that ran before the study was changed; what they hold is moved aside"
     add("--rerun-changed", action="store_true", help=moved)
+    add = parser.add_argument_group("report").add_argument
+    add("--no-figures", action="store_true", help="only the numbers")
+    panels = "panels of three test cases of each segmentation too, predicted again by the cells' best networks"
+    add("--predictions", action="store_true", help=panels)
     return parser
 
 
@@ -58,7 +63,20 @@ def main(argv: Sequence[str], say: Say) -> int:
         return run(study, args, say)
     if args.jobs is not None or args.gpus or args.cells or args.rerun_changed:
         raise BadInput(f"dinov2 study {args.action}: --jobs, --gpus, --cells and --rerun-changed are of run: leave them out")
-    return {"plan": plan, "status": status, "collect": collect, "report": report}[args.action](study, say)
+    if (args.no_figures or args.predictions) and args.action != "report":
+        raise BadInput(f"dinov2 study {args.action}: --no-figures and --predictions are of report: leave them out")
+    if args.no_figures and args.predictions:
+        raise BadInput("dinov2 study report: --predictions draws figures: leave --no-figures out")
+    code = {"plan": plan, "status": status, "collect": collect, "report": report}[args.action](study, say)
+    if args.action == "report" and not args.no_figures:
+        draw_study(study, say, _predictions() if args.predictions else None)
+    return code
+
+
+def _predictions() -> Callable[[Study, Drawn], None]:
+    from dinov2.eval.study.predicted import draw_predictions  # here: it needs torch
+
+    return draw_predictions
 
 
 def run(study: Study, args: argparse.Namespace, say: Say) -> int:

@@ -10,7 +10,7 @@ import csv
 import dataclasses
 import io
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -26,6 +26,7 @@ from dinov2.files import refuse_output, write_json, write_text
 from dinov2.logging import Say
 
 TABLE, RECORD = "comparison.csv", "comparison.json"
+Draw = Callable[[Sequence[Results], Sequence["Row"], Path, Say], object]
 MEAN = "mean of classes"  # in each case over the classes that count there
 _SHOWN = 5  # names in a refusal
 
@@ -70,13 +71,14 @@ class Row:
         }  # fmt: skip
 
 
-def compare(paths: Sequence[Path], output: Path | None, say: Say) -> int:
+def compare(paths: Sequence[Path], output: Path | None, say: Say, draw: Draw | None = None) -> int:
     """Compare runs, print a table for each metric, and write them.
 
     Args:
         paths: Of the runs: folders, or files of other software.
         output: Folder of `comparison.csv` and `comparison.json`.
         say: Prints.
+        draw: Makes figures of runs and rows in a folder, where there is one.
 
     Raises:
         BadInput: Runs that cannot be read or compared, or an output that cannot be written.
@@ -94,6 +96,8 @@ def compare(paths: Sequence[Path], output: Path | None, say: Say) -> int:
     if output is not None:
         write(output, runs, rows)
         say(f"{output / TABLE}, {RECORD}: written")
+        if draw is not None:
+            draw(runs, rows, output, say)
     return EXIT_OK
 
 

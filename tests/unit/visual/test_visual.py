@@ -10,9 +10,8 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
-from dinov2.visual import figures
 from dinov2.visual.cases import draw_case, draw_patches, pca_colours
-from dinov2.visual.figures import STYLE, draw_bars
+from dinov2.visual.figures import STYLE, draw_bars, training
 from dinov2.visual.page import MAX_ROWS, histogram, page, picture, table
 
 
@@ -46,7 +45,7 @@ def test_principal_components_are_of_the_masked_cells_alone() -> None:
 def test_bars_have_the_style_and_leave_others_theirs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = {key: matplotlib.rcParams[key] for key in STYLE}
     drawn: list[Figure] = []
-    monkeypatch.setattr(figures, "save", lambda figure, path: drawn.append(figure))
+    monkeypatch.setattr(training, "save", lambda figure, path: drawn.append(figure))
     draw_bars({1: {"trained": [0.2, 0.4], "another": [0.1]}}, "agreement", tmp_path / "bars.png")
     (axis,) = drawn[0].axes
     assert not axis.spines["top"].get_visible() and axis.get_ylabel() == "agreement"

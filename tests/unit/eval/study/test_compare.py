@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from dinov2.cli import main
 from dinov2.eval.metrics.classification import write_predictions
@@ -94,6 +95,12 @@ def refusal(capfd: pytest.CaptureFixture[str], *runs: Path, output: Path | None 
     return said.err
 
 
+@pytest.fixture(autouse=True)
+def empty_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures are laid out, their files stay empty: test_figures.py renders some."""
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path, **form: path.touch())
+
+
 def test_two_segmentations_are_paired_case_by_case(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """What is written is Wilcoxon's test and the mean of the differences, class by class and of the cases' means."""
     one, other = dice_of(1), dice_of(2)
@@ -121,6 +128,17 @@ def test_two_segmentations_are_paired_case_by_case(tmp_path: Path, capsys: pytes
     said = capsys.readouterr().out
     assert "2 runs, 12 test cases, classes anterior, posterior" in said and "teacher - untrained" in said
     assert "% (n = 12)" in said and "0.00049" in said
+    with (output / "figures" / "means.csv").open() as file:
+        drawn = {(r["what"], r["series"], r["minus"]): r for r in csv.DictReader(file)}
+    assert len(drawn) == 4 * 3 and drawn["HD95 (mm)", "untrained", ""]["n"] == "12"
+    for (metric, name, run, minus), row in found.items():
+        if metric == "dice" and name == MEAN:
+            own = drawn["Dice", run, minus]
+            for column, of_table in (
+                (("p", "p"), ("p_holm", "p_holm")) if minus else (("mean", "mean"), ("low", "bootstrap_low"))
+            ):
+                assert float(own[column]) == pytest.approx(float(row[of_table]), rel=1e-5)
+    assert len(list((output / "figures").glob("classes_*.pdf"))) == 4 and (output / "figures" / "report.html").is_file()
 
 
 def test_paired_differences_are_those_of_the_results_page(tmp_path: Path) -> None:

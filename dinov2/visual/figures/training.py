@@ -1,25 +1,17 @@
-"""Curves and bars, written aside and renamed."""
+"""Curves of a training, and bars of the quick start's read-out."""
 
 from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-from dinov2.files import replacing
+from dinov2.visual.figures.style import STYLE, save
 
-STYLE: dict[Any, Any] = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
 COLOURS = {"demo encoder": "tab:green", "trained": "tab:blue", "untrained": "tab:orange", "raw patch": "tab:gray"}
-
-
-def save(figure: Figure, path: Path, dpi: int = 110, facecolor: str = "white") -> None:
-    """Write a figure in the format of the path's ending."""
-    with replacing(path) as temporary:
-        figure.savefig(temporary, dpi=dpi, facecolor=facecolor)
 
 
 @matplotlib.rc_context(STYLE)

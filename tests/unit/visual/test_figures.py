@@ -1,0 +1,53 @@
+"""Looks, and the figures of counts and of a formula."""
+
+from __future__ import annotations
+
+import csv
+import json
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dinov2.cli import main
+from dinov2.visual.figures.style import looks
+
+
+def test_looks_differ_without_colours() -> None:
+    some = list(looks([str(i) for i in range(7)]).values())
+    for kind in ("colour", "marker", "hatch"):
+        assert len({getattr(one, kind) for one in some}) == 7
+    assert len({str(one.dash) for one in some}) == 7
+    from dinov2.visual.figures.style import grey
+
+    assert all(abs(grey(a.colour) - grey(b.colour)) > 0.1 for a, b in pairwise(some))  # side by side in a grey print
+    assert len({(o.colour, o.marker, o.hatch) for o in looks([str(i) for i in range(80)]).values()}) == 80
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    with path.open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_corpus_is_counted_by_organ_and_modality(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    kinds = [("brain", "MR")] * 5 + [("brain", "CT")] * 2 + [("lung <&>", "CT")] * 3
+    entries = [
+        {"image": f"{i}.nii", "spacing": [1, 1, 1], "shape": [9, 9, 9], "organ": o, "modality": m}
+        for i, (o, m) in enumerate(kinds)
+    ]
+    (tmp_path / "list.json").write_text(json.dumps([*entries, {**entries[0], "image": "m.nii", "label_map": True}]))
+    assert main(["figure", "corpus", str(tmp_path / "list.json"), "--output", str(tmp_path / "out")]) == 0
+    assert "11 volumes" in capsys.readouterr().out
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"corpus.png", "corpus.pdf", "corpus.csv"}
+    found = {(r["organ"], r["modality"]): int(r["volumes"]) for r in rows(tmp_path / "out" / "corpus.csv")}
+    assert found == {("brain", "MR"): 5, ("brain", "CT"): 2, ("brain", "label maps"): 1, ("lung <&>", "CT"): 3}
+
+
+def test_octants_are_those_of_the_network(tmp_path: Path) -> None:
+    assert main(["figure", "octants", "--points", "2", "--output", str(tmp_path)]) == 0
+    table = [r for r in rows(tmp_path / "octants.csv") if r["panel"] == "3D"]
+    places = np.array([[float(r[f"axis_{i}"]) for i in (1, 2, 3)] for r in table]).reshape(8, 2, 3)
+    assert (np.abs(places) == np.array([1, 2])[None, :, None]).all()
+    assert len({tuple(np.sign(p)) for p in places[:, 0]}) == 8 and (np.sign(places[:, 0]) == np.sign(places[:, 1])).all()
+    assert len([r for r in rows(tmp_path / "octants.csv") if r["panel"] == "2D"]) == 16
