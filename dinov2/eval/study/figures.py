@@ -99,18 +99,18 @@ class DatasetRows:
 
     name: str
     task: str
-    found: dict[int, list[Row]]
+    found: dict[float, list[Row]]
     items: list[dict[str, Any]]
     runs: list[dict[str, Any]]
-    counts: dict[int, str]
+    counts: dict[float, str]
     classes: list[str]
 
-    def place(self, percent: int) -> str:
+    def place(self, percent: float) -> str:
         """As it stands along an axis."""
         return f"{percent} %\n({self.counts.get(percent, '?')})"
 
     @property
-    def compared(self) -> list[int]:
+    def compared(self) -> list[float]:
         """The third-largest (or smallest) and the largest fraction, as in the paper."""
         ordered = sorted(self.found)
         return list(dict.fromkeys([*ordered[-3:][:1], *ordered[-1:]]))
@@ -168,12 +168,12 @@ def dataset_rows(
     name: str, recipe: Recipe, found: Differences, items: Sequence[dict[str, Any]], runs: Sequence[dict[str, Any]]
 ) -> DatasetRows:
     """The part of the tables that a data set's figures are made from."""
-    by_percent: dict[int, list[Row]] = {}
+    by_percent: dict[float, list[Row]] = {}
     for dataset, percent, row in found:
         if dataset == name:
             by_percent.setdefault(percent, []).append(row)
     own_items, own_runs = ([r for r in rows if r["dataset"] == name] for rows in (items, runs))
-    counts: dict[int, set[str]] = {}
+    counts: dict[float, set[str]] = {}
     for number in (*own_items, *own_runs):
         counts.setdefault(number["percent"], set()).add(str(number["n_train"]) or "?")
     background = recipe.output_names[:1] if recipe.task == "segmentation" and not recipe.overlapping else []
@@ -281,7 +281,7 @@ def efficiency(data: DatasetRows, metric: str) -> Panel:
     return _panel(metric, values, title=data.name, axis="share of labels (labelled cases)")
 
 
-def bars(data: DatasetRows, metric: str, percents: Sequence[int]) -> Panel:
+def bars(data: DatasetRows, metric: str, percents: Sequence[float]) -> Panel:
     """Means at some fractions, and the subject's tests."""
     rows = [(data.place(p), r) for p in percents for r in data.found[p] if r.metric == metric and _is_mean(r, data.classes)]
     values = [_value(row, place) for place, row in rows if not row.minus]
@@ -289,7 +289,7 @@ def bars(data: DatasetRows, metric: str, percents: Sequence[int]) -> Panel:
     return _panel(metric, values, tests, title=data.name, axis="share of labels (labelled cases)")
 
 
-def per_class(data: DatasetRows, percent: int) -> Panel:
+def per_class(data: DatasetRows, percent: float) -> Panel:
     """Dice of each class over test cases, or its AUC (against all others) over seeds."""
     from dinov2.visual.figures.panels import Value
 
@@ -308,7 +308,7 @@ def per_class(data: DatasetRows, percent: int) -> Panel:
     return _panel("auc", values, title=title)
 
 
-def _absent(data: DatasetRows, percent: int) -> list[str]:
+def _absent(data: DatasetRows, percent: float) -> list[str]:
     values = per_class(data, percent).values
     absent = [name for name in data.classes if all(v.n == 0 for v in values if v.place == name)]
     return [f"In no test case that counts: {', '.join(absent)}."] if absent else []
@@ -341,7 +341,7 @@ def _mean_words(value: Value | None) -> str:
     return f"{value.mean:.3f}{interval}"
 
 
-def _single_cases(data: DatasetRows, percent: int, subject: str, limits: Sequence[str], drawn: Drawn) -> None:
+def _single_cases(data: DatasetRows, percent: float, subject: str, limits: Sequence[str], drawn: Drawn) -> None:
     """Confusion matrices and probabilities, from the items' probabilities."""
     from dinov2.visual.figures.chances import draw_chances
     from dinov2.visual.figures.matrices import draw_confusion
@@ -363,7 +363,7 @@ def _single_cases(data: DatasetRows, percent: int, subject: str, limits: Sequenc
     )
 
 
-def _probabilities(data: DatasetRows, method: str, percent: int) -> Iterator[tuple[Any, str, str, np.ndarray]]:
+def _probabilities(data: DatasetRows, method: str, percent: float) -> Iterator[tuple[Any, str, str, np.ndarray]]:
     """Seed, case, true class and [classes] of each item of a method; NaN where a probability is not counted."""
     place = {name: i for i, name in enumerate(data.classes)}
     tables: dict[tuple[Any, str], np.ndarray] = {}
@@ -380,7 +380,7 @@ def _probabilities(data: DatasetRows, method: str, percent: int) -> Iterator[tup
         yield *key, truth.get(key, ""), table
 
 
-def confusion(data: DatasetRows, method: str, percent: int) -> np.ndarray:
+def confusion(data: DatasetRows, method: str, percent: float) -> np.ndarray:
     """[true, predicted]: each seed's shares of a true class, their mean; NaN in the row of a class without a case."""
     size = len(data.classes)
     counts: dict[Any, np.ndarray] = {}
@@ -396,11 +396,11 @@ def confusion(data: DatasetRows, method: str, percent: int) -> np.ndarray:
     return np.where(seeds_with > 0, shares.sum(0) / np.maximum(seeds_with, 1), np.nan)
 
 
-def chances(data: DatasetRows, percents: Sequence[int], subject: str, series: Sequence[str]) -> list[Any]:
+def chances(data: DatasetRows, percents: Sequence[float], subject: str, series: Sequence[str]) -> list[Any]:
     """The cases of which the subject is surest, in the middle, and least sure, by the true class at the largest fraction."""
     from dinov2.visual.figures.chances import Chances
 
-    means: dict[tuple[str, int], dict[str, np.ndarray]] = {}
+    means: dict[tuple[str, float], dict[str, np.ndarray]] = {}
     truth: dict[str, str] = {}
     for method in series:
         for percent in percents:

@@ -41,7 +41,7 @@ class Scores:
     rows: Sequence[dict[str, Any]]
     seed: int
 
-    def of(self, method: str, percent: int, name: str) -> dict[str, float]:
+    def of(self, method: str, percent: float, name: str) -> dict[str, float]:
         """By case, of a class or their mean; cases that count."""
         wanted = (method, percent, self.seed, name)
         found = (r for r in self.rows if (r["method"], r["percent"], r["seed"], r["class"]) == wanted)
@@ -88,7 +88,7 @@ def _panels(
     chosen = _spread(scores.of(subject, percents[0], MEAN))
     by_name = {item.case: item for item in labelled.splits["test"]}
     cases = {name: prepare_case(_item(by_name, name, labelled), labelled.recipe) for name in chosen}
-    predicted: dict[tuple[str, int], dict[str, Masks]] = {}
+    predicted: dict[tuple[str, float], dict[str, Masks]] = {}
     for cell in cells:
         if cell.percent not in percents or not (cell.folder / BEST).is_file():
             continue
@@ -154,13 +154,13 @@ class _View:
     """What rows are made from."""
 
     cases: dict[str, Case]
-    predicted: dict[tuple[str, int], dict[str, Masks]]
+    predicted: dict[tuple[str, float], dict[str, Masks]]
     scores: Scores
     methods: list[str]
     names: list[str]
     labelled: LabelledSet
 
-    def row(self, name: str, percent: int, label: str, classes: Sequence[str]) -> Any:
+    def row(self, name: str, percent: float, label: str, classes: Sequence[str]) -> Any:
         """A case at a fraction, of some classes."""
         from dinov2.visual.figures.planes import TRUTH, Shown
 
