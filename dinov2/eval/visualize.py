@@ -35,7 +35,7 @@ from dinov2.files import replacing, user_path, write_json, write_text, writing
 from dinov2.geometry import Size3, Spacing, triple
 from dinov2.logging import Say
 from dinov2.visual.features import Panel, draw_panels, grey_levels
-from dinov2.visual.viewer import MOST_CELLS, MOST_COLOURS, MOST_VOXELS, PageScan, viewer_page
+from dinov2.visual.viewer import MOST_COLOURS, MOST_VOXELS, PageScan, most_cells, viewer_page
 
 logger = logging.getLogger(__name__)
 
@@ -340,8 +340,9 @@ def page_scan(request: Request, encoder: Encoder, basis: PatchBasis, item: Shown
     affine = tokens.affine @ np.diag([step, step, step, 1])
     found = scan_attention(encoder, item.scan, item.view, request.block)
     heads = found.maps.movedim(0, -1).numpy()  # [h, w, d, heads], on the same grid
-    together, grid_affine = at_most(np.concatenate([patch, heads, heads.mean(-1, keepdims=True)], -1), affine, MOST_CELLS)
     width = patch.shape[-1]
+    most = most_cells(width)
+    together, grid_affine = at_most(np.concatenate([patch, heads, heads.mean(-1, keepdims=True)], -1), affine, most)
     names = [*(f"head {i}" for i in range(heads.shape[-1])), "mean of heads"]
     grey = grey_levels(item.image)[..., None]
     image, image_affine = at_most(grey, item.affine, MOST_VOXELS)
@@ -350,7 +351,7 @@ def page_scan(request: Request, encoder: Encoder, basis: PatchBasis, item: Shown
     scores = place(basis.scores(tokens.patch), tokens.affine)
     colours, foreground = colours_inside(basis, scores, place(_ONE_CELL, item.scan.affine, smooth=False))
     was, now = (" x ".join(map(str, grid.shape[:3])) for grid in (patch, together))
-    note = f"{now} patches" + (f", averaged from {was} (at most {MOST_CELLS:,} fit the page)." if was != now else ".")
+    note = f"{now} patches" + (f", averaged from {was} (at most {most:,} fit the page)." if was != now else ".")
     return PageScan(
         item.name, note, image[..., 0], image_affine, together[..., :width],
         {name: together[..., width + i] for i, name in enumerate(names)}, grid_affine, colours, foreground, coarse_affine,

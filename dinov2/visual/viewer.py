@@ -21,7 +21,8 @@ from dinov2.files import to_json
 from dinov2.geometry import Spacing
 
 ASSETS = Path(__file__).parent / "assets"
-MOST_CELLS = 4096  # patches of a scan: 4 MB of features of ViT-L
+MOST_CELLS = 4096  # patches of a scan
+MOST_BYTES = 4 * 2**20  # of its features: all those patches up to ViT-L's width
 MOST_VOXELS = 2_500_000  # of an image, 8 bits each
 MOST_COLOURS = 400_000  # voxels of a colour map, 32 bits each
 QUANTISED = 127
@@ -36,7 +37,7 @@ class PageScan:
         note: Plain text below it: what was averaged to fit.
         image: [X, Y, Z] in [0, 1], and its affine (voxel -> mm).
         image_affine: [4, 4].
-        tokens: [h, w, d, E], at most `MOST_CELLS`.
+        tokens: [h, w, d, E], at most `most_cells(E)`.
         attention: [h, w, d] by the name of the head.
         grid_affine: [4, 4] of the patches.
         colours: [x, y, z, 3] in [0, 1], white where background.
@@ -56,6 +57,11 @@ class PageScan:
     foreground: np.ndarray
     colours_affine: np.ndarray
     middle_mm: Spacing
+
+
+def most_cells(width: int) -> int:
+    """How many patches of E = `width` a scan may have in the page, which stays below 25 MB with two of them."""
+    return min(MOST_CELLS, MOST_BYTES // width)
 
 
 def viewer_page(title: str, scans: Sequence[PageScan], notes: str) -> str:

@@ -66,7 +66,7 @@
     scan.values = values;
     if (values) {
       heat.img.set(values);
-      const low = quantile(values, state.mode === "similarity" ? 0.6 : 0.5), high = quantile(values, 0.998);
+      const [low, high] = (state.mode === "similarity" ? [0.65, 0.9995] : [0.8, 0.998]).map((share) => quantile(values, share));
       heat.cal_min = low;
       heat.cal_max = high > low ? high : low + 1e-6;
     }

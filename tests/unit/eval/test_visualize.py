@@ -177,7 +177,7 @@ def test_the_page_has_the_first_two_scans_and_their_tokens(
     """With tokens closer than patches, and more patches than fit."""
     pages: list[Any] = []
     monkeypatch.setattr(visualize, "draw_panels", lambda *args: None)
-    monkeypatch.setattr(visualize, "MOST_CELLS", 30)
+    monkeypatch.setattr(visualize, "most_cells", lambda width: 30)
     monkeypatch.setattr(visualize, "viewer_page", lambda title, scans, notes: pages.append(scans) or "page")
     paths = [saved(tmp_path / f"{i}.nii", body((12, 20, 16), i), np.diag([3.0, 1.0, 1.0, 1.0])) for i in range(2)]
     run(encoder, tmp_path / "out", paths[0], "pca", paths[1], step=2, viewer=True)

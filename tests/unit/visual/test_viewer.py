@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dinov2.visual.viewer import ASSETS, PageScan, quantised, viewer_page
+from dinov2.visual.viewer import ASSETS, MOST_COLOURS, MOST_VOXELS, PageScan, most_cells, quantised, viewer_page
 
 CHROMIUM, DRIVER = (shutil.which(name) for name in ("chromium", "chromedriver"))
 AFFINE = np.array([[0.0, -7.8, 1.1, 30.0], [-8.0, 0.0, 0.0, 40.0], [0.0, 1.04, 8.3, -35.0], [0, 0, 0, 1]])  # oblique
@@ -65,6 +65,14 @@ def test_the_page_is_whole_small_and_asks_for_nothing() -> None:
     assert "Redistributions in binary form must reproduce" in markup  # niivue's licence goes with it
     data = re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.S)
     assert data is not None and json.loads(data[1])["scans"][0]["name"] == "one </script><b>"
+
+
+def test_two_scans_of_the_widest_network_fit_25_megabytes() -> None:
+    assert most_cells(96) == most_cells(1024) == 4096
+    for width in (1024, 1536):
+        features = most_cells(width) * (width + 25)  # and the maps of ViT-g's heads and their mean
+        packed = 2 * (features + MOST_VOXELS + 4 * MOST_COLOURS) * 4 / 3  # base64, were nothing compressed
+        assert packed + len((ASSETS / "niivue.umd.js").read_bytes()) < 25e6
 
 
 def test_niivue_is_the_file_that_its_licence_names() -> None:
