@@ -127,6 +127,7 @@ setup(
     package_dir={"dinov2.recipes": "configs"},
     package_data={
         "dinov2": ["weights/*"],
+        "dinov2.visual": ["assets/*"],
         "dinov2.configs": ["*.yaml", "train/*.yaml"],
         "dinov2.recipes": ["**/*.yaml"],
     },
@@ -154,7 +155,7 @@ setup(
         "jinja2>=3.1",
         "nilearn>=0.11",
     ],
-    extras_require={"cuda": ["xformers"], "test": ["pytest>=8", "hypothesis>=6", "ruff>=0.9", "build"]},
+    extras_require={"cuda": ["xformers"], "test": ["pytest>=8", "hypothesis>=6", "ruff>=0.9", "selenium>=4.20", "build"]},
     entry_points={"console_scripts": ["dinov2=dinov2_3d:main"]},
     **compiled_operators(),
 )

@@ -236,6 +236,28 @@ def embed(args: argparse.Namespace) -> int:
     return run_embed(args.source, encoder, request, say)
 
 
+def visualize(args: argparse.Namespace) -> int:
+    """Show what a network sees in a scan: PCA of its patches, attention, similarity to a place."""
+    from dinov2.eval.visualize import FOURTH_AXIS, Request, open_encoder
+    from dinov2.eval.visualize import visualize as run_visualize
+
+    request = Request(
+        scans=(tuple(args.scan), *((path,) for path in args.joint)),
+        kind=args.type,
+        output=args.output,
+        mode=args.input_type,
+        size=args.size,
+        overlap=args.overlap,
+        step=args.step,
+        block=args.layer,
+        at_mm=tuple(args.at) if args.at else None,
+        smooth=args.interpolation == "linear",
+        axes=FOURTH_AXIS[args.fourth_axis],
+        viewer=args.viewer,
+    )
+    return run_visualize(request, open_encoder(args.weights, args.config_file, (), args.device, args.dtype), say)
+
+
 def checkpoint_inspect(args: argparse.Namespace) -> int:
     """Say what weights or a training checkpoint hold."""
     from dinov2.checkpointer.export import describe
@@ -312,6 +334,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands.add_parser("study", help="a comparison of methods: plan, run, status, collect, report", add_help=False)
     _add_corpus(commands)
     _add_embed(commands)
+    _add_visualize(commands)
     _add_compare(commands)
     _add_figure(commands)
     checkpoints = commands.add_parser("checkpoint", help="weights and training checkpoints in their forms")
@@ -435,6 +458,33 @@ def _add_embed(commands: Commands) -> None:
     action.add_argument("--workers", type=int, help="processes that load; default: one per core; 0: this one")
     action.add_argument("--shard", default="1/1", metavar="I/N", help="one of N shares; the last to end writes the table")
     action.set_defaults(function=embed)
+
+
+def _add_visualize(commands: Commands) -> None:
+    action = commands.add_parser("visualize", help=_first_line(visualize))
+    files = "a file or DICOM folder; several: the channels of one scan"
+    action.add_argument("scan", type=Path, nargs="+", metavar="SCAN", help=files)
+    action.add_argument("--weights", required=True, help="as of embed")
+    action.add_argument("--type", choices=("pca", "attention", "similarity"), default="pca", help="default: pca")
+    action.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="of pictures and NIfTI files")
+    joint = "further scans: with pca one basis for all, with similarity where the place is in them"
+    action.add_argument("--joint", type=Path, nargs="+", default=[], metavar="SCAN", help=joint)
+    at = "a place in the first scan's world (mm): similarity to it, attention of its patch, planes of pca through it"
+    action.add_argument("--at", type=float, nargs=3, metavar=("X", "Y", "Z"), help=at)
+    modes = "full_image, resize, sliding_window; default: windows where the whole is more than 4,096 patches"
+    action.add_argument("--input-type", choices=("auto", "full_image", "resize", "sliding_window"), default="auto", help=modes)
+    action.add_argument("--size", type=int, help="edge of resize and of windows (voxels); default: that of pretraining")
+    action.add_argument("--overlap", type=float, default=0.5, help="of windows")
+    step = "voxels between tokens, a divisor of the patch: finer pictures, (patch / step)^3 times the work"
+    action.add_argument("--step", type=int, help=step)
+    action.add_argument("--viewer", action="store_true", help="write viewer.html too: open it in a browser, click a place")
+    action.add_argument("--layer", type=int, default=-1, help="whose attention; default: the last")
+    action.add_argument("--interpolation", choices=("linear", "nearest"), default="linear", help="between patches")
+    action.add_argument("--fourth-axis", choices=("time", "channels", "refuse"), default="refuse", help="where no header says")
+    action.add_argument("--config-file", help="of the network, for weights that do not tell")
+    action.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
+    action.add_argument("--dtype", default="auto", help="of matrix products: auto, fp32, bf16, fp16")
+    action.set_defaults(function=visualize)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -24,7 +24,7 @@ from dinov2.distributed.runtime import Runtime
 from dinov2.errors import BadInput, BadVolume
 from dinov2.features.scans import Scan, bare_volumes, load_scan
 from dinov2.features.setup import build_model_for_eval, config_for
-from dinov2.features.views import View, look
+from dinov2.features.views import View, grid_affine, look
 from dinov2.models.backbone import Backbone
 from dinov2.models.vision_transformer import FACTORIES
 from dinov2.models.weights import plain_names
@@ -189,12 +189,10 @@ class Encoder:
                 f"{name}: the network's features are not finite: use fp32 as dtype, or other weights if it was that already",
                 "non_finite_features",
             )
-        step = torch.diag(torch.tensor([*tokens.step_vox, 1.0], dtype=torch.float64))
         if affine is None:
-            grid = step
+            grid = torch.diag(torch.tensor([*tokens.step_vox, 1.0], dtype=torch.float64))
         else:
-            step[:3, 3] = (step.diagonal()[:3] - 1) / 2  # the centre of the first patch
-            grid = affine.double() @ step
+            grid = grid_affine(affine, tokens.step_vox)
         return Features(cls, patch[..., -self.embed_dim :].mean((1, 2, 3)), patch, grid)
 
 

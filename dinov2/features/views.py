@@ -5,6 +5,7 @@ Shapes: B batch, H W D voxels, h w d patches, p patch size, E embedding, n layer
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import NamedTuple
@@ -93,19 +94,29 @@ def look(backbone: Backbone, volumes: Tensor, view: View, dtype: torch.dtype = t
     Raises:
         BadInput: The view does not fit the network.
     """
-    size, p = view.fitted(backbone), backbone.patch_size
-    step: Spacing
-    if view.mode == "resize":
-        step = triple(p * n / size for n in volumes.shape[2:])
-        volumes = F.interpolate(volumes, (size,) * 3, mode="trilinear", align_corners=False)
-    else:
-        step = (float(p),) * 3
-        missing = [-n % p for n in volumes.shape[2:]]
-        volumes = F.pad(volumes, [0, missing[2], 0, missing[1], 0, missing[0]], value=-1.0)  # the last axis comes first
+    size = view.fitted(backbone)
+    volumes, step = whole_patches(volumes, view, size, backbone.patch_size)
     if view.mode == "sliding_window":
         return Tokens(*_slide(backbone, volumes, size, view, dtype), step)
     parts = [_pass(backbone, part, view.layers, dtype) for part in volumes.split(view.batch_size)]
     return Tokens(torch.cat([cls for cls, _ in parts]), torch.cat([patch for _, patch in parts]), step)
+
+
+def whole_patches(volumes: Tensor, view: View, size: int, patch_size: int) -> tuple[Tensor, Spacing]:
+    """Volumes [B, 1, H, W, D] as whole patches, resized or padded at the far ends; and how many given voxels a patch is."""
+    if view.mode == "resize":
+        step = triple(patch_size * n / size for n in volumes.shape[2:])
+        return F.interpolate(volumes, (size,) * 3, mode="trilinear", align_corners=False), step
+    missing = [-n % patch_size for n in volumes.shape[2:]]
+    padding = [0, missing[2], 0, missing[1], 0, missing[0]]  # the last axis comes first
+    return F.pad(volumes, padding, value=-1.0), triple([float(patch_size)] * 3)
+
+
+def window_boxes(lengths: Sequence[int], size: int, patch_size: int, overlap: float) -> list[tuple[slice, ...]]:
+    """Windows over a padded volume, which start at whole patches; along a short axis a window is as long as the volume."""
+    edges = [min(size, n) for n in lengths]
+    starts = (_starts(n, edge, patch_size, overlap) for n, edge in zip(lengths, edges, strict=True))
+    return [tuple(slice(a, a + edge) for a, edge in zip(corner, edges, strict=True)) for corner in product(*starts)]
 
 
 def _pass(backbone: Backbone, volumes: Tensor, layers: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -118,13 +129,9 @@ def _pass(backbone: Backbone, volumes: Tensor, layers: int, dtype: torch.dtype) 
 
 
 def _slide(backbone: Backbone, volumes: Tensor, size: int, view: View, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """As `_pass`, by windows that start at whole patches; along a short axis a window is as long as the volume."""
+    """As `_pass`, by windows, averaged where they overlap."""
     p, lengths = backbone.patch_size, volumes.shape[2:]
-    edges = [min(size, n) for n in lengths]
-    boxes = [
-        tuple(slice(a, a + edge) for a, edge in zip(corner, edges, strict=True))
-        for corner in product(*(_starts(n, edge, p, view.overlap) for n, edge in zip(lengths, edges, strict=True)))
-    ]
+    boxes = window_boxes(lengths, size, p, view.overlap)
     grid, device = [n // p for n in lengths], next(backbone.parameters()).device
     total = torch.zeros(len(volumes), *grid, view.layers * backbone.embed_dim, device=device)
     count = torch.zeros(*grid, 1, device=device)
@@ -139,6 +146,19 @@ def _slide(backbone: Backbone, volumes: Tensor, size: int, view: View, dtype: to
             count[cells] += 1
         cls_sum += cls.view(len(part), len(volumes), -1).sum(0)
     return cls_sum / len(boxes), total / count
+
+
+def grid_affine(affine: Tensor, step_vox: Spacing, patch_vox: Spacing | None = None) -> Tensor:
+    """Grid index (a patch's centre) -> mm.
+
+    Args:
+        affine: Voxel -> mm, [4, 4] or [B, 4, 4].
+        step_vox: Distance of neighbouring patches.
+        patch_vox: Edges of a patch; None: patches lie side by side.
+    """
+    step = torch.diag(torch.tensor([*step_vox, 1.0], dtype=torch.float64))
+    step[:3, 3] = (torch.tensor(patch_vox or step_vox, dtype=torch.float64) - 1) / 2  # the centre of the first patch
+    return affine.double() @ step
 
 
 def _starts(length: int, edge: int, patch_size: int, overlap: float) -> list[int]:

@@ -6,6 +6,7 @@ Shapes: T all tokens of a pass, n sequences of one length, N tokens a sequence, 
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -92,6 +93,24 @@ class Attention(nn.Module):
             return self.forward(x.flatten(0, 1), [Segment(*x.shape[:2])]).view(x.shape)
         qkv = self.qkv(x).view(x.shape[0], 3, self.num_heads, -1)
         return self.proj(packed_attention(qkv, segments, self.kind).flatten(1))
+
+    def weights(self, x: Tensor, queries: Sequence[int] | None = None, rotary: RotaryTable | None = None) -> Tensor:
+        """Softmax weights, which `forward` never holds: rows of the given tokens, in at least float32.
+
+        Args:
+            x: [B, N, E].
+            queries: Tokens whose rows are wanted; None: all, N x N of them.
+            rotary: As of the segment.
+
+        Returns:
+            [B, h, Q, N], rows sum to 1.
+        """
+        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))  # [B, N, 3, h, d]
+        q, k, _ = qkv.permute(2, 0, 3, 1, 4).to(torch.promote_types(qkv.dtype, torch.float32))  # 3 x [B, h, N, d]
+        q, k = rotate(q, rotary), rotate(k, rotary)
+        if queries is not None:
+            q = q[:, :, list(queries)]
+        return (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(-1)
 
 
 class MemEffAttention(Attention):

@@ -73,3 +73,11 @@ class BlockBackbone(BackboneModule, Protocol):
 
     def run_blocks(self, tokens: Tensor, segment: Any, first: int, last: int) -> Tensor:
         """Blocks `first` to `last` (exclusive): [B, num_prefix_tokens + N, E] -> the same."""
+
+
+@runtime_checkable
+class AttendingBackbone(Backbone, Protocol):
+    """One that shows its attention weights."""
+
+    def get_self_attention(self, x: Tensor, block: int = -1, queries: Sequence[int] | None = None) -> Tensor:
+        """[B, 1, H, W, D] -> rows of a block's attention [B, heads, Q, num_prefix_tokens + N], which sum to 1."""

@@ -268,6 +268,31 @@ class DinoVisionTransformer3d(nn.Module):
             return tuple((p, t[:, 0]) for p, t in zip(patches, tokens, strict=True))
         return tuple(patches)
 
+    def get_self_attention(self, x: Tensor, block: int = -1, queries: Sequence[int] | None = None) -> Tensor:
+        """Attention weights of a block.
+
+        Args:
+            x: [B, C, H, W, D].
+            block: Its index; negative ones count from the last.
+            queries: Tokens whose rows are wanted (0: the class token, `num_prefix_tokens + i`: patch i), which is all that
+                memory is taken for; None: all of them.
+
+        Returns:
+            [B, heads, Q, 1 + R + N] in at least float32, rows sum to 1.
+
+        Raises:
+            ValueError: No such block, or a side is not a multiple of the patch size.
+        """
+        depth = self.num_layers
+        if not -depth <= block < depth:
+            raise ValueError(f"block={block}: the network has {depth}, 0..{depth - 1} or -{depth}..-1")
+        tokens = self.prepare_tokens_with_masks(x)
+        segment = self.segment(x, tokens)
+        index = block % depth
+        of_block = self.block_list[index]
+        tokens = of_block.norm1(self.run_blocks(tokens, segment, 0, index))
+        return of_block.attn.weights(tokens, queries, segment.rotary)
+
     def forward(
         self, x: Tensor | list[Tensor], masks: Tensor | list[Tensor | None] | None = None, is_training: bool = False
     ) -> Tensor | dict[str, Tensor | None] | list[dict[str, Tensor | None]]:

@@ -47,7 +47,6 @@ from tests.conftest import ROOT, SMALL
 from tests.parity.fill import normal
 
 PARITY = ROOT / "tests" / "parity"
-LATER = {"dinov2.eval.vis_pca:get_pca_feat_vector"}  # not part of this version; the import map says so
 NAMES = (PARITY / "import_names.txt").read_text().split()
 SmallConfig = Callable[..., DictConfig]
 
@@ -57,7 +56,7 @@ def named(name: str) -> Any:
     return getattr(importlib.import_module(module), attribute)
 
 
-@pytest.mark.parametrize("name", [n for n in NAMES if n not in LATER])
+@pytest.mark.parametrize("name", NAMES)
 def test_a_published_name_is_where_its_users_import_it_from(name: str) -> None:
     assert callable(named(name))
 
@@ -79,6 +78,7 @@ def test_the_import_map_has_a_row_for_every_published_name() -> None:
         ("dinov2.data.transforms:make_classification_transform_3d", "configs/eval/datasets"),
         ("dinov2.data.loaders:make_segmentation_dataset_3d", "lists.read_downstream_datalist"),
         ("dinov2.eval.segmentation_3d.augmentations:make_transforms", "crops.training_crops"),
+        ("dinov2.eval.vis_pca:get_pca_feat_vector", "dinov2.features.pca.fit_basis"),
         ("dinov2.eval.segmentation_3d.metrics:get_metric", "dinov2.eval.metrics.segmentation.score_case"),
         ("dinov2.fsdp:FSDPCheckpointer", "dinov2.fsdp.Checkpointer"),
     ],
@@ -99,7 +99,7 @@ def test_using_a_name_without_a_door_says_what_takes_its_place(name: str, instea
         "dinov2.data.downstream.crops.training_crops", "dinov2.data.downstream.cases.Cases",
         "dinov2.data.downstream.recipes.load_recipe", "dinov2.data.downstream.lists.read_downstream_datalist",
         "dinov2.eval.metrics.segmentation.score_case", "dinov2.eval.metrics.segmentation.summarise",
-        "dinov2.fsdp.Checkpointer", "dinov2.train.state.TrainState",
+        "dinov2.features.pca.fit_basis", "dinov2.fsdp.Checkpointer", "dinov2.train.state.TrainState",
     ],
 )  # fmt: skip
 def test_what_takes_a_names_place_is_there(path: str) -> None:
