@@ -358,8 +358,8 @@ def verdict(summary: dict[str, Any], target: Target) -> str:
     found: dict[str, list[str]] = {"better": [], "worse": [], "not told apart": []}
     for name, one in summary["differences"].items():
         found[one[metric]["reading"]].append(name)
-    words = [f"{how} than {' and '.join(found[how])}" for how in ("better", "worse") if found[how]]
-    words += [f"not told apart from {' and '.join(found['not told apart'])}"] if found["not told apart"] else []
+    ways = {"better": "better than", "worse": "worse than", "not told apart": "not told apart from"}
+    words = [f"{ways[how]} {' and '.join(map(repr, names))}" for how, names in found.items() if names]
     return f"{target.name}, {NAMES[metric]} {_shown(summary['scores'][FEATURES][metric])}: the features are {', '.join(words)}."
 
 
