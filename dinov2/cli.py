@@ -213,8 +213,23 @@ def figure_octants(args: argparse.Namespace) -> int:
     return EXIT_OK
 
 
+def probe(args: argparse.Namespace) -> int:
+    """Cross-validate what a table of features knows of a column of another table, beside simpler numbers."""
+    from dinov2.eval.crossval.command import ProbeRequest
+    from dinov2.eval.crossval.command import probe as run_probe
+
+    covariates = tuple(name.strip() for name in (args.covariates or "").split(",") if name.strip())
+    same = {name: getattr(args, name) for name in ("features", "table", "target", "output", "group", "key", "task")}
+    numbers = {name: getattr(args, name) for name in ("parts", "folds", "repeats", "seed")}
+    request = ProbeRequest(
+        **same, **numbers, covariates=covariates, untrained=tuple(args.untrained), reads_scans=not args.no_scans
+    )
+    return run_probe(request, say)
+
+
 def embed(args: argparse.Namespace) -> int:
     """Write a Parquet table of features, a row a scan; continued after a stop."""
+    from dinov2.checkpointer.teacher import RANDOM
     from dinov2.data.corpus.index.command import parse_shard
     from dinov2.data.pool import default_workers
     from dinov2.features.embed import EmbedRequest, device_of_rank, shard_of_rank
@@ -232,7 +247,10 @@ def embed(args: argparse.Namespace) -> int:
     refuse_output(args.output, "--output")
     if not args.source.exists():
         raise BadInput(f"{args.source}: no such list or folder")
-    encoder = load_encoder(args.weights, device_of_rank(args.device), args.config_file, args.dtype)
+    device = device_of_rank(args.device)
+    encoder = load_encoder(args.weights, device, args.config_file, args.dtype, seed=args.untrained or 0)
+    if args.untrained is not None:
+        encoder = load_encoder(RANDOM, device, encoder.config, args.dtype, args.untrained)
     return run_embed(args.source, encoder, request, say)
 
 
@@ -335,6 +353,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_corpus(commands)
     _add_embed(commands)
     _add_visualize(commands)
+    _add_probe(commands)
     _add_compare(commands)
     _add_figure(commands)
     checkpoints = commands.add_parser("checkpoint", help="weights and training checkpoints in their forms")
@@ -369,13 +388,41 @@ def _add_predict(commands: Commands) -> None:
 
 def _add_classify(commands: Commands) -> None:
     action = commands.add_parser("classify", help=_first_line(classify))
-    action.add_argument("--probe", type=Path, required=True, help="probe.pth of linear3d.py")
+    action.add_argument("--probe", type=Path, required=True, help="probe.pth of linear3d.py or of `dinov2 probe`")
     files = "scans, each a file or a DICOM folder; where the recipe has several channels, those of one case in its order"
     action.add_argument("--input", type=Path, nargs="+", required=True, metavar="FILE", help=files)
     action.add_argument("--output", type=Path, help="a table of the probabilities (CSV)")
     action.add_argument("--pretrained-weights", help="of the backbone, where they are no longer where they were")
     action.add_argument("--encoder", metavar="MODULE:FUNCTION", help=_ENCODER_HELP)
     action.set_defaults(function=classify)
+
+
+def _add_probe(commands: Commands) -> None:
+    action = commands.add_parser("probe", help=_first_line(probe))
+    add = action.add_argument
+    add("features", type=Path, metavar="FEATS", help="the table of `dinov2 embed` (.parquet)")
+    add("--table", type=Path, required=True, metavar="PEOPLE", help="CSV or TSV file, a line a scan or person")
+    add("--target", required=True, metavar="COLUMN", help="of that table: classes (words, a few whole numbers) or numbers")
+    add("--output", type=Path, required=True, metavar="FOLDER", help="where everything is written")
+    group = "whose each scan is; a person is never in two folds. Default: scans of one line, patient or BIDS subject"
+    add("--group", metavar="COLUMN", help=group)
+    covariates = "columns to compare with, and to add the features to; volume is measured where the table has none"
+    add("--covariates", metavar="COLUMN,...", help=covariates)
+    add(
+        "--key",
+        metavar="COLUMN",
+        help="that names scans (path, id, file name, patient, sub-...); default: the one that joins most",
+    )
+    add("--task", choices=("classification", "regression"), help="default: by the target's values")
+    parts = "class token, mean of the patch tokens, or both side by side; default: %(default)s"
+    add("--features", dest="parts", default="cls+pooled", metavar="PART", help=f"cls, pooled or cls+pooled: {parts}")
+    untrained = "tables of the same scans by `dinov2 embed --untrained SEED`, to compare with"
+    add("--untrained", type=Path, nargs="+", default=[], metavar="FEATS", help=untrained)
+    add("--folds", type=int, default=5, help="of the cross-validation; default: %(default)s")
+    add("--repeats", type=int, default=5, help="of it, each with folds of its own; default: %(default)s")
+    add("--seed", type=int, default=0, help="of the folds")
+    add("--no-scans", action="store_true", help="do not read the scans to compare with their volume and histogram")
+    action.set_defaults(function=probe)
 
 
 def _add_compare(commands: Commands) -> None:
@@ -447,6 +494,8 @@ def _add_embed(commands: Commands) -> None:
     )
     action.add_argument("--output", type=Path, required=True, help="the table (.parquet); its other files lie beside it")
     action.add_argument("--config-file", help="of the network, for weights that do not tell")
+    untrained = "the network of these weights with random ones instead, for comparison (`dinov2 probe --untrained`)"
+    action.add_argument("--untrained", type=int, metavar="SEED", help=untrained)
     action.add_argument("--mode", default="full_image", help="full_image, resize or sliding_window")
     action.add_argument("--size", type=int, help="edge of resize and of windows (voxels); default: that of pretraining")
     action.add_argument("--overlap", type=float, default=0.5, help="of windows")

@@ -19,19 +19,21 @@ from typing import Any
 import numpy as np
 import torch
 
+from dinov2.configs.loader import without_path_keys
 from dinov2.data.corpus.index.command import IndexRequest, index
 from dinov2.data.corpus.index.examine import content_sha, problem
 from dinov2.data.corpus.index.quality import Limits
 from dinov2.data.datalist import Datalist, Entry, read_datalist
 from dinov2.data.pool import unordered
 from dinov2.data.volumes.opening import open_volume
+from dinov2.distributed.precision import DTYPES
 from dinov2.errors import EXIT_OK, EXIT_RESUMABLE, BadInput, BadVolume
 from dinov2.features.embed_rows import ListedScans
 from dinov2.features.embed_table import EmbeddingTable, Row
-from dinov2.features.encoder import Encoder
+from dinov2.features.encoder import DTYPE_NAMES, Encoder
 from dinov2.features.scans import Scan, load_scan
 from dinov2.features.views import View
-from dinov2.files import read_json
+from dinov2.files import path_for_list, read_json
 from dinov2.logging import Say
 from dinov2.logging.folder import locked_folder
 from dinov2.logging.progress import Progress
@@ -104,7 +106,7 @@ def embed(source: Path, encoder: Encoder, request: EmbedRequest, say: Say) -> in
     if missing:
         say(f"shard {which}/{of} is done; {missing} of {table.num_parts} parts are still to come from others")
         return EXIT_OK
-    num_rows, set_aside = table.assemble({"licence": encoder.licence, "percentiles": list(encoder.percentiles)}, set_aside)
+    num_rows, set_aside = table.assemble(_about(encoder, table), set_aside)
     say(f"{table.output}: {num_rows} scans, {encoder.embed_dim} numbers a column")
     reasons = ", ".join(f"{n} {reason}" for reason, n in Counter(row["reason"] for row in set_aside).most_common())
     say(f"{table.quarantine}: {len(set_aside)} set aside" + (f": {reasons}" if reasons else ""))
@@ -162,6 +164,19 @@ def _key(datalist: Datalist, encoder: Encoder, request: EmbedRequest) -> dict[st
         "network (weights or dtype)": encoder.fingerprint(),
         "patch tokens": request.patch_tokens,
         **view,
+    }
+
+
+def _about(encoder: Encoder, table: EmbeddingTable) -> dict[str, Any]:
+    """What the table says of its network besides its key: enough to build it again, and where its weights are from there."""
+    weights = encoder.weights
+    return {
+        "licence": encoder.licence,
+        "percentiles": list(encoder.percentiles),
+        "weights": path_for_list(weights, table.output.parent) if weights and os.path.isabs(weights) else weights,
+        "untrained": encoder.untrained,
+        "dtype": next(name for name in DTYPE_NAMES if DTYPES[name] == encoder.dtype),
+        "config": None if encoder.config is None else without_path_keys(encoder.config),
     }
 
 

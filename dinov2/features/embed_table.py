@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 ROWS_PER_PART = 16
 PARTS_PER_GROUP = 64  # of the Parquet file's row groups
-_META = b"dinov2-3d"
+META = b"dinov2-3d"
 _CHECKSUM_BYTES = 8  # of a part's end
 Row = dict[str, Any]
 
@@ -111,7 +111,7 @@ class EmbeddingTable:
         if not self.output.exists():
             return False
         try:
-            found = json.loads((pq.read_schema(self.output).metadata or {}).get(_META, b"{}"))
+            found = json.loads((pq.read_schema(self.output).metadata or {}).get(META, b"{}"))
         except (OSError, ValueError, pa.ArrowException) as err:
             raise BadInput(f"--output {self.output}: is there and no Parquet file: choose another or remove it") from err
         self._require_same(found.get("key"), self.output)
@@ -164,7 +164,7 @@ class EmbeddingTable:
         """
         pa, pq = arrow()
         columns = [pa.array([row.get(f.name) for row in rows], f.type) for f in self._schema]
-        meta = {_META: to_json({"set_aside": set_aside})}
+        meta = {META: to_json({"set_aside": set_aside})}
         sink = pa.BufferOutputStream()
         pq.write_table(pa.table(columns, self._schema.with_metadata(meta)), sink)
         content = sink.getvalue().to_pybytes()
@@ -222,7 +222,7 @@ class EmbeddingTable:
     def _assemble(self, about: dict[str, Any], before: list[Row]) -> None:
         """The table comes last: where it is, all is there."""
         _, pq = arrow()
-        schema = self._schema.with_metadata({_META: to_json({"key": self.key, **about})})
+        schema = self._schema.with_metadata({META: to_json({"key": self.key, **about})})
 
         def write(path: Path) -> None:
             with pq.ParquetWriter(path, schema, write_page_checksum=True) as writer:
@@ -249,7 +249,7 @@ class EmbeddingTable:
                 try:
                     content = pa.BufferReader(_checked(path.read_bytes()))
                     tables.append(pq.read_table(content, schema=self._schema))
-                    set_aside += json.loads(pq.read_schema(content).metadata[_META])["set_aside"]
+                    set_aside += json.loads(pq.read_schema(content).metadata[META])["set_aside"]
                 except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as err:
                     raise BadInput(f"{path}: is damaged: remove it and start the same command again") from err
             yield pa.concat_tables(tables).combine_chunks(), set_aside

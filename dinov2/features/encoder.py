@@ -62,6 +62,8 @@ class Encoder:
         dtype: Of matrix products.
         licence: Of the weights, as far as they say.
         config: What the backbone was built from.
+        weights: A source that finds the weights later; None: not known.
+        untrained: Seed of an untrained network; None: it is trained.
 
     Raises:
         BadInput: A preprocessing that this version does not do.
@@ -74,12 +76,16 @@ class Encoder:
         dtype: torch.dtype = torch.float32,
         licence: str | None = None,
         config: DictConfig | None = None,
+        weights: str | None = None,
+        untrained: int | None = None,
     ) -> None:
         self.backbone = backbone
         self.percentiles = percentiles_of(preprocessing)
         self.dtype = dtype
         self.licence = licence
         self.config = config
+        self.weights = weights
+        self.untrained = untrained
 
     @property
     def embed_dim(self) -> int:
@@ -233,7 +239,9 @@ def load_encoder(
         logger.warning("%s: an untrained network of seed %d; its features mean little", source, seed)
     else:
         logger.warning("%s: licence of the weights: %s", source, teacher.licence or _NO_LICENCE)
-    return Encoder(backbone, teacher.meta.get("preprocessing", PREPROCESSING), chosen, teacher.licence, cfg)
+    preprocessing = teacher.meta.get("preprocessing", PREPROCESSING)
+    untrained = seed if teacher.is_untrained else None
+    return Encoder(backbone, preprocessing, chosen, teacher.licence, cfg, teacher.reference, untrained)
 
 
 def _device(device: str | torch.device) -> torch.device:

@@ -30,3 +30,4 @@ def setup_logging(output_dir: Path | None = None, rank: int = 0, level: int = lo
     logging.captureWarnings(True)
     logging.getLogger("nibabel.global").setLevel(logging.ERROR)  # it corrects headers aloud; what matters is checked here
     logging.getLogger("numexpr").setLevel(logging.WARNING)  # of pandas and blosc2: it says its number of threads
+    logging.getLogger("fontTools").setLevel(logging.WARNING)  # of matplotlib's PDFs: every table of every font

@@ -161,7 +161,7 @@ def test_a_probe_finds_its_backbone_and_carries_no_path_of_the_machine(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from dinov2.configs import load_and_merge_config_3d
-    from dinov2.eval.probing.saved_probe import SavedProbe
+    from dinov2.eval.probing.saved_probe import open_probe
     from dinov2.features.setup import build_model_for_eval
 
     weights, out = tmp_path / "Maria" / "w.pth", tmp_path / "Maria" / "runs" / "one"
@@ -172,12 +172,12 @@ def test_a_probe_finds_its_backbone_and_carries_no_path_of_the_machine(
         assert folder.encode() not in (out / "probe.pth").read_bytes(), folder
     image = next(data.glob("*.nii*"))
     monkeypatch.chdir(data)
-    before = SavedProbe(out / "probe.pth")([image])
+    before = open_probe(out / "probe.pth")([image])
     (tmp_path / "Maria").rename(tmp_path / "Ann")  # both move together
-    assert torch.equal(SavedProbe(tmp_path / "Ann" / "runs" / "one" / "probe.pth")([image]), before)
+    assert torch.equal(open_probe(tmp_path / "Ann" / "runs" / "one" / "probe.pth")([image]), before)
     (tmp_path / "Ann" / "w.pth").rename(tmp_path / "Ann" / "v.pth")
     with pytest.raises(BadInput, match="no such file"):
-        SavedProbe(tmp_path / "Ann" / "runs" / "one" / "probe.pth")
+        open_probe(tmp_path / "Ann" / "runs" / "one" / "probe.pth")
 
 
 def _pickle_with_code(path: Path) -> None:

@@ -94,7 +94,7 @@ def read_table(path: Path, image_column: str, label_column: str, patient_column:
     rows: list[Row] = []
     for number, line in enumerate(table, 2):
         where = f"--table {path}, line {number}"
-        empty = [name for name in wanted if _is_empty(line[name])]
+        empty = [name for name in wanted if is_empty_cell(line[name])]
         if empty:
             found = f"is {line[empty[0]].strip()}, no value" if (line[empty[0]] or "").strip() else "is empty"
             raise BadInput(f"{where}: {empty[0]} {found}: complete it or remove the line")
@@ -110,7 +110,7 @@ def read_table(path: Path, image_column: str, label_column: str, patient_column:
     return rows
 
 
-def _is_empty(text: str | None) -> bool:
+def is_empty_cell(text: str | None) -> bool:
     """Whether a cell has no value: tables write one that is missing in several words."""
     word = (text or "").strip().casefold()
     try:

@@ -6,6 +6,7 @@ import dataclasses
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ from dinov2.errors import EXIT_BAD_INPUT, EXIT_OK, BadInput
 from dinov2.eval.methods.networks import open_network
 from dinov2.eval.methods.registry import OURS, find_method
 from dinov2.eval.metrics.classification import write_predictions
+from dinov2.eval.probing.embedding_probe import EMBEDDING, EmbeddingProbe, weights_beside
 from dinov2.eval.probing.linear_heads import Head
 from dinov2.eval.probing.parts import feature_layers
 from dinov2.eval.probing.training import Probe
@@ -60,28 +62,22 @@ def _weights_from(weights: str, folder: Path) -> str:
     return os.path.relpath(weights, os.path.realpath(folder)) if os.path.isabs(weights) else weights
 
 
-def _weights_beside(probe: str | Path, weights: str) -> str:
-    """What `_weights_from` named."""
-    beside = os.path.normpath(os.path.join(os.path.dirname(os.path.realpath(user_path(probe))), weights))
-    return beside if os.path.exists(beside) else weights
-
-
 class SavedProbe:
     """A probe ready for scans.
 
     Args:
-        path: `probe.pth`.
+        path: `probe.pth` of `linear3d.py`.
+        content: Of that file.
         weights: Of the backbone, as of `open_teacher`; None: where they were when the probe was made, seen from its file.
         encoder: `module:function` of a probe on somebody's encoder. A file alone names no code that is run.
 
     Raises:
-        BadInput: The file is no probe, or the backbone's weights are missing or others.
+        BadInput: The backbone's weights are missing or others.
     """
 
-    def __init__(self, path: str | Path, weights: str | None = None, encoder: str | None = None) -> None:
-        content = open_weights(path)
-        if not isinstance(content, dict) or not {"weight", "bias", "meta"} <= content.keys():
-            raise BadInput(f"{path}: no saved probe: give the probe.pth that linear3d.py wrote")
+    def __init__(
+        self, path: str | Path, content: dict[str, Any], weights: str | None = None, encoder: str | None = None
+    ) -> None:
         meta = content["meta"]
         trained = content.get("backbone")
         refuse_non_finite({**{k: content[k] for k in ("weight", "bias")}, **(trained or {})}, str(path))
@@ -93,7 +89,7 @@ class SavedProbe:
         if trained:
             refuse_other_sizes(self.cfg, plain_names(trained), path)
         self.runtime = start_runtime(self.cfg.train.num_threads)
-        teacher = open_teacher(RANDOM if trained else weights or _weights_beside(path, meta["weights"]))
+        teacher = open_teacher(RANDOM if trained else weights or weights_beside(path, meta["weights"]))
         if not trained and teacher.identity() != meta["weights_sha256"]:
             raise BadInput(f"{teacher.source}: not the weights that {path} was made with: give them as --pretrained-weights")
         network = open_network(method, self.cfg, teacher, self.recipe.task, self.image_size, self.runtime)
@@ -105,6 +101,7 @@ class SavedProbe:
         self.layers = feature_layers(self.backbone)
         self.columns = Head(**meta["head"]).columns(self.layers, self.backbone.embed_dim)
         self.weight, self.bias = (content[k].to(self.runtime.device) for k in ("weight", "bias"))
+        self.names, self.num_channels = self.recipe.output_names, self.recipe.channels
 
     @torch.no_grad()
     def __call__(self, images: Sequence[str | Path]) -> Tensor:
@@ -120,10 +117,24 @@ class SavedProbe:
         return (features @ self.weight.T + self.bias)[0].double().softmax(-1).cpu()
 
 
+def open_probe(path: str | Path, weights: str | None = None, encoder: str | None = None) -> SavedProbe | EmbeddingProbe:
+    """A probe of `dinov2 linear` or `dinov2 probe`, ready for scans; arguments as of `SavedProbe`.
+
+    Raises:
+        BadInput: The file is no probe, or its network's weights are missing or others.
+    """
+    content = open_weights(path)
+    if not isinstance(content, dict) or not {"weight", "bias", "meta"} <= content.keys():
+        raise BadInput(f"{path}: no saved probe: give the probe.pth that linear3d.py or `dinov2 probe` wrote")
+    if EMBEDDING in content["meta"]:
+        return EmbeddingProbe(path, content, weights)
+    return SavedProbe(path, content, weights, encoder)
+
+
 def classify(
     probe: Path, inputs: Sequence[Path], weights: str | None, output: Path | None, say: Say, encoder: str | None = None
 ) -> int:
-    """Say each scan's class and probabilities; a file that cannot be used is said and the others go on.
+    """Say each scan's class and probabilities, or its value; a file that cannot be used is said and the others go on.
 
     Args:
         probe: `probe.pth`.
@@ -141,9 +152,9 @@ def classify(
     """
     if output:
         refuse_output(output, "--output")
-    saved = SavedProbe(probe, weights, encoder)
-    scans = [[path] for path in inputs] if saved.recipe.channels == 1 else [list(inputs)]
-    names, done, failed = saved.recipe.output_names, {}, 0
+    saved = open_probe(probe, weights, encoder)
+    scans = [[path] for path in inputs] if saved.num_channels == 1 else [list(inputs)]
+    names, done, failed = saved.names, {}, 0
     for scan in scans:
         try:
             p = saved(scan)
@@ -152,10 +163,13 @@ def classify(
             say(f"{scan[0]}: not classified: {err}")
             continue
         done[str(scan[0])] = p
+        if isinstance(saved, EmbeddingProbe) and not names:
+            say(f"{scan[0]}: {saved.target} {float(p):.4g}")
+            continue
         shown = ", ".join(f"{name} {value:.3f}" for name, value in zip(names, p.tolist(), strict=True))
         say(f"{scan[0]}: {names[int(p.argmax())]} ({shown})")
     if output and done:
         table = torch.stack(list(done.values())).numpy()
-        columns = {f"p_{name}": table[:, k] for k, name in enumerate(names)}
+        columns = {f"p_{name}": table[:, k] for k, name in enumerate(names)} or {"predicted": table[:, 0]}
         write_predictions(output, list(done), [""] * len(done), columns)
     return EXIT_BAD_INPUT if failed else EXIT_OK
