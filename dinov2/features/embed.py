@@ -31,7 +31,7 @@ from dinov2.features.embed_table import EmbeddingTable, Row
 from dinov2.features.encoder import Encoder
 from dinov2.features.scans import Scan, load_scan
 from dinov2.features.views import View
-from dinov2.files import read_json
+from dinov2.files import path_for_list, read_json
 from dinov2.logging import Say
 from dinov2.logging.folder import locked_folder
 from dinov2.logging.progress import Progress
@@ -104,7 +104,7 @@ def embed(source: Path, encoder: Encoder, request: EmbedRequest, say: Say) -> in
     if missing:
         say(f"shard {which}/{of} is done; {missing} of {table.num_parts} parts are still to come from others")
         return EXIT_OK
-    num_rows, set_aside = table.assemble({"licence": encoder.licence, "percentiles": list(encoder.percentiles)}, set_aside)
+    num_rows, set_aside = table.assemble(_about(datalist, encoder, request.output), set_aside)
     say(f"{table.output}: {num_rows} scans, {encoder.embed_dim} numbers a column")
     reasons = ", ".join(f"{n} {reason}" for reason, n in Counter(row["reason"] for row in set_aside).most_common())
     say(f"{table.quarantine}: {len(set_aside)} set aside" + (f": {reasons}" if reasons else ""))
@@ -162,6 +162,17 @@ def _key(datalist: Datalist, encoder: Encoder, request: EmbedRequest) -> dict[st
         "network (weights or dtype)": encoder.fingerprint(),
         "patch tokens": request.patch_tokens,
         **view,
+    }
+
+
+def _about(datalist: Datalist, encoder: Encoder, output: Path) -> dict[str, Any]:
+    """What a table says of itself beside its key: how further scans get features like its own, and where its paths begin."""
+    return {
+        "licence": encoder.licence,
+        "percentiles": list(encoder.percentiles),
+        "weights": encoder.source,
+        "dtype": encoder.dtype_name,
+        "folder": path_for_list(Path(datalist.path).absolute().parent, output.absolute().parent),
     }
 
 

@@ -62,6 +62,7 @@ class Encoder:
         dtype: Of matrix products.
         licence: Of the weights, as far as they say.
         config: What the backbone was built from.
+        source: What `load_encoder` finds the same weights by, from any folder; None where they came from nowhere.
 
     Raises:
         BadInput: A preprocessing that this version does not do.
@@ -74,12 +75,19 @@ class Encoder:
         dtype: torch.dtype = torch.float32,
         licence: str | None = None,
         config: DictConfig | None = None,
+        source: str | None = None,
     ) -> None:
         self.backbone = backbone
         self.percentiles = percentiles_of(preprocessing)
         self.dtype = dtype
         self.licence = licence
         self.config = config
+        self.source = source
+
+    @property
+    def dtype_name(self) -> str:
+        """As `load_encoder` takes it."""
+        return next(name for name, dtype in DTYPES.items() if dtype == self.dtype)
 
     @property
     def embed_dim(self) -> int:
@@ -235,7 +243,7 @@ def load_encoder(
         logger.warning("%s: an untrained network of seed %d; its features mean little", source, seed)
     else:
         logger.warning("%s: licence of the weights: %s", source, teacher.licence or _NO_LICENCE)
-    return Encoder(backbone, teacher.meta.get("preprocessing", PREPROCESSING), chosen, teacher.licence, cfg)
+    return Encoder(backbone, teacher.meta.get("preprocessing", PREPROCESSING), chosen, teacher.licence, cfg, teacher.reference)
 
 
 def _device(device: str | torch.device) -> torch.device:
