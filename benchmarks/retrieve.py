@@ -49,14 +49,14 @@ def write_table(path: Path, num_rows: int, width: int) -> None:
             writer.write_table(pa.table([*(pa.array(v[some]) for v in names.values()), column, column], schema))
 
 
-def answer(path: Path, query: int, filters: tuple[list[str], list[str]]) -> tuple[np.ndarray, float]:
-    """Rows, and the seconds they took."""
-    start = time.perf_counter()
+def answer(path: Path, query: int, filters: tuple[list[str], list[str]]) -> tuple[np.ndarray, float, float]:
+    """Rows, and the seconds they took: of the clock, of the processor."""
+    start, start_cpu = time.perf_counter(), time.process_time()
     table = FeatureTable(path)
     rows = rows_left(table, *filters, query)
     index = open_index(table, "cls")
     found, _ = neighbours(index, index[query], K, rows)
-    return found, time.perf_counter() - start
+    return found, time.perf_counter() - start, time.process_time() - start_cpu
 
 
 def main() -> None:
@@ -69,7 +69,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "feats.parquet")
         write_table(path, args.rows, args.width)
-        _, first_s = answer(path, 0, ([], []))
+        _, first_s, _ = answer(path, 0, ([], []))
         plain = [answer(path, q, ([], [])) for q in queries]
         filtered = [answer(path, q, (["modality=CT"], ["patient"])) for q in queries]
         start = time.perf_counter()
@@ -77,15 +77,16 @@ def main() -> None:
         vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
         read_s = time.perf_counter() - start
     agree, reference = 0, []
-    for query, (found, _) in zip(queries, plain, strict=True):
+    for query, (found, _, _) in zip(queries, plain, strict=True):
         start = time.perf_counter()
         cosine = vectors @ vectors[query]
         best = [row for row in np.argsort(-cosine, kind="stable")[: K + 1] if row != query][:K]
         reference.append(time.perf_counter() - start)
         agree += len(set(found.tolist()) & set(best))
     print(f"{args.rows} rows of {args.width}, the best and the median of {args.queries} queries")
-    for name, seconds in (("all scans", [s for _, s in plain]), ("--where and --exclude-same", [s for _, s in filtered])):
-        print(f"{name:28}{min(seconds):7.3f} {np.median(seconds):7.3f} s")
+    for name, answers in (("all scans", plain), ("--where and --exclude-same", filtered)):
+        _, clock_s, cpu_s = zip(*answers, strict=True)
+        print(f"{name:28}{min(clock_s):7.3f} {np.median(clock_s):7.3f} s; of the processor {min(cpu_s):.3f} s")
     print(f"{'float32 in memory':28}{min(reference):7.3f} {np.median(reference):7.3f} s, after {read_s:.1f} s of reading")
     print(f"the first answer, which makes the index: {first_s:.1f} s; hits of brute force found: {agree} of {K * args.queries}")
 

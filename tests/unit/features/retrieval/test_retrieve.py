@@ -10,6 +10,8 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from benchmarks.retrieve import answer
+from benchmarks.retrieve import write_table as write_many
 from dinov2.cli import main
 from dinov2.errors import BadInput
 from dinov2.features.retrieval import index as index_module
@@ -160,3 +162,13 @@ def test_a_mistake_is_one_line_and_exit_code_2(
     (line,) = capsys.readouterr().err.splitlines()
     assert re.search(said, line), line
     assert not (tmp_path / "h.html").exists() and not (tmp_path / "h.csv").exists()
+
+
+def test_an_answer_among_ten_thousand_scans_takes_a_tenth_of_a_second(tmp_path: Path) -> None:
+    """Seconds of the processor, once the index is there; `benchmarks/retrieve.py` has 100,000."""
+    write_many(tmp_path / "f.parquet", 10_000, 64)
+    answer(tmp_path / "f.parquet", 0, ([], []))
+    answers = [answer(tmp_path / "f.parquet", 1234, (["modality=PET"], ["patient"])) for _ in range(3)]
+    assert min(cpu_s for *_, cpu_s in answers) < 0.1
+    for found, *_ in answers:
+        assert len(found) == 5 and (found % 4 == 2).all() and not (found // 10 == 123).any()
