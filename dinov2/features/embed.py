@@ -25,10 +25,11 @@ from dinov2.data.corpus.index.quality import Limits
 from dinov2.data.datalist import Datalist, Entry, read_datalist
 from dinov2.data.pool import unordered
 from dinov2.data.volumes.opening import open_volume
+from dinov2.distributed.precision import DTYPES
 from dinov2.errors import EXIT_OK, EXIT_RESUMABLE, BadInput, BadVolume
 from dinov2.features.embed_rows import ListedScans
 from dinov2.features.embed_table import EmbeddingTable, Row
-from dinov2.features.encoder import Encoder
+from dinov2.features.encoder import DTYPE_NAMES, Encoder
 from dinov2.features.scans import Scan, load_scan
 from dinov2.features.views import View
 from dinov2.files import path_for_list, read_json
@@ -104,7 +105,7 @@ def embed(source: Path, encoder: Encoder, request: EmbedRequest, say: Say) -> in
     if missing:
         say(f"shard {which}/{of} is done; {missing} of {table.num_parts} parts are still to come from others")
         return EXIT_OK
-    num_rows, set_aside = table.assemble(_about(datalist, encoder, request.output), set_aside)
+    num_rows, set_aside = table.assemble(_about(datalist, encoder, table), set_aside)
     say(f"{table.output}: {num_rows} scans, {encoder.embed_dim} numbers a column")
     reasons = ", ".join(f"{n} {reason}" for reason, n in Counter(row["reason"] for row in set_aside).most_common())
     say(f"{table.quarantine}: {len(set_aside)} set aside" + (f": {reasons}" if reasons else ""))
@@ -165,14 +166,15 @@ def _key(datalist: Datalist, encoder: Encoder, request: EmbedRequest) -> dict[st
     }
 
 
-def _about(datalist: Datalist, encoder: Encoder, output: Path) -> dict[str, Any]:
-    """What a table says of itself beside its key: how further scans get features like its own, and where its paths begin."""
+def _about(datalist: Datalist, encoder: Encoder, table: EmbeddingTable) -> dict[str, Any]:
+    """What the table says of itself besides its key: how other scans get features like its own, and where its paths begin."""
+    weights = encoder.weights
     return {
         "licence": encoder.licence,
         "percentiles": list(encoder.percentiles),
-        "weights": encoder.source,
-        "dtype": encoder.dtype_name,
-        "folder": path_for_list(Path(datalist.path).absolute().parent, output.absolute().parent),
+        "weights": path_for_list(weights, table.output.parent) if weights and os.path.isabs(weights) else weights,
+        "dtype": next(name for name in DTYPE_NAMES if DTYPES[name] == encoder.dtype),
+        "folder": path_for_list(Path(datalist.path).absolute().parent, table.output.parent),
     }
 
 

@@ -62,7 +62,7 @@ class Encoder:
         dtype: Of matrix products.
         licence: Of the weights, as far as they say.
         config: What the backbone was built from.
-        source: What `load_encoder` finds the same weights by, from any folder; None where they came from nowhere.
+        weights: A source that finds the weights later; None: not known.
 
     Raises:
         BadInput: A preprocessing that this version does not do.
@@ -75,19 +75,14 @@ class Encoder:
         dtype: torch.dtype = torch.float32,
         licence: str | None = None,
         config: DictConfig | None = None,
-        source: str | None = None,
+        weights: str | None = None,
     ) -> None:
         self.backbone = backbone
         self.percentiles = percentiles_of(preprocessing)
         self.dtype = dtype
         self.licence = licence
         self.config = config
-        self.source = source
-
-    @property
-    def dtype_name(self) -> str:
-        """As `load_encoder` takes it."""
-        return next(name for name, dtype in DTYPES.items() if dtype == self.dtype)
+        self.weights = weights
 
     @property
     def embed_dim(self) -> int:

@@ -177,7 +177,7 @@ def embedded(table: FeatureTable, request: RetrieveRequest) -> tuple[Entry, Feat
     if not Path(path).exists():
         what = f"no such scan, and no row of {table.path} has this path or id"
         raise BadInput(f"--query {request.query}: {what}: give a file, or a row from 0 to {table.num_rows - 1}")
-    source = request.weights or table.about.get("weights")
+    source = request.weights or table.weights
     if source is None or NETWORK not in table.key:
         raise BadInput(
             f"{table.path}: does not say by which weights it was made, so --query {request.query} cannot be embedded: "

@@ -155,6 +155,13 @@ class FeatureTable:
         return self.path.absolute().parent / name
 
     @property
+    def weights(self) -> str | None:
+        """Where the weights are that it was made with: a path is from its folder; None where it does not say."""
+        name = self.about.get("weights")
+        beside = path_in_list(name, self.path.absolute().parent) if name else ""
+        return beside if os.path.exists(beside) else name
+
+    @property
     def percentiles(self) -> tuple[float, float]:
         """Of intensities, that the network saw as -1 and 1."""
         low, high = self.about.get("percentiles", PERCENTILES)
