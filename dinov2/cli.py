@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from dinov2.errors import EXIT_BAD_INPUT, EXIT_OK, EXIT_RESUMABLE, BadInput
 from dinov2.files import refuse_output, shown, words, write_text
+from dinov2.geometry import triple
 from dinov2.logging import setup_logging
 from dinov2.version import __version__
 
@@ -276,6 +277,28 @@ def visualize(args: argparse.Namespace) -> int:
     return run_visualize(request, open_encoder(args.weights, args.config_file, (), args.device, args.dtype), say)
 
 
+def retrieve(args: argparse.Namespace) -> int:
+    """Show the scans of a table that are most similar to one, or the same place in them."""
+    from dinov2.features.retrieval.command import RetrieveRequest
+    from dinov2.features.retrieval.command import retrieve as run_retrieve
+
+    request = RetrieveRequest(
+        table=args.table,
+        query=args.query,
+        output=args.output,
+        at_mm=triple(args.at) if args.at else None,
+        k=args.k,
+        where=tuple(args.where),
+        exclude_same=tuple(args.exclude_same),
+        features=args.features,
+        weights=args.weights,
+        config_file=args.config_file,
+        device=args.device,
+        base_data_dir=args.base_data_dir,
+    )
+    return run_retrieve(request, say)
+
+
 def checkpoint_inspect(args: argparse.Namespace) -> int:
     """Say what weights or a training checkpoint hold."""
     from dinov2.checkpointer.export import describe
@@ -354,6 +377,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_embed(commands)
     _add_visualize(commands)
     _add_probe(commands)
+    _add_retrieve(commands)
     _add_compare(commands)
     _add_figure(commands)
     checkpoints = commands.add_parser("checkpoint", help="weights and training checkpoints in their forms")
@@ -534,6 +558,28 @@ def _add_visualize(commands: Commands) -> None:
     action.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
     action.add_argument("--dtype", default="auto", help="of matrix products: auto, fp32, bf16, fp16")
     action.set_defaults(function=visualize)
+
+
+def _add_retrieve(commands: Commands) -> None:
+    action = commands.add_parser("retrieve", help=_first_line(retrieve))
+    action.add_argument("table", type=Path, metavar="FEATS", help="table of `dinov2 embed` (.parquet)")
+    query = "a row of the table (its number from 0, path or id), or another scan, which is embedded as the table's were"
+    action.add_argument("--query", required=True, metavar="SCAN|ROW", help=query)
+    place = "look for this place of the query's world (mm, RAS+) in other scans; the table needs --patch-tokens"
+    action.add_argument("--at", type=float, nargs=3, metavar=("X", "Y", "Z"), help=place)
+    action.add_argument("-k", type=int, default=5, help="number of hits")
+    action.add_argument(
+        "--where", nargs="+", action="extend", default=[], metavar="COLUMN=VALUE", help="only scans with these; modality=CT"
+    )
+    same = "only scans of another value than the query's; patient"
+    action.add_argument("--exclude-same", nargs="+", action="extend", default=[], metavar="COLUMN", help=same)
+    action.add_argument("--features", choices=("cls", "pooled"), default="cls", help="what whole scans are compared by")
+    action.add_argument("--output", type=Path, required=True, help="page (.html); a CSV file is written beside it")
+    action.add_argument("--weights", help="to embed the query with, as of embed; default: what the table names")
+    action.add_argument("--config-file", help="of the network, for weights that do not tell")
+    action.add_argument("--device", default="auto", help="for embedding the query: auto, cpu, cuda, ...")
+    action.add_argument("--base-data-dir", type=Path, help="where the table's paths begin; default: as the table says")
+    action.set_defaults(function=retrieve)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

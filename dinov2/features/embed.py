@@ -106,7 +106,7 @@ def embed(source: Path, encoder: Encoder, request: EmbedRequest, say: Say) -> in
     if missing:
         say(f"shard {which}/{of} is done; {missing} of {table.num_parts} parts are still to come from others")
         return EXIT_OK
-    num_rows, set_aside = table.assemble(_about(encoder, table), set_aside)
+    num_rows, set_aside = table.assemble(_about(datalist, encoder, table), set_aside)
     say(f"{table.output}: {num_rows} scans, {encoder.embed_dim} numbers a column")
     reasons = ", ".join(f"{n} {reason}" for reason, n in Counter(row["reason"] for row in set_aside).most_common())
     say(f"{table.quarantine}: {len(set_aside)} set aside" + (f": {reasons}" if reasons else ""))
@@ -167,8 +167,8 @@ def _key(datalist: Datalist, encoder: Encoder, request: EmbedRequest) -> dict[st
     }
 
 
-def _about(encoder: Encoder, table: EmbeddingTable) -> dict[str, Any]:
-    """What the table says of its network besides its key: enough to build it again, and where its weights are from there."""
+def _about(datalist: Datalist, encoder: Encoder, table: EmbeddingTable) -> dict[str, Any]:
+    """What the table says besides its key: enough to build its network again, and where weights and paths begin from there."""
     weights = encoder.weights
     return {
         "licence": encoder.licence,
@@ -177,6 +177,7 @@ def _about(encoder: Encoder, table: EmbeddingTable) -> dict[str, Any]:
         "untrained": encoder.untrained,
         "dtype": next(name for name in DTYPE_NAMES if DTYPES[name] == encoder.dtype),
         "config": None if encoder.config is None else without_path_keys(encoder.config),
+        "folder": path_for_list(Path(datalist.path).absolute().parent, table.output.parent),
     }
 
 

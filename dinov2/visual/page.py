@@ -24,7 +24,8 @@ def page(title: str, numbers: Sequence[tuple[str, str]], sections: Sequence[tupl
     tiles = "".join(f'<div class="tile"><b>{value}</b><span>{name}</span></div>' for value, name in numbers)
     body = "".join(f"<section><h2>{name}</h2>{content}</section>" for name, content in sections)
     return (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>{_STYLE}</style></head>'
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        f'<meta name="viewport" content="width=device-width"><title>{title}</title><style>{_STYLE}</style></head>'
         f'<body><main><h1>{title}</h1><div class="tiles">{tiles}</div>{body}</main></body></html>\n'
     )
 
@@ -90,6 +91,7 @@ section{background:var(--paper);border:1px solid var(--line);border-radius:10px;
 .bar>b{font-variant-numeric:tabular-nums}
 table{border-collapse:collapse;width:100%}th{text-align:left;color:var(--soft);font-weight:500}
 td,th{padding:6px 12px 6px 0;border-bottom:1px solid var(--line);vertical-align:top}p{color:var(--soft);margin:12px 0 0}
+h1,h2,p,td,figcaption{overflow-wrap:anywhere}figure img{max-width:100%}
 .figures{display:grid;grid-template-columns:repeat(auto-fit,minmax(280px,1fr));gap:22px}figure{margin:0}
 .figures svg{display:block;width:100%;height:90px;border-bottom:1px solid var(--soft)}rect{fill:var(--bar)}
 .figures figcaption{margin-bottom:8px}

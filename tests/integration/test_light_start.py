@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from tests.conftest import ROOT
+from tests.unit.features.retrieval.tables import write_table
 
 RUN = """
 import resource, sys
@@ -50,6 +51,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             nib.save(nib.Nifti1Image(voxels, np.diag([1.0, 1.0, 2.0, 1.0])), folder / kind / f"case{i}.nii.gz")
     for name, dice in (("one", "0.8"), ("other", "0.7")):
         (folder / f"{name}.csv").write_text(f"case,class,dice\na,ball,{dice}\nb,ball,0.9\n")
+    write_table(folder / "f.parquet", np.eye(3))
     (folder / "table.csv").write_text("image,label\n" + "".join(f"images/case{i}.nii.gz,{i % 2}\n" for i in range(5)))
     (folder / "rules.yaml").write_text("seed: 0\nrules:\n  - {name: half, keep_share: 0.5}\n")
     (folder / "d.yaml").write_text("task: segmentation\nclasses: {0: outside, 1: inside}\n")
@@ -79,6 +81,7 @@ COMMANDS = [
     ["study", "report", "study.yaml"],
     ["split", "--table", "table.csv", "--output", "d_cls_datalist.json"],
     ["split", "--folds", "3", "--images", "images", "--labels", "labels", "--output", "d_100_datalist.json"],
+    ["retrieve", "f.parquet", "--query", "0", "-k", "1", "--output", "hits.html"],
     ["compare", "one.csv", "other.csv", "--output", "compared"],
 ]
 
