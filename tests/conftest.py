@@ -21,6 +21,7 @@ from dinov2.configs import load_and_merge_config_3d
 from dinov2.data import write_datalist
 from dinov2.data.volumes.opening import describe
 from dinov2.train.train3d import main
+from tests.started import Started
 
 ROOT = Path(__file__).resolve().parents[1]
 BUNDLED = ROOT / "tests" / "data"
@@ -94,17 +95,18 @@ def small_config() -> Callable[..., DictConfig]:
 
 
 class Trainer:
-    """Starts `train3d.py` as a user would, in a process of its own."""
+    """Trains on a datalist, in a process of its own or in this one."""
 
     def __init__(self, datalist: Path) -> None:
         self.datalist = datalist
 
     def command(self, output_dir: Path, *extra: str) -> list[str]:
+        """As a user would type it."""
         program = [sys.executable, "dinov2/train/train3d.py", "--output-dir", str(output_dir)]
         return [*program, *SMALL, f"train.dataset_path={self.datalist}", *extra]
 
     def run(self, output_dir: Path, *extra: str, timeout: int = 300) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(self.command(output_dir, *extra), cwd=ROOT, capture_output=True, text=True, timeout=timeout)
+        return self.start(output_dir, *extra).completed(timeout)
 
     def call(self, output_dir: Path, *extra: str) -> subprocess.CompletedProcess[str]:
         """The same in this process, which saves a test that starts it often some seconds each."""
@@ -112,10 +114,8 @@ class Trainer:
             code = main(self.command(output_dir, *extra)[2:])
         return subprocess.CompletedProcess([], code, "", log.getvalue())
 
-    def start(self, output_dir: Path, *extra: str) -> subprocess.Popen[str]:
-        command = self.command(output_dir, *extra)
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        return subprocess.Popen(command, cwd=ROOT, start_new_session=True, **pipes)
+    def start(self, output_dir: Path, *extra: str) -> Started:
+        return Started(self.command(output_dir, *extra)[2:])
 
 
 @pytest.fixture
