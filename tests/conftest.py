@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import json
 import os
@@ -20,6 +21,7 @@ from dinov2.configs import load_and_merge_config_3d
 from dinov2.data import write_datalist
 from dinov2.data.volumes.opening import describe
 from dinov2.train.train3d import main
+from tests.started import Started
 
 ROOT = Path(__file__).resolve().parents[1]
 BUNDLED = ROOT / "tests" / "data"
@@ -47,10 +49,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # files with slow tests first: what is left for the end are short ones, and the processes of tests end together
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="no NVIDIA GPU"))
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # torch's million objects stay: going through them again and again was a tenth of the time
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
@@ -86,17 +95,18 @@ def small_config() -> Callable[..., DictConfig]:
 
 
 class Trainer:
-    """Starts `train3d.py` as a user would, in a process of its own."""
+    """Trains on a datalist, in a process of its own or in this one."""
 
     def __init__(self, datalist: Path) -> None:
         self.datalist = datalist
 
     def command(self, output_dir: Path, *extra: str) -> list[str]:
+        """As a user would type it."""
         program = [sys.executable, "dinov2/train/train3d.py", "--output-dir", str(output_dir)]
         return [*program, *SMALL, f"train.dataset_path={self.datalist}", *extra]
 
     def run(self, output_dir: Path, *extra: str, timeout: int = 300) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(self.command(output_dir, *extra), cwd=ROOT, capture_output=True, text=True, timeout=timeout)
+        return self.start(output_dir, *extra).completed(timeout)
 
     def call(self, output_dir: Path, *extra: str) -> subprocess.CompletedProcess[str]:
         """The same in this process, which saves a test that starts it often some seconds each."""
@@ -104,10 +114,8 @@ class Trainer:
             code = main(self.command(output_dir, *extra)[2:])
         return subprocess.CompletedProcess([], code, "", log.getvalue())
 
-    def start(self, output_dir: Path, *extra: str) -> subprocess.Popen[str]:
-        command = self.command(output_dir, *extra)
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        return subprocess.Popen(command, cwd=ROOT, start_new_session=True, **pipes)
+    def start(self, output_dir: Path, *extra: str) -> Started:
+        return Started(self.command(output_dir, *extra)[2:])
 
 
 @pytest.fixture

@@ -1,23 +1,91 @@
-"""Ranks of a training as processes that have imported everything already: what they do is the same, their start takes no time.
+"""Programs as processes that have imported everything already: what they do is the same, their start takes no time.
 
-Python's own fork server imports the program once; each rank is forked from it, with the environment that torchrun gives. A
-start by a user's own command, and torchrun itself, are what other tests are about.
+Python's own fork server imports the programs once; each process is forked from it, with an environment, a session and an output
+of its own. A start by a user's own command, and torchrun, are what other tests are about.
 """
 
 from __future__ import annotations
 
 import multiprocessing
+import multiprocessing.process
 import os
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
+from multiprocessing.util import Finalize
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from torch.multiprocessing import start_processes
+
 ROOT = Path(__file__).resolve().parents[1]
+TRAIN = "dinov2.train.train3d"
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["dinov2.train.train3d"])
+_context.set_forkserver_preload(["tests.imported"])
+
+
+class Started:
+    """A program's `main` in a process of its own; used as subprocess's Popen is, and both outputs are one text.
+
+    Args:
+        words: Its command line.
+        module: The program.
+        environment: What its environment has beside this process's.
+    """
+
+    def __init__(self, words: Sequence[str], module: str = TRAIN, environment: Mapping[str, str] | None = None) -> None:
+        self.args = [module, *words]
+        self._folder = TemporaryDirectory()
+        self._log = Path(self._folder.name, "log")
+        self._process = _context.Process(target=_run, args=(self.args, {**os.environ, **(environment or {})}, self._log))
+        self._process.start()
+        self.pid = self._process.pid or 0
+        Finalize(self, _end, (self._process,), exitpriority=1)  # multiprocessing would wait for what a failed test has left
+
+    @property
+    def returncode(self) -> int | None:
+        return self._process.exitcode
+
+    def poll(self) -> int | None:
+        return self.returncode
+
+    def kill(self) -> None:
+        self._process.kill()
+
+    def wait(self, timeout: float | None = None) -> int:
+        self._process.join(timeout)
+        if self.returncode is None:
+            raise subprocess.TimeoutExpired(self.args, timeout or 0, stderr=self._log.read_text())
+        return self.returncode
+
+    def communicate(self, timeout: float | None = None) -> tuple[str, None]:
+        """What it has written by its end."""
+        self.wait(timeout)
+        return self._log.read_text() if self._log.exists() else "", None
+
+    def completed(self, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+        text, _ = self.communicate(timeout)
+        return subprocess.CompletedProcess(self.args, self.wait(), "", text)
+
+
+def _end(process: multiprocessing.process.BaseProcess) -> None:
+    if process.exitcode is None:
+        process.kill()
+
+
+def _run(args: list[str], environment: dict[str, str], log: Path) -> None:
+    os.setsid()
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(ROOT)
+    with log.open("wb") as file:
+        for stream in (sys.stdout, sys.stderr):
+            os.dup2(file.fileno(), stream.fileno())
+    program: Callable[[list[str]], int] = import_module(args[0]).main
+    sys.argv = list(args)
+    sys.exit(program(args[1:]))
 
 
 def free_port() -> int:
@@ -26,34 +94,25 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-def run_ranks(words: Sequence[str], ranks: int = 1, timeout: int = 300) -> subprocess.CompletedProcess[str]:
-    """`train3d.py` on some ranks; the exit code is the largest, the text what all have written."""
-    port = free_port()
-    with TemporaryDirectory() as folder:
-        logs = [Path(folder, str(rank)) for rank in range(ranks)]
-        processes = [_context.Process(target=_rank, args=(words, i, ranks, port, log)) for i, log in enumerate(logs)]
-        for process in processes:
-            process.start()
-        for process in processes:
-            process.join(timeout)
-        codes = [process.exitcode for process in processes]
-        for process in processes:
-            if process.exitcode is None:
-                process.kill()
-        text = "".join(log.read_text() for log in logs if log.exists())
-    if None in codes:
-        raise subprocess.TimeoutExpired(list(words), timeout, stderr=text)
-    return subprocess.CompletedProcess(list(words), max(codes, key=abs), "", text)
+def start_ranks(words: Sequence[str], ranks: int, module: str = TRAIN) -> list[Started]:
+    """A program on some ranks, with the environment that torchrun gives."""
+    everyone = {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    own = [{**everyone, "RANK": rank, "LOCAL_RANK": rank} for rank in range(ranks)] if ranks > 1 else [{}]
+    return [Started(words, module, {name: str(value) for name, value in of_rank.items()}) for of_rank in own]
 
 
-def _rank(words: Sequence[str], rank: int, ranks: int, port: int, log: Path) -> None:
-    if ranks > 1:
-        of_torchrun = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_PORT": port}
-        os.environ.update({name: str(value) for name, value in of_torchrun.items()}, MASTER_ADDR="127.0.0.1")
-    os.chdir(ROOT)
-    with log.open("wb") as file:
-        for stream in (sys.stdout, sys.stderr):
-            os.dup2(file.fileno(), stream.fileno())
-    from dinov2.train.train3d import main  # of the fork server, imported there
+def in_ranks(work: Callable[..., None], *args: object) -> None:
+    """`work(rank, *args)` in two processes; what one raises is raised here."""
+    start_processes(work, args, nprocs=2, start_method="forkserver")
 
-    sys.exit(main(words))
+
+def run_ranks(words: Sequence[str], ranks: int = 1, module: str = TRAIN) -> subprocess.CompletedProcess[str]:
+    """The same until all have ended; the exit code is the largest, the text what all have written."""
+    started = start_ranks(words, ranks, module)
+    try:
+        ended = [process.completed() for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    text = "".join(process.stderr for process in ended)
+    return subprocess.CompletedProcess(list(words), max((process.returncode for process in ended), key=abs), "", text)

@@ -6,7 +6,6 @@ checkpoint loads on any number of ranks and with any strategy.
 
 from __future__ import annotations
 
-import io
 import logging
 import os
 import shutil
@@ -20,7 +19,6 @@ from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
-import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
@@ -28,15 +26,15 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_saver import AsyncSaveResponse
 
 from dinov2.checkpointer.index import SafeReader, saved_tensors
+from dinov2.checkpointer.saving import CHECKSUMS
 from dinov2.distributed import barrier, gather_objects, get_global_rank, get_global_size, is_enabled, is_main_process
 from dinov2.errors import BadInput
-from dinov2.files import cannot_write, read_json, replacing, write_json, writing
+from dinov2.files import cannot_write, read_json, write_json, writing
 
 logger = logging.getLogger(__name__)
 
 # what reading a truncated or foreign checkpoint raises
 DAMAGED = (OSError, JSONDecodeError, EOFError, CheckpointException, UnpicklingError, AttributeError, ImportError, RuntimeError)
-CHECKSUMS = "checksums.json"
 StateDict = dict[str, Any]  # nested, tensors only: nothing has to be unpickled but torch's own index
 
 
@@ -229,13 +227,3 @@ def _flat_shapes(state: StateDict, prefix: str = "") -> Iterator[tuple[str, tupl
             yield prefix + key, tuple(value.shape)
         else:
             yield from _flat_shapes(value, f"{prefix}{key}.")
-
-
-def save_atomically(obj: Any, path: Path) -> None:
-    """`torch.save` to a temporary name, then rename."""
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        buffer = io.BytesIO()  # torch's own file writer hides a full disk behind a RuntimeError
-        torch.save(obj, buffer)
-        with replacing(path) as temporary:
-            temporary.write_bytes(buffer.getbuffer())

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from dinov2.checkpointer.checkpointer import save_atomically
+from dinov2.checkpointer.saving import save_atomically
 from dinov2.checkpointer.sealed import write_safetensors
 from dinov2.checkpointer.teacher import open_trained
 from dinov2.configs.loader import without_path_keys

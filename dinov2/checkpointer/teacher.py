@@ -20,12 +20,10 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from dinov2.checkpointer.checkpointer import CHECKSUMS, DAMAGED, problems_of
-from dinov2.checkpointer.index import SafeReader, saved_tensors
+from dinov2.checkpointer.saving import CHECKSUMS
 from dinov2.checkpointer.sealed import read_safetensors
 from dinov2.configs.loader import read_saved_config
 from dinov2.errors import BadInput
@@ -303,6 +301,11 @@ def _meta_of(content: Any) -> dict[str, Any]:
 
 
 def _from_folder(path: Path) -> StateDict:
+    import torch.distributed.checkpoint as dcp  # takes a second, and weights in a file do without
+
+    from dinov2.checkpointer.checkpointer import DAMAGED, problems_of
+    from dinov2.checkpointer.index import SafeReader, saved_tensors
+
     if not (path / ".metadata").is_file():
         raise BadInput(f"weights {path}: no .metadata, not a complete training checkpoint")
     try:

@@ -53,7 +53,8 @@ def require(condition: bool, problem: str) -> None:
 
 
 def require_choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
-    require(value in allowed, f"{name}={value!r} is not one of {', '.join(allowed)}{nearest(str(value), allowed)}")
+    if value not in allowed:  # asked first: looking for the nearest word takes longer than all else that is checked
+        raise ConfigError(f"{name}={value!r} is not one of {', '.join(allowed)}{nearest(str(value), allowed)}")
 
 
 def require_range(name: str, value: list[float], low: float, high: float, low_included: bool = False) -> None:

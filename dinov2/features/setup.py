@@ -66,8 +66,12 @@ def build_model_for_eval(
     teacher = weights if isinstance(weights, Teacher) else open_teacher(weights)
     runtime = runtime or start_runtime(cfg.train.num_threads)
     torch.manual_seed(torch_seed(cfg.train.seed if seed is None else seed, Kind.INIT, 0))
-    backbone = build_backbone(cfg, teacher=True, attention=resolve_attention(cfg.student.attention, runtime.device.type))
-    if not teacher.is_untrained:
+    attention = resolve_attention(cfg.student.attention, runtime.device.type)
+    if teacher.is_untrained:
+        backbone = build_backbone(cfg, teacher=True, attention=attention)
+    else:
         refuse_other_heads(cfg, teacher.meta, teacher.source)
-        load_backbone(backbone, teacher.weights, teacher.source)
+        with torch.device("meta"):  # every tensor is loaded or missed by name: drawing a ViT-L's first takes seconds
+            backbone = build_backbone(cfg, teacher=True, attention=attention)
+        load_backbone(backbone.to_empty(device="cpu"), teacher.weights, teacher.source)
     return backbone.to(runtime.device).eval().requires_grad_(False)

@@ -12,7 +12,8 @@ from omegaconf import DictConfig
 from torch import Tensor
 from torch.optim import AdamW
 
-from dinov2.checkpointer.checkpointer import Checkpointer, save_atomically
+from dinov2.checkpointer.checkpointer import Checkpointer
+from dinov2.checkpointer.saving import save_atomically
 from dinov2.configs import default_yaml
 from dinov2.configs.loader import without_path_keys
 from dinov2.data.datalist import Datalist

@@ -1,4 +1,4 @@
-"""Several ranks under torchrun on gloo: the result of one process, exact resume, and an end when a rank dies."""
+"""Several ranks on gloo, some under torchrun: the result of one process, exact resume, and an end when a rank dies."""
 
 from __future__ import annotations
 
@@ -14,14 +14,13 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from dinov2.errors import EXIT_OK
 from tests import started
 from tests.conftest import ROOT, Trainer, read_json_lines
-from tests.started import free_port
+from tests.started import Started, free_port
 
 TIMING = {"iter_time", "data_time", "volumes_per_s", "data_wait", "mfu", "memory_gib"}
 MODULES = [f"{side}.{module}" for side in ("student", "teacher") for module in ("backbone", "dino_head", "ibot_head")]
@@ -40,6 +39,10 @@ def run_ranks(ranks: int, trainer: Trainer, output_dir: Path, *extra: str) -> su
     return started.run_ranks(trainer.command(output_dir, *extra)[2:], ranks)
 
 
+def start_ranks(ranks: int, trainer: Trainer, output_dir: Path, *extra: str) -> list[Started]:
+    return started.start_ranks(trainer.command(output_dir, *extra)[2:], ranks)
+
+
 def run(command: list[str], timeout: int = 300) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout)
@@ -56,11 +59,16 @@ def ranks_of(process: subprocess.Popen[str]) -> list[int]:
     return [int(p) for p in subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()]
 
 
-def kill_all(process: subprocess.Popen[str], ranks: list[int] | None = None) -> None:
-    """As a machine that loses power: launcher and ranks at once."""
-    for pid in [process.pid, *(ranks or ranks_of(process))]:
-        os.kill(pid, signal.SIGKILL)
-    process.communicate()
+def are_running(ranks: list[Started]) -> bool:
+    return all(rank.poll() is None for rank in ranks)
+
+
+def kill_all(ranks: list[Started]) -> None:
+    """As a machine that loses power: all at once."""
+    for rank in ranks:
+        rank.kill()
+    for rank in ranks:
+        rank.wait()
 
 
 def teacher(output_dir: Path, iteration: int = 19) -> dict[str, torch.Tensor]:
@@ -198,17 +206,16 @@ def test_all_ranks_killed_anywhere_the_result_is_the_same_bit_for_bit(trainer: T
     words += ["dino.head_n_prototypes=4096", "dino.head_bottleneck_dim=256"]  # 16 MB: a checkpoint takes its time
     assert run_ranks(2, trainer, tmp_path / "whole", *words).returncode == EXIT_OK
     killed = tmp_path / "killed"
-    process = start(torchrun(trainer, 2, killed, *words))
-    while process.poll() is None and lines(killed) < 5:
+    ranks = start_ranks(2, trainer, killed, *words)
+    while are_running(ranks) and lines(killed) < 5:
         time.sleep(0.02)
-    kill_all(process)
-    process = start(torchrun(trainer, 2, killed, *words))
-    while process.poll() is None and lines(killed) < 12:
+    kill_all(ranks)
+    ranks = start_ranks(2, trainer, killed, *words)
+    while are_running(ranks) and lines(killed) < 12:
         time.sleep(0.02)
-    ranks = ranks_of(process)
-    while process.poll() is None and not half_written(killed):
+    while are_running(ranks) and not half_written(killed):
         time.sleep(0.001)
-    kill_all(process, ranks)
+    kill_all(ranks)
     assert 12 <= lines(killed) < 24 and half_written(killed), "killed inside a checkpoint"
     result = run_ranks(2, trainer, killed, *words)
     assert result.returncode == EXIT_OK, result.stderr
@@ -219,7 +226,7 @@ def test_all_ranks_killed_anywhere_the_result_is_the_same_bit_for_bit(trainer: T
 
 def test_an_overflow_in_one_ranks_share_is_seen_by_all(tmp_path: Path) -> None:
     """Sharded gradients under a loss scale: otherwise one rank would skip the update that the other makes."""
-    mp.spawn(_overflow, (str(tmp_path / "store"),), nprocs=2)
+    started.in_ranks(_overflow, str(tmp_path / "store"))
 
 
 def _overflow(rank: int, store: str) -> None:
@@ -247,10 +254,10 @@ def test_a_run_goes_on_with_other_ranks_and_another_strategy(trainer: Trainer, o
     common = ["student.drop_path_rate=0", *FP64, "dino.koleo_distributed=true", *STEPS[:2], "train.checkpoint_period=5"]
     for ranks, strategy, until in ((2, "fsdp", 9), (4, "ddp", 14)):
         words = [*common, f"train.batch_size_per_gpu={4 // ranks}", f"train.strategy={strategy}"]
-        process = start(torchrun(trainer, ranks, out, *words, "train.checkpoint_keep=9"))
-        while process.poll() is None and not (out / "checkpoints" / f"{until:07d}").exists():
+        started = start_ranks(ranks, trainer, out, *words, "train.checkpoint_keep=9")
+        while are_running(started) and not (out / "checkpoints" / f"{until:07d}").exists():
             time.sleep(0.005)
-        kill_all(process)
+        kill_all(started)
     assert run_ranks(1, trainer, out, *common, "train.batch_size_per_gpu=4").returncode == EXIT_OK
     assert_close(one_process, out, rtol=0, atol=1e-10)
 
@@ -278,7 +285,7 @@ def test_a_rank_that_dies_ends_the_job_with_its_reason(trainer: Trainer, tmp_pat
 def test_checkpoints_at_every_step_are_written_in_turn(trainer: Trainer, tmp_path: Path) -> None:
     """One rank may see the end of a writing before the other does; both still take part in the same collectives."""
     words = ["train.OFFICIAL_EPOCH_LENGTH=30", "train.batch_size_per_gpu=2", "train.checkpoint_period=1", "train.strategy=fsdp"]
-    result = run(torchrun(trainer, 2, tmp_path / "run", *words, "train.timeout_s=60"), timeout=200)
+    result = run_ranks(2, trainer, tmp_path / "run", *words, "train.timeout_s=60")
     assert result.returncode == EXIT_OK, result.stderr[-3000:]
     assert [p.name for p in sorted((tmp_path / "run" / "checkpoints").iterdir())] == ["0000057", "0000058", "0000059"]
 
@@ -363,8 +370,8 @@ def test_a_port_in_use_is_named(trainer: Trainer, tmp_path: Path) -> None:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(taken.getsockname()[1])}
-        environment = {**os.environ, **place, "WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}
+        environment = {**place, "WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}
         command = trainer.command(tmp_path / "run", "train.timeout_s=5")
-        result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+        result = Started(command[2:], environment=environment).completed(120)
     assert result.returncode == 2 and place["MASTER_PORT"] in result.stderr and "choose another --master-port" in result.stderr
     assert "Traceback" not in result.stderr

@@ -8,10 +8,11 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from scipy import ndimage
 
 from dinov2.cli import main
 from dinov2.demo import readout, run
-from dinov2.demo.generate import SPACING_MM, Case, generate
+from dinov2.demo.generate import SPACING_MM, Case, generate, spline
 from dinov2.demo.run import summary
 from dinov2.eval.measures.dense_readout import raw_features
 
@@ -89,6 +90,12 @@ def test_generated_volumes_follow_their_seed_and_do_not_share_a_place(tmp_path: 
     outside = crops.shares[..., 0] == 1  # where the labels say outside, the image is background
     patches = raw_features(crops.windows, 4)[..., :64]
     assert (patches[outside] <= -0.99).float().mean() > 0.97
+
+
+def test_a_spline_is_what_scipys_zoom_makes() -> None:
+    coarse = np.random.default_rng(0).normal(0, 4.0, (6, 7, 3))
+    expected = ndimage.zoom(coarse, (20 / 6, 23 / 7, 19 / 3), order=3)
+    np.testing.assert_allclose(spline(coarse, (20, 23, 19)), expected, rtol=0, atol=1e-12)
 
 
 def test_the_read_out_finds_what_is_linear_and_nothing_in_noise() -> None:

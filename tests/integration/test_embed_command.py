@@ -16,18 +16,25 @@ import pytest
 import torch
 
 from dinov2.cli import main
+from dinov2.configs import load_and_merge_config_3d
+from dinov2.configs.loader import without_path_keys
 from dinov2.data import write_datalist
-from dinov2.models.vision_transformer import vit_tiny_3d
+from dinov2.models import build_backbone
 from tests.conftest import BUNDLED, ROOT
 from tests.processes import environment, left_after, wait_for_children
+from tests.started import Started
 
 NUM_SCANS = 64  # four parts
 
 
 @pytest.fixture
 def weights(tmp_path: Path) -> Path:
+    """A third of a small network, whose parts still take longer than a test needs to see the first one."""
+    words = ["student.arch=vit_tiny_3d", "student.depth=4", "student.patch_size=8", "student.block_chunks=0"]
+    cfg = load_and_merge_config_3d(None, [*words, "crops.global_crops_size=32", "crops.local_crops_size=16"])
     torch.manual_seed(0)
-    torch.save(vit_tiny_3d(patch_size=8, img_size=32, init_values=0.5).state_dict(), tmp_path / "t.pth")
+    meta = {"config": without_path_keys(cfg)}
+    torch.save({"teacher": build_backbone(cfg).state_dict(), "meta": meta}, tmp_path / "t.pth")
     return tmp_path / "t.pth"
 
 
@@ -79,7 +86,7 @@ def test_a_stopped_run_on_real_scans_continues_to_the_table_of_an_undisturbed_on
     parts, counts = tmp_path / "b" / "f.parts", []
     for number, code in ((signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, 75)):
         before = len(list(parts.glob("0*.parquet")))
-        process = start(command(tmp_path / "list.json", weights, tmp_path / "b" / "f.parquet", *flags))
+        process = Started(command(tmp_path / "list.json", weights, tmp_path / "b" / "f.parquet", *flags)[2:], "dinov2.cli")
         deadline = time.monotonic() + 100
         while len(list(parts.glob("0*.parquet"))) == before:
             assert process.poll() is None and time.monotonic() < deadline
@@ -93,7 +100,7 @@ def test_a_stopped_run_on_real_scans_continues_to_the_table_of_an_undisturbed_on
         counts.append(len(list(parts.glob("0*.parquet"))))
         assert not (tmp_path / "b" / "f.parquet").exists()
     assert 0 < counts[0] < counts[1] < 4
-    finish(command(tmp_path / "list.json", weights, tmp_path / "b" / "f.parquet", *flags))
+    assert main(command(tmp_path / "list.json", weights, tmp_path / "b" / "f.parquet", *flags)[2:]) == 0
     for name in ("f.parquet", "f.quarantine.json"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name
     patches = pq.read_table(tmp_path / "b" / "f.parquet")["patches"].to_pylist()

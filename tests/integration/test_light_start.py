@@ -1,4 +1,4 @@
-"""Commands that need no network start without torch, in fresh processes."""
+"""What programs do not import when they start, in fresh processes: torch without a network, its heavy parts without a need."""
 
 from __future__ import annotations
 
@@ -118,6 +118,12 @@ except SystemExit:
 def test_a_program_sets_the_collector_and_an_import_does_not() -> None:
     done = subprocess.run([sys.executable, "-c", START], cwd=ROOT, capture_output=True, text=True)
     assert "STARTED True True" in done.stdout, done.stdout[-200:] + done.stderr
+
+
+def test_what_reads_weights_starts_without_checkpoint_folders_and_the_compiler() -> None:
+    code = "import sys, dinov2.eval.knn, dinov2.features.encoder; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert not {"torch.distributed.checkpoint", "torch._dynamo", "sympy", "monai"} & set(done.stdout.split())
 
 
 def test_help_takes_less_than_half_a_second_of_cpu(folder: Path) -> None:

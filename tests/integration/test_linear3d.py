@@ -6,8 +6,6 @@ import csv
 import json
 import pickle
 import re
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -22,7 +20,8 @@ from dinov2.cli import main as dinov2
 from dinov2.errors import EXIT_BAD_INPUT, EXIT_OK, BadInput
 from dinov2.eval.linear3d import main
 from dinov2.logging.folder import locked_folder
-from tests.conftest import ROOT, SMALL
+from tests.conftest import SMALL
+from tests.started import Started
 from tests.unit.data.corpus import test_index
 
 NETWORK = [w for w in SMALL if w.startswith(("student.", "crops.", "train.num_threads"))]
@@ -104,7 +103,6 @@ def test_a_probe_is_trained_chosen_tested_and_applied_to_a_scan(
     assert re.match(rf"{series}: (smooth|grainy|bright) \(smooth [01]\.", capsys.readouterr().out)
 
 
-@pytest.mark.slow
 def until_free(folder: Path) -> None:
     """Wait for the loader processes of a killed run, which hold its lock until they have had their turn to end."""
     for _ in range(200):
@@ -113,15 +111,15 @@ def until_free(folder: Path) -> None:
         time.sleep(0.1)
 
 
+@pytest.mark.slow
 def test_killed_it_ends_as_an_undisturbed_run(data: Path, tmp_path: Path) -> None:
     whole, out = tmp_path / "whole", tmp_path / "killed"
     assert main(words(data, whole, epochs=24)) == EXIT_OK
-    program = [sys.executable, "dinov2/eval/linear3d.py", *words(data, out, epochs=24)]
-    process = subprocess.Popen(program, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = Started(words(data, out, epochs=24), "dinov2.eval.linear3d")
     while process.poll() is None and not (out / "checkpoint.pth").exists():
         time.sleep(0.005)
     process.kill()
-    process.communicate()
+    process.wait()
     before = torch.load(out / "checkpoint.pth", weights_only=True)["iteration"]
     assert before < 239 and not (out / "results.json").exists()
     until_free(out)

@@ -26,6 +26,7 @@ from dinov2.errors import EXIT_BAD_INPUT, EXIT_OK, EXIT_RESUMABLE
 from dinov2.eval.segmentation3d import main
 from dinov2.eval.segmentation_3d import engine, inference
 from tests.conftest import ROOT, SMALL
+from tests.started import Started, run_ranks
 
 NETWORK = [w for w in SMALL if w.startswith("student.")] + [
     "student.depth=4", "student.embed_dim=32", "student.patch_size=8", "crops.global_crops_size=16",
@@ -82,9 +83,7 @@ def weights(out: Path) -> dict[str, torch.Tensor]:
     return torch.load(out / "best_model.pth", weights_only=True)["model"]
 
 
-def start(command: list[str]) -> subprocess.Popen[str]:
-    program = [sys.executable, "dinov2/eval/segmentation3d.py", *command]
-    return subprocess.Popen(program, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+PROGRAM = "dinov2.eval.segmentation3d"
 
 
 @pytest.mark.slow
@@ -187,13 +186,13 @@ def test_killed_or_asked_to_stop_it_ends_as_an_undisturbed_run(data: Path, tmp_p
     long = {"epochs": 4}
     assert main(words(data, tmp_path / "whole", **long)) == EXIT_OK
     out = tmp_path / "killed"
-    process = start(words(data, out, **long))
+    process = Started(words(data, out, **long), PROGRAM)
     while process.poll() is None and not (out / "checkpoint.pth").exists():
         time.sleep(0.01)
     process.kill()
     process.communicate()
     assert not (out / "results.json").exists()
-    process = start(words(data, out, **long))
+    process = Started(words(data, out, **long), PROGRAM)
     while process.poll() is None and len((out / "training_metrics.json").read_text().splitlines()) < 2:
         time.sleep(0.01)
     os.kill(process.pid, signal.SIGTERM)
@@ -211,10 +210,7 @@ def test_two_ranks_train_what_one_process_does(data: Path, tmp_path: Path) -> No
     """The linear head, which has no BatchNorm; four cases a step, and the loss a mean over crops."""
     same = {"learning_rate": 1e-2, "num_workers": 0, "epochs": 1}
     assert main(words(data, tmp_path / "one", "Linear", batch_size=2, **same)) == EXIT_OK
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29533"]
-    command = [*launcher, "dinov2/eval/segmentation3d.py", *words(data, tmp_path / "two", "Linear", batch_size=1, **same)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
+    result = run_ranks(words(data, tmp_path / "two", "Linear", batch_size=1, **same), 2, module=PROGRAM)
     assert result.returncode == EXIT_OK, result.stderr
     a, b = weights(tmp_path / "one"), weights(tmp_path / "two")
     assert max(float((v - b[k]).abs().max()) for k, v in a.items() if v.is_floating_point()) < 1e-4

@@ -1,4 +1,4 @@
-"""`train3d.py` as a user starts it: on real volumes, killed, stopped, started again, misused."""
+"""`train3d.py`: on real volumes, killed, stopped, started again, misused."""
 
 from __future__ import annotations
 
@@ -32,6 +32,7 @@ from dinov2.train.schedules import build_schedules
 from dinov2.train.state import TrainState
 from dinov2.train.train3d import main, train_step
 from tests.conftest import ROOT, SMALL, Trainer, read_json_lines
+from tests.started import Started
 
 TIMING = {"iter_time", "data_time", "volumes_per_s", "data_wait", "mfu", "memory_gib"}
 
@@ -61,7 +62,7 @@ def one_line_error(result, *words: str) -> None:
 
 def test_a_run_on_real_volumes_leaves_everything_that_decided_it(trainer: Trainer, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    result = trainer.run(out)
+    result = subprocess.run(trainer.command(out), cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     rows = read_json_lines(out / "training_metrics.json")
     assert [r["iteration"] for r in rows] == list(range(12))
@@ -195,20 +196,19 @@ def test_a_chain_of_stages_killed_in_each_ends_as_an_undisturbed_one(trainer: Tr
     words = ["--stages", str(tmp_path / "stages.yaml"), "train.num_workers=1", "train.checkpoint_period=4"]
     small = [o for o in SMALL if not o.startswith("optim.epochs")]
 
-    def command(out: Path) -> list[str]:
-        start = [sys.executable, "dinov2/train/train3d.py", "--output-dir", str(out), *words]
-        return [*start, *small, "optim.epochs=6", f"train.dataset_path={trainer.datalist}"]
+    def start(out: Path) -> Started:
+        return Started(["--output-dir", str(out), *words, *small, "optim.epochs=6", f"train.dataset_path={trainer.datalist}"])
 
-    assert subprocess.run(command(tmp_path / "whole"), cwd=ROOT, capture_output=True).returncode == 0
+    assert start(tmp_path / "whole").wait() == 0
     killed = tmp_path / "killed"
     for stage in ("low", "high"):
-        process = subprocess.Popen(command(killed), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = start(killed)
         while process.poll() is None and lines(killed / stage) < 10:
             time.sleep(0.02)
         process.kill()
         process.wait()
         assert 10 <= lines(killed / stage) < 36
-    result = subprocess.run(command(killed), cwd=ROOT, capture_output=True, text=True)
+    result = start(killed).completed()
     assert result.returncode == 0 and "finished already" in result.stderr and "started from" not in result.stderr
     for stage in ("low", "high"):
         assert_same_weights(teacher(killed / stage, 35), teacher(tmp_path / "whole" / stage, 35))

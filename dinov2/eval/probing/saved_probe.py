@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dinov2.checkpointer.checkpointer import save_atomically
+from dinov2.checkpointer.saving import save_atomically
 from dinov2.checkpointer.teacher import RANDOM, open_teacher, open_weights
 from dinov2.configs.loader import saved_config, typed_from, without_path_keys
 from dinov2.data.downstream.cases import prepare_case

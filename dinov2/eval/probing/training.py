@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.optim import AdamW
 
-from dinov2.checkpointer.checkpointer import save_atomically
+from dinov2.checkpointer.saving import save_atomically
 from dinov2.checkpointer.teacher import open_weights
 from dinov2.data.downstream.cases import Cases
 from dinov2.data.downstream.crops import training_cube

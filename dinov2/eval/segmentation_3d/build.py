@@ -13,7 +13,7 @@ import torch
 from omegaconf import DictConfig
 from torch import nn
 
-from dinov2.checkpointer.checkpointer import save_atomically
+from dinov2.checkpointer.saving import save_atomically
 from dinov2.checkpointer.teacher import open_weights
 from dinov2.configs.loader import saved_config, typed_from, without_path_keys
 from dinov2.data.downstream.recipes import Recipe

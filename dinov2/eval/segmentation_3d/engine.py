@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW
 
-from dinov2.checkpointer.checkpointer import save_atomically
+from dinov2.checkpointer.saving import save_atomically
 from dinov2.checkpointer.teacher import open_weights
 from dinov2.data.downstream.cases import Case, Cases
 from dinov2.data.downstream.check import draw_prepared

@@ -18,7 +18,7 @@ import torch
 from dinov2.run.data.index import main as index_main
 from dinov2.run.train.train import main
 from tests.conftest import BUNDLED, ROOT, Trainer
-from tests.distributed.test_ranks import lines, metrics, run, teacher, torchrun
+from tests.distributed.test_ranks import lines, metrics, run_ranks, teacher
 
 HERE = Path(__file__).parent
 missing = [name for name in ("slurmctld", "slurmd", "munged") if shutil.which(name) is None]
@@ -61,7 +61,7 @@ def node_state() -> str:
 def test_a_job_that_is_preempted_resumes_and_ends_as_an_undisturbed_one(slurm: None, trainer: Trainer, tmp_path: Path) -> None:
     words = ["train.OFFICIAL_EPOCH_LENGTH=60", "optim.epochs=2", "train.checkpoint_period=1000", "train.batch_size_per_gpu=2"]
     words += ["train.strategy=fsdp", "train.num_workers=1"]
-    undisturbed = run(torchrun(trainer, 2, tmp_path / "whole", *words))
+    undisturbed = run_ranks(2, trainer, tmp_path / "whole", *words)
     assert undisturbed.returncode == 0, undisturbed.stderr
     out = tmp_path / "run"
     cluster = [

@@ -12,8 +12,9 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
 from dinov2 import load_encoder
-from dinov2.checkpointer.checkpointer import Checkpointer, _checksums, save_atomically
+from dinov2.checkpointer.checkpointer import Checkpointer, _checksums
 from dinov2.checkpointer.export import describe
+from dinov2.checkpointer.saving import save_atomically
 from dinov2.checkpointer.teacher import open_teacher
 from dinov2.errors import BadInput
 

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import math
-from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor
 from torch._dynamo.utils import counters
 
@@ -22,6 +20,7 @@ from dinov2.loss import (
     koleo_loss,
     sinkhorn_knopp,
 )
+from tests.started import in_ranks
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
@@ -170,8 +169,8 @@ def test_a_non_finite_batch_leaves_no_trace_in_the_centre() -> None:
     assert center.center.isfinite().all()
 
 
-def _targets_of_a_rank(rank: int, world: int, folder: str, result: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
+def _targets_of_a_rank(rank: int, folder: str, result: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     rows = scores(9, 5)
     mine = rows[:6] if rank == 0 else rows[6:]  # ranks hold different numbers of masked patches
     center = TeacherCenter(5).double()
@@ -182,7 +181,7 @@ def _targets_of_a_rank(rank: int, world: int, folder: str, result: str) -> None:
 
 
 def test_two_processes_make_the_targets_of_one(tmp_path: Path) -> None:
-    mp.spawn(partial(_targets_of_a_rank), args=(2, str(tmp_path), str(tmp_path / "out")), nprocs=2)
+    in_ranks(_targets_of_a_rank, str(tmp_path), str(tmp_path / "out"))
     parts = [torch.load(tmp_path / f"out.{r}") for r in range(2)]
     rows = scores(9, 5)
     center = TeacherCenter(5).double()

@@ -25,6 +25,7 @@ from dinov2.errors import BadInput
 from dinov2.features.setup import build_model_for_eval
 from dinov2.models.hub import fetch, is_repository
 from dinov2.models.vision_transformer import vit_tiny_3d
+from dinov2.streams import Kind, torch_seed
 from dinov2.train.build import build
 from dinov2.train.state import TrainState, save_teacher
 from tests.conftest import ROOT
@@ -239,6 +240,17 @@ def test_what_does_not_read_as_a_repository_is_refused_in_words(source: str) -> 
     assert not is_repository(source)
     with pytest.raises(BadInput, match=r"not a repository of the Hugging Face hub: write owner/name\[@revision\]\[:file\]"):
         fetch(source)
+
+
+def test_no_number_is_drawn_for_a_network_that_is_loaded(teacher: tuple) -> None:
+    """A ViT-L's would take longer than reading its file."""
+    file, _, backbone = teacher
+    cfg = load_and_merge_config_3d(file.parents[1] / "config.yaml")
+    torch.manual_seed(torch_seed(cfg.train.seed, Kind.INIT, 0))
+    before = torch.get_rng_state()
+    loaded = build_model_for_eval(cfg, file, CPU)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(torch.equal(a, b) for a, b in zip(loaded.state_dict().values(), backbone.state_dict().values(), strict=True))
 
 
 @pytest.mark.slow

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from omegaconf import DictConfig
 from torch._dynamo.utils import counters
 
@@ -21,6 +20,7 @@ from dinov2.train.build import build
 from dinov2.train.compiling import resolve_compile
 from dinov2.train.train3d import main
 from tests.conftest import SMALL, Trainer, read_json_lines
+from tests.started import in_ranks
 
 SmallConfig = Callable[..., DictConfig]
 CPU = Runtime(torch.device("cpu"))
@@ -136,7 +136,7 @@ def test_old_files_with_true_and_false_load() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_two_ranks_compile_too(real_list: Path, tmp_path: Path, strategy: str) -> None:
-    mp.spawn(_gradients_of_a_rank, (str(tmp_path), str(real_list), strategy), nprocs=2)
+    in_ranks(_gradients_of_a_rank, str(tmp_path), str(real_list), strategy)
     plain, compiled = torch.load(tmp_path / "plain.pt"), torch.load(tmp_path / "compiled.pt")
     for name, grad in plain.items():
         torch.testing.assert_close(compiled[name], grad, rtol=1e-4, atol=1e-6, msg=name)

@@ -19,8 +19,8 @@ import pytest
 import torch
 from matplotlib.image import imread
 
-from dinov2.checkpointer.checkpointer import save_atomically
 from dinov2.checkpointer.export import export
+from dinov2.checkpointer.saving import save_atomically
 from dinov2.cli import main
 from dinov2.data import read_datalist, write_datalist
 from dinov2.data.corpus.curation import curate
