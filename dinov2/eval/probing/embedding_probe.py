@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from dinov2.checkpointer.checkpointer import save_atomically
+from dinov2.checkpointer.saving import save_atomically
 from dinov2.configs.loader import saved_config
 from dinov2.errors import BadInput
 from dinov2.features.encoder import load_encoder
