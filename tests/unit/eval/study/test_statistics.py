@@ -106,6 +106,15 @@ def test_welch_on_students_sleep_data() -> None:
     assert difference(SLEEP_1, SLEEP_2).mean == pytest.approx(-1.58)
 
 
+@pytest.mark.filterwarnings("error")
+def test_values_that_are_equal_but_for_rounding_are_equal() -> None:
+    """Five runs with one AUC, which a mean over classes leaves apart by its last digit."""
+    equal = np.array([0.1 + 0.2, 0.3, 0.3, 0.3, 0.1 + 0.2])
+    assert "the seeds of neither run differ" in welch(equal, equal + 0.5, "seeds").note
+    found = welch(equal, np.array([0.5, 0.6, 0.7, 0.6, 0.5]), "seeds")
+    assert found.note == "" and found.p == pytest.approx(stats.ttest_1samp([0.5, 0.6, 0.7, 0.6, 0.5], 0.3).pvalue)
+
+
 def test_welch_with_unequal_variances_and_sizes() -> None:
     """Wikipedia, "Welch's t-test", example 2: t = -1.57, p 0.149 (Student's p would be 0.045)."""
     first = np.array([17.2, 20.9, 22.6, 18.1, 21.7, 21.4, 23.5, 24.2, 14.7, 21.8])
