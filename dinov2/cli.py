@@ -345,12 +345,34 @@ def build_parser() -> argparse.ArgumentParser:
     action = commands.add_parser("doctor", help=_first_line(doctor))
     action.add_argument("--report", type=Path, help="write it to a file, for a bug report")
     action.set_defaults(function=doctor)
+    _add_config(commands)
+    _add_cache(commands)
+    _add_recipe(commands)
+    _add_predict(commands)
+    _add_classify(commands)
+    commands.add_parser("split", help="write a downstream datalist of labelled cases: parts by patients", add_help=False)
+    commands.add_parser("study", help="a comparison of methods: plan, run, status, collect, report", add_help=False)
+    _add_corpus(commands)
+    _add_embed(commands)
+    _add_visualize(commands)
+    _add_probe(commands)
+    _add_retrieve(commands)
+    _add_compare(commands)
+    _add_figure(commands)
+    _add_checkpoint(commands)
+    return parser
+
+
+def _add_config(commands: Commands) -> None:
     config = commands.add_parser("config", help="show or check a configuration").add_subparsers(required=True, metavar="ACTION")
     for name, function, required in (("show", config_show, False), ("check", config_check, True)):
         action = config.add_parser(name, help=_first_line(function))
         action.add_argument("config", nargs=None if required else "?", help="YAML file or name; default: the defaults")
         action.add_argument("overrides", nargs="*", metavar="key=value")
         action.set_defaults(function=function)
+
+
+def _add_cache(commands: Commands) -> None:
     cache = commands.add_parser("cache", help="preprocessed volumes on disk").add_subparsers(required=True, metavar="ACTION")
     for name, function in (("build", cache_build), ("verify", cache_verify), ("stats", cache_stats)):
         action = cache.add_parser(name, help=_first_line(function))
@@ -363,23 +385,18 @@ def build_parser() -> argparse.ArgumentParser:
         if name == "verify":
             action.add_argument("--remove", action="store_true", help="remove damaged files, so that they are made anew")
         action.set_defaults(function=function)
+
+
+def _add_recipe(commands: Commands) -> None:
     recipe = commands.add_parser("recipe", help="downstream datasets").add_subparsers(required=True, metavar="ACTION")
     action = recipe.add_parser("check", help=_first_line(recipe_check))
     action.add_argument("recipe", help="YAML file, or a name of configs/eval/datasets")
     action.add_argument("--base-data-dir", type=Path, required=True, help="folder of <dataset>_100_datalist.json")
     action.add_argument("--output-dir", type=Path, default=Path("recipe_check"), help="folder of the pictures")
     action.set_defaults(function=recipe_check)
-    _add_predict(commands)
-    _add_classify(commands)
-    commands.add_parser("split", help="write a downstream datalist of labelled cases: parts by patients", add_help=False)
-    commands.add_parser("study", help="a comparison of methods: plan, run, status, collect, report", add_help=False)
-    _add_corpus(commands)
-    _add_embed(commands)
-    _add_visualize(commands)
-    _add_probe(commands)
-    _add_retrieve(commands)
-    _add_compare(commands)
-    _add_figure(commands)
+
+
+def _add_checkpoint(commands: Commands) -> None:
     checkpoints = commands.add_parser("checkpoint", help="weights and training checkpoints in their forms")
     checkpoint = checkpoints.add_subparsers(required=True, metavar="ACTION")
     for name, function in (("inspect", checkpoint_inspect), ("export", checkpoint_export)):
@@ -393,7 +410,6 @@ def build_parser() -> argparse.ArgumentParser:
                 "--licence", metavar="TEXT", help="of the weights, as you decide; said whenever they are loaded"
             )
         action.set_defaults(function=function)
-    return parser
 
 
 _ENCODER_HELP = "of what was trained on an encoder of your own (--model-name), whose code is then run"

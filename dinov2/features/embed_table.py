@@ -65,6 +65,21 @@ def _checked(content: bytes) -> bytes:
     return body
 
 
+def about_table(metadata: dict[bytes, bytes] | None) -> dict[str, Any]:
+    """What a table says of itself, from the metadata of its file; empty where it says nothing.
+
+    Raises:
+        ValueError: It cannot be read.
+    """
+    try:
+        found = json.loads((metadata or {}).get(META, b"{}"))
+    except RecursionError as err:
+        raise ValueError("its metadata is nested too deeply") from err
+    if not isinstance(found, dict):
+        raise ValueError("its metadata is no mapping")
+    return found
+
+
 class EmbeddingTable:
     """One table and its parts.
 
@@ -111,7 +126,7 @@ class EmbeddingTable:
         if not self.output.exists():
             return False
         try:
-            found = json.loads((pq.read_schema(self.output).metadata or {}).get(META, b"{}"))
+            found = about_table(pq.read_schema(self.output).metadata)
         except (OSError, ValueError, pa.ArrowException) as err:
             raise BadInput(f"--output {self.output}: is there and no Parquet file: choose another or remove it") from err
         self._require_same(found.get("key"), self.output)

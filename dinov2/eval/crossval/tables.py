@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ import numpy as np
 from dinov2.configs.errors import nearest
 from dinov2.data.downstream.split import is_empty_cell
 from dinov2.errors import BadInput
-from dinov2.features.embed_table import META, arrow
+from dinov2.features.embed_table import about_table, arrow
 from dinov2.files import path_in_list, read_text
 
 PARTS = ("cls", "pooled")  # of the features; with + side by side
@@ -72,13 +71,13 @@ def read_embeddings(path: Path) -> Embeddings:
     try:
         content = path.read_bytes()
         table = pq.read_table(pa.BufferReader(content))
-        about = json.loads((table.schema.metadata or {}).get(META, b"{}"))
+        about = about_table(table.schema.metadata)
     except OSError as err:
         raise BadInput(f"{path}: {err.strerror or 'no Parquet file'}: give the table of `dinov2 embed`") from err
     except (ValueError, pa.ArrowException) as err:
         raise BadInput(f"{path}: no Parquet file: give the table of `dinov2 embed`") from err
     names = ["id", "path", "channel", "patient", "sha", *PARTS]
-    if not isinstance(about, dict) or not isinstance(about.get("key"), dict) or not set(names) <= set(table.column_names):
+    if not isinstance(about.get("key"), dict) or not set(names) <= set(table.column_names):
         raise BadInput(f"{path}: a Parquet file of another kind: give the table of `dinov2 embed`")
     rows = table.select(names[:5]).to_pylist()
     order = sorted(range(len(rows)), key=lambda i: [str(rows[i][name]) for name in names[:3]])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,7 +15,7 @@ from dinov2.configs.errors import nearest
 from dinov2.data.datalist import Entry
 from dinov2.data.preprocess import PERCENTILES
 from dinov2.errors import BadInput
-from dinov2.features.embed_table import META, arrow
+from dinov2.features.embed_table import about_table, arrow
 from dinov2.files import path_for_list, path_in_list, user_path
 from dinov2.geometry import triple
 
@@ -48,7 +47,7 @@ class FeatureTable:
             raise BadInput(f"{path}: no such table: give the .parquet that `dinov2 embed` wrote")
         try:
             self._file = pq.ParquetFile(path)
-            self.about = json.loads((self._file.schema_arrow.metadata or {}).get(META, b"{}"))
+            self.about = about_table(self._file.schema_arrow.metadata)
         except (OSError, ValueError, pa.ArrowException) as err:
             raise BadInput(f"{path}: is no Parquet file: give the one that `dinov2 embed` wrote") from err
         names = self._file.schema_arrow.names
