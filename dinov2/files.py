@@ -1,17 +1,19 @@
-"""Users' files: text and JSON read or refused by name, paths as they are given and as lists have them, files written whole."""
+"""Users' files: text, JSON and paths read or refused by name, paths as lists have them, files written whole, locks."""
 
 from __future__ import annotations
 
 import codecs
+import fcntl
 import json
 import math
 import os
 import stat
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from dinov2.errors import BadInput
 
@@ -19,6 +21,7 @@ TEMPORARY = ".tmp."  # prefix of the names that a killed process may leave; the 
 MOST_NAME_BYTES = 235  # of a file's name, 255 less what its temporary name adds
 MOST_TEXT_BYTES = 2**31  # a list of some million volumes
 MOST_FACTS_BYTES = 2**24  # a file that describes a scan or a data set
+PATIENCE = 10.0  # seconds; see lock
 _MOST_DIGITS = 300  # a whole number beyond is none that anything counts, and no float holds it
 
 
@@ -234,6 +237,29 @@ def _finite(content: Any) -> Any:
     if isinstance(content, (list, tuple)):
         return [_finite(value) for value in content]
     return content
+
+
+def lock(file: IO[Any], patience: float = PATIENCE) -> bool:
+    """Take an open file for this process and those it will start alone; the lock goes with them, however they end.
+
+    Args:
+        file: Open for writing.
+        patience: Seconds to wait where another process has it: what a killed run has started ends a moment after it, on a busy
+            machine some seconds, and holds on to what it inherited until then.
+
+    Returns:
+        Whether it is ours.
+    """
+    until = time.monotonic() + patience
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            if time.monotonic() > until:
+                return False
+            time.sleep(0.05)
+        else:
+            return True
 
 
 def path_for_list(path: str | Path, folder: str | Path) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -11,7 +10,7 @@ from pathlib import Path
 from dinov2.distributed import barrier
 from dinov2.distributed.runtime import Runtime
 from dinov2.errors import BadInput
-from dinov2.files import user_path
+from dinov2.files import lock, user_path
 from dinov2.logging.provenance import RUN_FILE
 
 logger = logging.getLogger(__name__)
@@ -59,10 +58,8 @@ def locked_folder(path: str | Path) -> Iterator[Path]:
     except OSError as err:
         raise BadInput(f"output folder {folder}: {err.strerror}: choose another --output-dir") from err
     with handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as err:
-            raise BadInput(f"output folder {folder}: another run is using it: wait for it or choose another") from err
+        if not lock(handle):
+            raise BadInput(f"output folder {folder}: another run is using it: wait for it or choose another")
         yield folder
 
 

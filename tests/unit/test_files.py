@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import math
 import os
+import subprocess
+import time
 from pathlib import Path
 
 import pytest
 
 from dinov2.errors import BadInput
 from dinov2.files import (
+    lock,
     path_for_list,
     path_in_list,
     read_json,
@@ -173,3 +176,15 @@ def test_only_regular_files_of_a_bounded_size_are_read(tmp_path: Path) -> None:
     ):  # fmt: skip
         with pytest.raises(BadInput, match=words_of):
             read_text(tmp_path / name, advice="make it", most_bytes=2**20)
+
+
+def test_a_lock_is_waited_for_while_what_a_killed_run_has_started_ends(tmp_path: Path) -> None:
+    with (tmp_path / ".lock").open("a") as first:
+        assert lock(first)
+        child = subprocess.Popen(["sleep", "1"], pass_fds=[first.fileno()])
+    with (tmp_path / ".lock").open("a") as second:
+        assert not lock(second, patience=0.2)
+        began = time.monotonic()
+        assert lock(second)
+        assert 0.5 < time.monotonic() - began < 5
+    child.wait()

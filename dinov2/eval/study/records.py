@@ -13,7 +13,6 @@ A cell is finished when its results are whole; nothing else says so, so that not
 from __future__ import annotations
 
 import csv
-import fcntl
 import io
 import logging
 import os
@@ -24,7 +23,7 @@ from typing import IO, Any
 
 from dinov2.errors import BadInput
 from dinov2.eval.study.cells import Cell
-from dinov2.files import is_number, read_json, read_text
+from dinov2.files import is_number, lock, read_json, read_text
 
 logger = logging.getLogger("dinov2.eval.study")
 
@@ -213,9 +212,7 @@ def hold(folder: Path) -> IO[str] | None:
         handle = open(folder / LOCK, "a")  # noqa: SIM115 - it outlives this function
     except OSError as err:
         raise BadInput(f"{folder}: {err.strerror}: choose another output_dir") from err
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    if not lock(handle, patience=0):
         handle.close()
         return None
     return handle
@@ -258,10 +255,10 @@ def move_changed_aside(cells: Iterable[Cell]) -> None:
         what = changes(cell)
         if not what:
             continue
-        lock = hold(cell.folder)
-        if lock is None:
+        held = hold(cell.folder)
+        if held is None:
             raise BadInput(f"{cell.name}: is running with other settings ({what}): wait for it, or stop it")
-        with lock:
+        with held:
             names = [p.name for p in cell.folder.iterdir() if p.name != LOCK and not p.name.startswith("previous_")]
             aside = set_aside(cell.folder, names)
         logger.info("%s: %s: what it held is in %s", cell.name, what, aside)

@@ -6,7 +6,6 @@ Only a unit's stamp and the place of its line are held in memory, so that 100,00
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import logging
 import os
@@ -17,7 +16,7 @@ from typing import Any, BinaryIO
 
 from dinov2.data.corpus.index.examine import Row
 from dinov2.errors import BadInput
-from dinov2.files import from_json, replacing, to_json
+from dinov2.files import from_json, lock, replacing, to_json
 
 SUFFIX = ".index.jsonl"
 FORMAT = "dinov2-3d index 1"
@@ -51,11 +50,9 @@ class Journal:
             self._file = path.open("ab", buffering=0)  # so that a full disk shows at the line that does not fit
         except OSError as err:
             raise BadInput(f"{path}: {err.strerror}: choose another --output") from err
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as err:
+        if not lock(self._file):
             self._file.close()
-            raise BadInput(f"{path}: another index writes it: wait for it or choose another --output") from err
+            raise BadInput(f"{path}: another index writes it: wait for it or choose another --output")
         with path.open("rb") as earlier:
             self._continue(earlier)
         self._reader = path.open("rb")  # not the one above: what that holds in its buffer may have been cut off
