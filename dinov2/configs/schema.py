@@ -400,6 +400,7 @@ class SegmentationConfig:
     layerwise_decay: float = key(1.0, "learning rate of a block over the one above (--train-feature-model); 1: one for all")
     window_batch: int = key(4, "windows a pass of the sliding window")
     swin_width: int = key(48, "features of SwinUNETR at half of the size; twice as many at each halving")
+    swin_window: int = key(7, "cells along an edge of SwinUNETR's attention windows (2 to 8)")
     unet_width: int = key(32, "features of UNet at the full size; twice as many at each halving, up to ten times")
 
     def __post_init__(self) -> None:
@@ -409,6 +410,7 @@ class SegmentationConfig:
             self.swin_width > 0 and self.swin_width % 12 == 0,
             f"segmentation.swin_width={self.swin_width} must be a multiple of 12 (the network's heads)",
         )
+        require(2 <= self.swin_window <= 8, f"segmentation.swin_window={self.swin_window} must be 2 to 8")
         for name in ("inplanes", "num_points", "window_batch", "unet_width"):
             require(getattr(self, name) > 0, f"segmentation.{name}={getattr(self, name)} must be at least 1")
         require(0 < self.feature_ratio <= 1, f"segmentation.feature_ratio={self.feature_ratio} must lie in (0, 1]")

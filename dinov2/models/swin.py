@@ -51,6 +51,7 @@ class SwinEncoder3d(nn.Module):
         contrastive: With the head that the pretraining had, which MONAI's class leaves out; its output is the feature.
         unit_range: Intensities are brought from [-1, 1] to [0, 1] first, as the published weights saw them.
         checkpointing: Blocks are computed again in the backward pass.
+        window: Cells along an edge of its attention windows.
 
     Source: Tang et al. (2022); 3DINO paper, "SOTA segmentation comparisons" and "3DINO classification".
     """
@@ -59,14 +60,19 @@ class SwinEncoder3d(nn.Module):
     used: Used | None = None  # of weights that it was filled from
 
     def __init__(
-        self, width: int = 48, contrastive: bool = False, unit_range: bool = False, checkpointing: bool = False
+        self,
+        width: int = 48,
+        contrastive: bool = False,
+        unit_range: bool = False,
+        checkpointing: bool = False,
+        window: int = WINDOW,
     ) -> None:
         super().__init__()
         from monai.networks.nets.swin_unetr import SwinTransformer
 
-        self.width, self.unit_range = width, unit_range
+        self.width, self.window, self.unit_range = width, window, unit_range
         self.swinViT = SwinTransformer(
-            1, width, (WINDOW,) * 3, (PATCH,) * 3, DEPTHS, NUM_HEADS, use_checkpoint=checkpointing, spatial_dims=3
+            1, width, (window,) * 3, (PATCH,) * 3, DEPTHS, NUM_HEADS, use_checkpoint=checkpointing, spatial_dims=3
         )
         last = width * 2 ** len(DEPTHS)
         self.contrastive_head = nn.Linear(last, CONTRASTIVE_DIM) if contrastive else nn.Identity()
@@ -189,7 +195,7 @@ def load_swin(encoder: SwinEncoder3d, state: StateDict, source: str | Path) -> N
     other = [k for k in own if k.endswith("relative_position_index") and not bool((taken[k] == own[k]).all())]
     if other:
         raise BadInput(
-            f"weights {source}: {saved[other[0]]} is of other attention windows than {WINDOW} cubed: of another network"
+            f"weights {source}: {saved[other[0]]} is of other attention windows than {encoder.window} cubed: of another network"
         )
     refuse_non_finite(taken, f"weights {source}")
     encoder.load_state_dict(taken)

@@ -9,7 +9,7 @@ shift 2
 cd "$(dirname "$0")/../.."
 [ -d .venv ] && source .venv/bin/activate
 mkdir -p "$out/lists" "$out/rates"
-dino=$out/pretrain/3dino/eval/training_7999/teacher_checkpoint.pth monai=$out/pretrain/monai_vit/eval/training_2999/teacher_checkpoint.pth
+dino=$out/pretrain/3dino/eval/training_3999/teacher_checkpoint.pth monai=$out/pretrain/monai_vit/eval/training_1499/teacher_checkpoint.pth
 
 lists() { # the study's; one for the learning rates, tested on half of the validation cases; the pretraining's: training parts only
   local d=$out/lists/MSD-Hippocampus_100_datalist.json
@@ -51,12 +51,12 @@ for step in "$@"; do
     lists) lists ;;
     pretrain)
       mkdir -p "$out/pretrain"
-      pretrain 3dino demo_weights 80 & first=$!
-      pretrain monai_vit monai_vit_tiny_cpu 30 & second=$!
+      pretrain 3dino demo_weights 40 & first=$!
+      pretrain monai_vit monai_vit_tiny_cpu 15 & second=$!
       wait "$first" && wait "$second"
       ;;
     rates)
-      for rate in 3e-4 1e-3 3e-3; do
+      for rate in 1e-3 3e-3; do
         names=$(printf 'MSD-Hippocampus/%s/13.8/100,' 3DINO MONAI-ViT Random SwinRandom UNet 3DINO-linear MONAI-ViT-linear Random-linear)
         study run "$out/rates/$rate" "$out/rates" --jobs 2 --cells "${names%,}" "seeds=[100]" \
           "datasets.MSD-Hippocampus.budget.learning_rate=$rate" "datasets.brain_t1_sex.base_data_dir=$out/lists" \

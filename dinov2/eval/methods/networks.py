@@ -84,7 +84,7 @@ def open_network(
             raise BadInput(
                 f"weights {teacher.source}: of width {held}, not segmentation.swin_width={s.swin_width}: leave it out"
             )
-        swin = SwinEncoder3d(s.swin_width, task != "segmentation", method.unit_range, s.checkpointing)
+        swin = SwinEncoder3d(s.swin_width, task != "segmentation", method.unit_range, s.checkpointing, s.swin_window)
         if not teacher.is_untrained:
             load_swin(swin, teacher.state, teacher.source)
         return swin.to(runtime.device).eval().requires_grad_(False)

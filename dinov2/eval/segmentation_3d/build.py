@@ -208,7 +208,8 @@ def _network(cfg: DictConfig, task: Task, kind: str, attention: str) -> Segmenta
         return build_head(None, cfg, task)
     if kind == "swin":
         s, method = cfg.segmentation, find_method(task.method)
-        return build_head(SwinEncoder3d(s.swin_width, False, method.unit_range, s.checkpointing), cfg, task)
+        swin = SwinEncoder3d(s.swin_width, False, method.unit_range, s.checkpointing, s.swin_window)
+        return build_head(swin, cfg, task)
     if kind == "encoder":
         return build_head(build_encoder(task.method, {}, task.method), cfg, task)
     return build_head(build_backbone(cfg, teacher=True, attention=attention), cfg, task)

@@ -46,11 +46,12 @@ def permuted(x: Tensor, pattern: str) -> Tensor:
     return x.permute([before.index(axis) for axis in after])
 
 
-def test_the_pass_is_monais_own_and_so_is_the_network_on_one_channel(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("window", [7, 4])
+def test_the_pass_is_monais_own_and_so_is_the_network_on_one_channel(window: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(swin_unetr, "rearrange", permuted)
     torch.manual_seed(0)
-    theirs = SwinUNETR(1, 3, feature_size=12).eval().requires_grad_(False)
-    ours = SwinUNETR3d(encoder(contrastive=False), 1, 3)
+    theirs = SwinUNETR(1, 3, feature_size=12, window_size=window).eval().requires_grad_(False)
+    ours = SwinUNETR3d(encoder(contrastive=False, window=window), 1, 3)
     names = {k.replace("swinViT.", "swinViT.encoder.swinViT."): v for k, v in theirs.state_dict().items()}
     ours.network.load_state_dict(names)
     x = torch.rand(1, 1, 32, 32, 64)  # windows of several sizes, and padded ones
@@ -143,13 +144,15 @@ def test_weights_of_intensities_from_0_to_1_see_them_so(monkeypatch: pytest.Monk
     assert torch.equal(encoder().in_own_range(x), x)
 
 
-def test_blocks_are_computed_again_in_the_backward_pass_where_the_configuration_says_so() -> None:
-    cfg = load_and_merge_config_3d(None, ["segmentation.swin_width=12", "segmentation.checkpointing=true"])
+def test_windows_are_as_configured_and_blocks_are_computed_again_in_the_backward_pass() -> None:
+    cfg = load_and_merge_config_3d(
+        None, ["segmentation.swin_width=12", "segmentation.checkpointing=true", "segmentation.swin_window=3"]
+    )
     runtime = Runtime(torch.device("cpu"))
     net = open_network(METHODS["SwinRandom"], cfg, open_teacher("random"), "segmentation", 32, runtime)
-    assert isinstance(net, SwinEncoder3d) and not net.unit_range
+    assert isinstance(net, SwinEncoder3d) and not net.unit_range and net.window == 3
     blocks = [m for m in net.modules() if isinstance(m, swin_unetr.SwinTransformerBlock)]
-    assert len(blocks) == 8 and all(block.use_checkpoint for block in blocks)
+    assert len(blocks) == 8 and all(block.use_checkpoint and block.window_size == (3, 3, 3) for block in blocks)
 
 
 def test_a_width_that_is_not_the_weights_own_is_refused_before_it_is_built(tmp_path: Path) -> None:
