@@ -24,6 +24,7 @@ from dinov2.eval import linear3d, segmentation3d
 from dinov2.eval.methods.flags import complete
 from dinov2.eval.segmentation_3d import engine
 from tests.conftest import ROOT
+from tests.started import run_ranks
 from tests.unit.models.test_swin import published
 
 EDGE = 32
@@ -129,6 +130,36 @@ def without_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine, "predict_masks", lambda _, case, recipe, *window: recipe.masks(case.truth))
 
 
+def in_small_windows(args: argparse.Namespace) -> argparse.Namespace:
+    """As `complete`; a cube of 64 would take SwinUNETR eight times as long."""
+    whole = vars(complete(args))
+    return argparse.Namespace(**whole | ({"image_size": SWIN_EDGES} if whole["model_name"].startswith("Swin") else {}))
+
+
+def main(argv: list[str]) -> int:
+    """segmentation3d.py, as a process that starts this module runs it."""
+    with pytest.MonkeyPatch.context() as patched:
+        without_pictures.__wrapped__(patched)
+        patched.setattr(segmentation3d, "complete", in_small_windows)
+        return segmentation3d.main(argv)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["SwinRandom", "UNet"])
+def test_two_ranks_train_what_one_process_does(method: str, data: Path, tmp_path: Path) -> None:
+    """Networks without an encoder of ours: a step of two crops, one a rank."""
+    for ranks in (1, 2):
+        words = (
+            f"--model-name={method} --output-dir={tmp_path / str(ranks)} --dataset-name={data / 'boxes.yaml'} --epochs=1 "
+            f"--base-data-dir={data} --num-workers=0 --cache-dir={data / 'cache'} --epoch-length=2 --eval-iters=2 "
+            f"--warmup-iters=1 --batch-size={2 // ranks} --learning-rate=1e-3 --opts"
+        ).split()
+        result = run_ranks([*words, *SMALL], ranks, module=__name__)
+        assert result.returncode == EXIT_OK, result.stderr
+    one, two = best(tmp_path / "1"), best(tmp_path / "2")
+    assert one.keys() == two.keys() and max(float((v.double() - two[k].double()).abs().max()) for k, v in one.items()) < 1e-4
+
+
 def predict(out: Path, target: Path, *images: Path, words: tuple[str, ...] = ()) -> int:
     command = ["predict", "--weights", str(out / "best_model.pth"), "--input", *map(str, images), "--overlap", "0"]
     return dinov2([*command, "--output", str(target), *words])
@@ -138,9 +169,8 @@ def test_swin_transfer_trains_from_published_weights_resumes_and_predicts(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     weights = ("--pretrained-weights", str(data / "model_swinvit.pt"))
-    with monkeypatch.context() as patched:  # a cube of 64 would take eight times as long
-        small = lambda args: argparse.Namespace(**{**vars(complete(args)), "image_size": SWIN_EDGES})  # noqa: E731
-        patched.setattr(segmentation3d, "complete", small)
+    with monkeypatch.context() as patched:
+        patched.setattr(segmentation3d, "complete", in_small_windows)
         out = resumes(monkeypatch, data, tmp_path, "boxes", "SwinTransfer", *weights)
     log = (out / "log.txt").read_text()
     assert "tensors used (patch_embed 2, layers1 31" in log and "without a place here: module.contrastive_head.bias" in log
