@@ -128,6 +128,7 @@ setup(
     package_data={
         "dinov2": ["weights/*"],
         "dinov2.visual": ["assets/*"],
+        "dinov2.demo": ["scans/*"],
         "dinov2.configs": ["*.yaml", "train/*.yaml"],
         "dinov2.recipes": ["**/*.yaml"],
     },

@@ -71,7 +71,7 @@ def config_check(args: argparse.Namespace) -> int:
 
 
 def demo(args: argparse.Namespace) -> int:
-    """Make volumes, train on them, measure and draw: everything in six minutes."""
+    """What the encoder that comes along sees, what that is good for, and a training of your own: four minutes."""
     from dinov2.demo.run import run_demo
 
     return run_demo(args.output, args.data, args.seed, args.overrides, say)

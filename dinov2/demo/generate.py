@@ -1,7 +1,8 @@
 """A small labelled set of brain volumes, made from the real T1 template and tissue maps that nilearn ships.
 
-Every subject is the template under a random affine and elastic deformation, so that position alone does not tell the
-tissue; every volume of a subject has its own tissue contrasts, bias field, noise and slice thickness.
+Every subject is the template under a random affine and elastic deformation; every volume of a subject has its own tissue
+contrasts, bias field, noise and slice thickness. The label map says of each voxel of the brain in which quarter of the
+template it lies, which neither intensities nor the position in a crop tell.
 
 Template: ICBM 152 nonlinear symmetric 2009a (Fonov et al.), free for any use with its copyright notice.
 """
@@ -20,14 +21,14 @@ from dinov2.data.datalist import write_datalist
 from dinov2.files import replacing
 
 SPACING_MM = 1.5
-TISSUES = {1: "CSF", 2: "grey matter", 3: "white matter"}
+QUARTERS = {1: "lower back", 2: "lower front", 3: "upper back", 4: "upper front"}
 _EXTENT_MM = (150, 186, 150)  # around the template's brain
 _THICK_SLICE_P = 0.25
 
 
 @dataclass(frozen=True)
 class Case:
-    """One generated volume with its labels (0 outside, then TISSUES), both on disk."""
+    """One generated volume with its labels (0 outside, then QUARTERS), both on disk."""
 
     image: Path
     label: Path
@@ -54,12 +55,14 @@ def load_template() -> Template:
     return Template(np.stack([1 - np.clip(csf + gm + wm, 0, 1), csf, gm, wm]), t1 * mask)
 
 
-def deform(template: Template, rng: np.random.Generator, spacing_mm: float = SPACING_MM) -> tuple[np.ndarray, np.ndarray]:
-    """A new subject: tissue probabilities [4, X, Y, Z] and T1 [X, Y, Z] on a grid of `spacing_mm`.
+def deform(
+    template: Template, rng: np.random.Generator, spacing_mm: float = SPACING_MM
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """A new subject: tissue probabilities [4, X, Y, Z], T1 and QUARTERS [X, Y, Z] (uint8) on a grid of `spacing_mm`.
 
     Rotation up to 0.25 rad and scale 0.88-1.12 about each axis; elastic displacement of a few mm, smooth over 25 mm.
     """
-    shape = [round(mm / spacing_mm) for mm in _EXTENT_MM]
+    shape = [2 * round(mm / spacing_mm / 2) for mm in _EXTENT_MM]  # even, for slices of twice the thickness
     grid = np.stack(np.meshgrid(*[np.arange(n) - (n - 1) / 2 for n in shape], indexing="ij")).astype(np.float32)
     grid *= spacing_mm
     matrix = np.diag(1 / rng.uniform(0.88, 1.12, 3))
@@ -80,7 +83,9 @@ def deform(template: Template, rng: np.random.Generator, spacing_mm: float = SPA
     where += (centre + rng.uniform(-3, 3, 3)).astype(np.float32)[:, None, None, None]
     inside = [ndimage.map_coordinates(m, where, order=1) for m in template.tissue[1:]]
     tissue = np.stack([np.clip(1 - sum(inside), 0, 1), *inside])
-    return tissue, ndimage.map_coordinates(template.t1, where, order=1)
+    _, front, upper = (where[axis] > centre[axis] for axis in range(3))
+    quarter = np.where(tissue[0] < 0.5, 1 + front + 2 * upper, 0).astype(np.uint8)
+    return tissue, ndimage.map_coordinates(template.t1, where, order=1), quarter
 
 
 def spline(coarse: np.ndarray, shape: Sequence[int]) -> np.ndarray:
@@ -108,20 +113,16 @@ def paint(tissue: np.ndarray, t1: np.ndarray, rng: np.random.Generator) -> np.nd
 
 
 def thicken(
-    image: np.ndarray, tissue: np.ndarray, rng: np.random.Generator, spacing_mm: float = SPACING_MM
+    image: np.ndarray, labels: np.ndarray, rng: np.random.Generator, spacing_mm: float = SPACING_MM
 ) -> tuple[np.ndarray, np.ndarray, list[float]]:
     """Sometimes slices of twice the thickness along a random axis; image, labels and spacing (mm)."""
     spacing = [spacing_mm] * 3
     if rng.random() < _THICK_SLICE_P:
         axis = int(rng.integers(3))
-
-        def pairs(x: np.ndarray, along: int) -> np.ndarray:
-            x = np.moveaxis(x, along, 0)
-            return np.moveaxis((x[0::2] + x[1::2]) / 2, 0, along)
-
-        image, tissue = pairs(image, axis), pairs(tissue, axis + 1)
+        image, labels = np.moveaxis(image, axis, 0), np.moveaxis(labels, axis, 0)
+        image, labels = (np.moveaxis(x, 0, axis) for x in ((image[0::2] + image[1::2]) / 2, labels[0::2]))
         spacing[axis] *= 2
-    return image, tissue.argmax(0).astype(np.uint8), spacing
+    return image, labels, spacing
 
 
 def generate(
@@ -141,10 +142,10 @@ def generate(
         cases = [Case(folder / "images" / n, folder / "labels" / n, subject) for n in names]
         if not all(c.label.exists() for c in cases):
             template = template or load_template()
-            tissue, t1 = deform(template, np.random.default_rng([seed, subject]), spacing_mm)
+            tissue, t1, quarters = deform(template, np.random.default_rng([seed, subject]), spacing_mm)
             for scan, case in enumerate(cases):
                 rng = np.random.default_rng([seed, subject, scan + 1])
-                _save(case, *thicken(paint(tissue, t1, rng), tissue, rng, spacing_mm))
+                _save(case, *thicken(paint(tissue, t1, rng), quarters, rng, spacing_mm))
         yield from cases
 
 

@@ -1,17 +1,17 @@
-"""The quick start from end to end: volumes -> list -> training -> read-out -> pictures -> numbers."""
+"""The quick start from end to end: features -> the same place -> a labelled read-out -> a training of one's own."""
 
 from __future__ import annotations
 
 import logging
 import shlex
-from collections.abc import Callable
+from collections.abc import Sequence
 from functools import partial
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import torch
 from omegaconf import DictConfig
-from torch import Tensor
 
 from dinov2.configs import load_and_merge_config_3d
 from dinov2.data import Datalist, write_datalist
@@ -19,31 +19,33 @@ from dinov2.data.cache.store import VolumeStore
 from dinov2.data.corpus.index.command import IndexRequest, index
 from dinov2.data.datalist import Entry, read_datalist
 from dinov2.data.pool import default_workers
-from dinov2.demo.generate import TISSUES, Case, generate, write_list
-from dinov2.demo.readout import labelled_crops, read_out
+from dinov2.demo import readout
+from dinov2.demo.generate import QUARTERS, generate, write_list
+from dinov2.demo.killed import same_weights, train_and_kill
+from dinov2.demo.same_place import FAR_MM, SCANS, Asked, Finder, ask, by_tokens, by_voxels, errors_mm
 from dinov2.errors import EXIT_OK, EXIT_RESUMABLE, BadInput, BadVolume
-from dinov2.eval.measures.dense_readout import raw_features
-from dinov2.features.encoder import load_encoder
-from dinov2.features.features import patch_features, volume_features
-from dinov2.features.setup import build_model_for_eval
+from dinov2.eval.visualize import Request, visualize
+from dinov2.features.encoder import Encoder, load_encoder
 from dinov2.files import read_json, write_json
 from dinov2.logging import Say, read_metrics, setup_logging
 from dinov2.logging.folder import locked_folder, refuse_another_programs_run
-from dinov2.models import Backbone
 from dinov2.streams import Kind, stream
 from dinov2.train import train3d
-from dinov2.visual.cases import draw_patches, pca_colours
-from dinov2.visual.figures import draw_bars, draw_curves
+from dinov2.visual.figures.training import draw_bars, draw_curves, draw_found
+from dinov2.visual.planes import plane
 
 logger = logging.getLogger(__name__)
 
 CONFIG = "pretrain/demo"
-NUM_TRAIN, NUM_TEST, SCANS = 8, 4, 2  # subjects, and volumes of each
-LABELLED = (1, 5)  # volumes that the read-out learns from
-UNTRAINED_SEEDS = (100, 101, 102)
-HELD_OUT_SHARE = 0.1
-SHIFT, WINDOW = 2, 16  # voxels between two colours of a PCA picture, and a window's edge
 ENCODER = "demo"
+MADE_MM = 2.0  # spacing of made volumes
+NUM_MADE = max(readout.LABELLED) + readout.NUM_VALIDATION + readout.NUM_TEST
+UNTRAINED_SEED = 100
+HELD_OUT_SHARE = 0.1
+NUM_PLACES = 60  # of each head, that are looked for in the other
+DRAWN = (0.25, 0.5, 0.9)  # of the places of one head: those at these shares of the first way's errors
+_CORONAL = 1
+Found = dict[str, list[np.ndarray]]  # places [N, 3] in mm by name, of each direction
 
 
 def run_demo(output: Path, data: Path | None, seed: int, overrides: list[str], say: Say) -> int:
@@ -51,7 +53,8 @@ def run_demo(output: Path, data: Path | None, seed: int, overrides: list[str], s
 
     Args:
         output: Gets everything.
-        data: The user's own folder of volumes in any format that is read; None makes labelled ones.
+        data: The user's own folder of volumes in any format that is read: features of one of them and a training on the rest;
+            None: two heads that come with the package, and made ones.
         seed: Of the volumes and of the training.
         overrides: `key=value` of the training.
         say: Prints a line of output.
@@ -63,42 +66,105 @@ def run_demo(output: Path, data: Path | None, seed: int, overrides: list[str], s
         refuse_another_programs_run(output)
     with locked_folder(output):
         encoder = load_encoder(ENCODER, device="cpu")
-        if data is None:
-            cases = generate(output / "data", NUM_TEST + NUM_TRAIN, SCANS, seed)
-            first = next(cases)  # of a person who is held out
-            show_encoder(encoder.backbone, Entry(str(first.image), (1, 1, 1)), output, say)
-            say(f"2/5  making {(NUM_TEST + NUM_TRAIN) * SCANS} labelled brain volumes in {output / 'data'}")
-            made = [first, *cases]
-            test, train = made[: NUM_TEST * SCANS], made[NUM_TEST * SCANS :]
-            write_list(output / "list.json", train)
-            picture = Entry(str(first.image), (1, 1, 1))
-        else:
-            train, test = [], []
-            held_out = list_folder(data, output, say)
-            if held_out is None:
-                return EXIT_RESUMABLE
-            picture = held_out
-            show_encoder(encoder.backbone, picture, output, say)
-        teacher, cfg, code = train_small(output, seed, overrides, say)
-        if code != EXIT_OK:
-            return code
-        trained = build_model_for_eval(cfg, teacher)
-        scores = {} if data is not None else measure(cfg, encoder.backbone, trained, train, test, seed, say)
-        draw(output, cfg, trained, picture, scores, say)
+        return (
+            run_on_folder(output, data, encoder, seed, overrides, say)
+            if data
+            else run_on_own(output, encoder, seed, overrides, say)
+        )
+
+
+def run_on_own(output: Path, encoder: Encoder, seed: int, overrides: list[str], say: Say) -> int:
+    """All of it, on two real heads and on made ones."""
+    say("1/5  features of two heads that the encoder was not trained on")
+    show(encoder, SCANS, output / "features", say)
+    say("2/5  the same place in both: points of each looked for in the other")
+    untrained = load_encoder("random", device="cpu", config=encoder.config, seed=UNTRAINED_SEED)
+    heads = [encoder.load([path]) for path in SCANS]
+    pairs = [ask(one, other, stream(seed, Kind.SAMPLE, i), NUM_PLACES) for i, (one, other) in enumerate((heads, heads[::-1]))]
+    finders: dict[str, Finder] = {"demo encoder": by_tokens(encoder, heads), "untrained": by_tokens(untrained, heads)}
+    found = {name: [find(asked) for asked in pairs] for name, find in (finders | {"voxels": by_voxels}).items()}
+    draw_places(pairs, found, output / "places.png", say)
+    say(f"3/5  {', '.join(QUARTERS.values())}: where in the brain a patch lies, read by a linear map, on {NUM_MADE} made heads")
+    made = list(islice(generate(output / "data", NUM_MADE, 1, seed, MADE_MM), NUM_MADE))
+    networks = {"demo encoder": encoder.backbone, "untrained": untrained.backbone}
+    scores = readout.measure(networks, made, encoder.patch_size, seed)
+    draw_bars(scores, "Dice of the quarters", output / "readout.png")
+    say("\n".join(readout.summary(scores)) + f"\n     picture: {output / 'readout.png'}")
+    seen = made[: -readout.NUM_TEST]
+    write_list(output / "list.json", seen)
+    teacher, cfg, code = train_small(output, seed, overrides, say, "4/5")
+    if code != EXIT_OK:
+        return code
+    is_same = kill_and_compare(output, seed, overrides, cfg, say)
+    trained = by_tokens(load_encoder(teacher, device="cpu"), heads)
+    start = by_tokens(load_encoder("random", device="cpu", config=cfg, seed=cfg.train.seed), heads)
+    found |= {"before the training": [start(asked) for asked in pairs], "after it": [trained(asked) for asked in pairs]}
+    say_places(pairs, {name: found[name] for name in ("before the training", "after it")}, say)
+    say("     It shows that all works and that something is learned. Good features take hours, not minutes.")
+    results: dict[str, Any] = {
+        "same_place_mm": {name: np.concatenate(distances(pairs, places)).tolist() for name, places in found.items()},
+        "quarters_dice": {str(n): of for n, of in scores.items()},
+        "killed_run_is_the_same": is_same,
+    }
+    finish(output, cfg, results, say)
     return EXIT_OK
 
 
-def show_encoder(backbone: Backbone, picture: Entry, output: Path, say: Say) -> None:
-    """Draw what the demo encoder, which comes trained, makes of a volume."""
-    say(f"1/5  features of an unseen volume by the encoder that comes with the package: {output / 'features.png'}")
-    volume = VolumeStore([picture], 0).get(0, stream(0, Kind.SAMPLE, 0)).data
-    draw_patches(volume[0].numpy(), {"demo encoder": colours(backbone, volume)}, SHIFT, output / "features.png")
+def run_on_folder(output: Path, data: Path, encoder: Encoder, seed: int, overrides: list[str], say: Say) -> int:
+    """Features of a volume that is held out, and a training on the others."""
+    held_out = list_folder(data, output, say)
+    if held_out is None:
+        return EXIT_RESUMABLE
+    say("1/3  features of a volume that is held out")
+    show(encoder, [Path(held_out.image)], output / "features", say, held_out.axes)
+    _, cfg, code = train_small(output, seed, overrides, say, "2/3")
+    if code == EXIT_OK:
+        finish(output, cfg, {}, say)
+    return code
 
 
-def colours(backbone: Backbone, volume: Tensor) -> np.ndarray:
-    """[h, w, d, 3] of a volume [1, H, W, D], a cell every SHIFT voxels."""
-    features = volume_features(backbone, volume, WINDOW, SHIFT)
-    return pca_colours(features.numpy(), _foreground(volume[0], features.shape[:3]).numpy())
+def show(encoder: Encoder, scans: Sequence[Path], folder: Path, say: Say, axes: str | None = None) -> None:
+    """PCA of patch tokens in the scans' own proportions, NIfTI beside it, and the page to click in."""
+    request = Request(tuple((path,) for path in scans), "pca", folder, mode="sliding_window", axes=axes, viewer=True)
+    visualize(request, encoder, partial(_indented, say))
+    say(
+        f"     open {folder / 'viewer.html'} in a browser: click a place, see what looks like it"
+        + " in both" * (len(scans) > 1)
+    )
+
+
+def _indented(say: Say, line: str) -> None:
+    say(f"     {line}")
+
+
+def distances(pairs: list[Asked], places: list[np.ndarray]) -> list[np.ndarray]:
+    return [errors_mm(asked, found) for asked, found in zip(pairs, places, strict=True)]
+
+
+def say_places(pairs: list[Asked], found: Found, say: Say) -> None:
+    """How far off each way to find a place is: the median, and how often it was another part of the head."""
+    count = sum(len(asked.rows) for asked in pairs)
+    say(f"     {count} places, error in mm{'':>6}median{'':>6}beyond {FAR_MM:.0f} mm")
+    for name, places in found.items():
+        errors = np.concatenate(distances(pairs, places))
+        say(f"     {name:>22}{np.median(errors):>15.1f}{(errors > FAR_MM).mean():>15.0%}")
+
+
+def draw_places(pairs: list[Asked], found: Found, path: Path, say: Say) -> None:
+    """Places that are found well, middling and badly, side by side."""
+    say_places(pairs, found, say)
+    asked, rows = pairs[0], []
+    grey = {scan.name: (scan.data[0].numpy() + 1) / 2 for scan in (asked.one, asked.other)}
+    errors = {name: errors_mm(asked, places[0]) for name, places in found.items()}
+    order = np.argsort(next(iter(errors.values())))
+    for k in (order[round(share * (len(order) - 1))] for share in DRAWN):
+        row = [("asked", plane(grey[asked.one.name], asked.one.affine, _CORONAL, asked.places_mm[k], True))]
+        for name, places in found.items():
+            title = f"{name}: {errors[name][k]:.0f} mm off"
+            row.append((title, plane(grey[asked.other.name], asked.other.affine, _CORONAL, places[0][k], True)))
+        rows.append(row)
+    draw_found(rows, path)
+    say(f"     picture: {path}")
 
 
 def list_folder(folder: Path, output: Path, say: Say) -> Entry | None:
@@ -138,95 +204,49 @@ def first_usable(*lists: Datalist) -> Entry:
     raise BadInput(f"{lists[0].path}: none of the volumes can be used")
 
 
-def train_small(output: Path, seed: int, overrides: list[str], say: Say) -> tuple[Path, DictConfig, int]:
-    """Train with the command that a user would type; returns the teacher's file, the configuration and the exit code."""
+def train_arguments(output: Path, run: Path, seed: int, overrides: list[str]) -> tuple[list[str], DictConfig]:
+    """The words of `dinov2 train`, and the configuration that they make."""
     words = [f"train.dataset_path={output / 'list.json'}", f"train.seed={seed}", *overrides]
-    arguments = ["--config-file", CONFIG, "--output-dir", str(output / "run"), "--cache-dir", str(output / "cache"), *words]
-    cfg = load_and_merge_config_3d(CONFIG, words)
+    arguments = ["--config-file", CONFIG, "--output-dir", str(run), "--cache-dir", str(output / "cache"), *words]
+    return arguments, load_and_merge_config_3d(CONFIG, words)
+
+
+def teacher_of(run: Path, iteration: int) -> Path:
+    return run / "eval" / f"training_{iteration}" / "teacher_checkpoint.pth"
+
+
+def train_small(output: Path, seed: int, overrides: list[str], say: Say, step: str) -> tuple[Path, DictConfig, int]:
+    """Train with the command that a user would type; returns the teacher's file, the configuration and the exit code."""
+    arguments, cfg = train_arguments(output, output / "run", seed, overrides)
     steps = cfg.optim.epochs * cfg.train.OFFICIAL_EPOCH_LENGTH
-    say(f"3/5  training for {steps} steps:\n       dinov2 train {shlex.join(arguments)}")
+    say(f"{step}  training for {steps} steps:\n       dinov2 train {shlex.join(arguments)}")
     code = train3d.main(arguments)
     setup_logging()
-    return output / "run" / "eval" / f"training_{steps - 1}" / "teacher_checkpoint.pth", cfg, code
+    return teacher_of(output / "run", steps - 1), cfg, code
 
 
-def measure(
-    cfg: DictConfig,
-    demo: Backbone,
-    trained: Backbone,
-    train: list[Case],
-    test: list[Case],
-    seed: int,
-    say: Say,
-) -> dict[int, dict[str, list[float]]]:
-    """The frozen tissue read-out: agreement per held-out volume, by number of labelled volumes and by features."""
-    say(f"4/5  reading {', '.join(TISSUES.values())} from frozen patch features, {len(test)} volumes of unseen subjects")
-    p = cfg.student.patch_size
-    one_per_subject = train[::SCANS]
-    learn = [labelled_crops(c, p, seed) for c in one_per_subject[: max(LABELLED)]]
-    check = [labelled_crops(c, p, seed + 1) for c in test]
-    untrained = [build_model_for_eval(cfg, "random", seed=s) for s in UNTRAINED_SEEDS]
-    extractors: dict[str, list[Callable[[Tensor], Tensor]]] = {
-        "demo encoder": [partial(patch_features, demo)],
-        "trained": [partial(patch_features, trained)],
-        "untrained": [partial(patch_features, net) for net in untrained],
-        "raw patch": [partial(raw_features, patch_size=p)],
-    }
-    scores: dict[int, dict[str, list[float]]] = {n: {name: [] for name in extractors} for n in LABELLED}
-    for name, functions in extractors.items():
-        for extract in functions:
-            features = [(extract(c.windows), c.shares) for c in learn]
-            checks = [(extract(c.windows), c.shares) for c in check]
-            for n in LABELLED:
-                scores[n][name] += read_out(features[:n], checks)
-    return scores
+def kill_and_compare(output: Path, seed: int, overrides: list[str], cfg: DictConfig, say: Say) -> bool:
+    """The first part of the training again, killed on the way and started again; whether the weights are the same."""
+    again, at = output / "run_killed", cfg.evaluation.eval_period_iterations - 1
+    arguments, _ = train_arguments(output, again, seed, overrides)
+    say(f"     the same once more, killed (kill -9) after iteration {cfg.train.checkpoint_period} and started again: {again}")
+    was_killed = train_and_kill(arguments, again, cfg.train.checkpoint_period, teacher_of(again, at))
+    is_same = same_weights(teacher_of(output / "run", at), teacher_of(again, at))
+    how = "after the kill" if was_killed else "(it had ended before it could be killed)"
+    say(f"     weights of iteration {at} {how}: {'the same, bit for bit' if is_same else 'NOT the same: please report this'}")
+    return is_same
 
 
-def draw(
-    output: Path,
-    cfg: DictConfig,
-    trained: Backbone,
-    picture: Entry,
-    scores: dict[int, dict[str, list[float]]],
-    say: Say,
-) -> None:
-    """Write the pictures and the numbers, and say where they are and what they show."""
-    say("5/5  drawing")
+def finish(output: Path, cfg: DictConfig, results: dict[str, Any], say: Say) -> None:
+    """Curves, numbers, and what to type next."""
     rows = read_metrics(output / "run" / "training_metrics.json")
     draw_curves(rows, (cfg.dino.head_n_prototypes, cfg.ibot.head_n_prototypes), output / "curves.png")
-    volume = VolumeStore([picture], 0).get(0, stream(0, Kind.SAMPLE, 0)).data
-    networks = {"before training": build_model_for_eval(cfg, "random"), "after training": trained}
-    maps = {name: colours(net, volume) for name, net in networks.items()}
-    draw_patches(volume[0].numpy(), maps, SHIFT, output / "pca.png")
-    results = {"tissue_share_correlation": {str(n): s for n, s in scores.items()}, "last_metrics": rows[-1]}
-    write_json(output / "results.json", results)
-    if scores:
-        draw_bars(scores, "correlation with the true tissue shares", output / "readout.png")
-        say("\n" + "\n".join(summary(scores)))
-    say(f"\npictures: {output / 'curves.png'}, {output / 'pca.png'}" + (f", {output / 'readout.png'}" if scores else ""))
-    say(f"weights:  {output / 'run' / 'eval'}; everything else the run recorded is beside them")
-
-
-def _foreground(volume: Tensor, grid: torch.Size) -> Tensor:
-    """[h, w, d] bool: cells whose voxels are mostly brighter than the background."""
-    padding = [x for n, g in zip(reversed(volume.shape), reversed(grid), strict=True) for x in (0, g * SHIFT - n)]
-    padded = torch.nn.functional.pad((volume > -0.98).float(), padding)
-    return torch.nn.functional.avg_pool3d(padded[None, None], SHIFT)[0, 0] > 0.5
-
-
-def summary(scores: dict[int, dict[str, list[float]]]) -> list[str]:
-    """The read-out as a table, and in words whether training helped."""
-    names = list(next(iter(scores.values())))
-    lines = [
-        "correlation of predicted with true shares of CSF, grey and white matter per patch, unseen subjects",
-        f"{'labelled volumes':>18}",
-    ]
-    lines[1] += "".join(f"{name:>14}" for name in names)
-    for n, by_name in scores.items():
-        lines.append(f"{n:>18}" + "".join(f"{np.mean(by_name[name]):>14.3f}" for name in names))
-    for n, by_name in scores.items():
-        for name, words in {"demo encoder": "the demo encoder", "trained": "the short training"}.items():
-            gains = {other: np.mean(by_name[name]) - np.mean(by_name[other]) for other in ("untrained", "raw patch")}
-            said = [f"{'beats' if g > 0 else 'does NOT beat'} {other} by {g:+.3f}" for other, g in gains.items()]
-            lines.append(f"with {n} labelled: {words} {', '.join(said)}")
-    return lines
+    write_json(output / "results.json", {**results, "last_metrics": rows[-1]})
+    say(f"     curves of the training: {output / 'curves.png'}; all numbers: {output / 'results.json'}")
+    say(
+        "next, with scans of your own:\n"
+        "       source .venv/bin/activate\n"
+        "       dinov2 visualize SCAN --weights demo --viewer --output PICTURES\n"
+        "       dinov2 index FOLDER --output list.json --report report.html\n"
+        "       dinov2 train --config-file pretrain/tiny_cpu --output-dir out train.dataset_path=list.json"
+    )

@@ -1,4 +1,4 @@
-"""Volumes in three planes: with outlines of what is labelled, or above their patches in colours."""
+"""Volumes in three planes, with outlines of what is labelled."""
 
 from __future__ import annotations
 
@@ -49,47 +49,3 @@ def _busiest(masks: list[np.ndarray], shape: tuple[int, ...]) -> list[int]:
     if not labelled.any():
         return [n // 2 for n in shape]
     return [int(labelled.sum(tuple(a for a in range(3) if a != axis)).argmax()) for axis in range(3)]
-
-
-def pca_colours(features: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """The first three principal components of the masked features, stretched to [0, 1] each.
-
-    Args:
-        features: [h, w, d, E].
-        mask: [h, w, d] bool; the components are those of its cells, outside is black.
-
-    Returns:
-        [h, w, d, 3] float32.
-    """
-    cells = features[mask].astype(np.float64)
-    centred = cells - cells.mean(0)
-    _, vectors = np.linalg.eigh(centred.T @ centred)
-    scores = centred @ vectors[:, -3:][:, ::-1]
-    low, high = np.quantile(scores[:: max(1, len(scores) // 100_000)], [0.02, 0.98], axis=0)
-    out = np.zeros((*mask.shape, 3), np.float32)
-    out[mask] = ((scores - low) / np.maximum(high - low, 1e-9)).clip(0, 1)
-    return out
-
-
-def draw_patches(volume: np.ndarray, maps: dict[str, np.ndarray], step: int, path: Path) -> None:
-    """Three mid-slices of a volume, and beneath them its patches coloured by each network's features.
-
-    Args:
-        volume: [H, W, D] in [-1, 1].
-        maps: Colours [h, w, d, 3] by name; a cell covers `step` voxels.
-    """
-    rows = {"volume": volume, **maps}
-    figure = Figure(figsize=(9, 2.9 * len(rows)), layout="constrained", facecolor="black")
-    axes = figure.subplots(len(rows), 3, squeeze=False)
-    for row, (name, image) in zip(axes, rows.items(), strict=True):
-        for axis_index, axis in enumerate(row):
-            middle = volume.shape[axis_index] // 2
-            at = middle if name == "volume" else min(middle // step, image.shape[axis_index] - 1)
-            plane = np.rot90(image.take(at, axis_index))
-            shown = [n for i, n in enumerate(volume.shape) if i != axis_index]
-            scale = 1 if name == "volume" else step
-            axis.imshow(plane, cmap="gray", vmin=-1, vmax=1, extent=(0, plane.shape[1] * scale, 0, plane.shape[0] * scale))
-            axis.set(xlim=(0, shown[0]), ylim=(0, shown[1]), xticks=[], yticks=[])
-            axis.set_facecolor("black")
-        row[0].set_ylabel(name, color="white", fontsize=12)
-    save(figure, path, 100, "black")

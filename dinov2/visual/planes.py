@@ -28,22 +28,26 @@ def three_planes(volume: np.ndarray, affine: np.ndarray, place_mm: np.ndarray, i
     Returns:
         [rows, columns, 3] from 0 to 1.
     """
+    planes = [plane(volume, affine, across, place_mm, is_marked) for across in range(3)]
+    height = max(len(image) for image in planes)
+    return np.concatenate([_padded(image, height) for image in planes], axis=1)[:, GAP:]
+
+
+def plane(volume: np.ndarray, affine: np.ndarray, across: int, place_mm: np.ndarray, is_marked: bool = False) -> np.ndarray:
+    """One of them: across x (0, sagittal), y (1, coronal) or z (2, axial); [rows, columns, 3] from 0 to 1."""
     corners = np.array(list(itertools.product(*[(-0.5, n - 0.5) for n in volume.shape])))  # [8, 3]
     corners_mm = corners @ affine[:3, :3].T + affine[:3, 3]
     low, high = corners_mm.min(0), corners_mm.max(0)
     step_mm = float((high - low).max()) / PIXELS
     numbers = np.maximum(1, np.round((high - low) / step_mm).astype(int))
     lines = [low[a] + (np.arange(n) + 0.5) * (high[a] - low[a]) / n for a, n in enumerate(numbers)]
-    planes = []
-    for across, (right, up) in enumerate(_AXES):
-        plane = _sampled(volume, affine, lines, across, float(place_mm[across]))
-        image = np.repeat(plane[::-1, :, None], 3, axis=2)  # the first row is the top
-        if is_marked:
-            column, row = (int(np.abs(lines[axis] - place_mm[axis]).argmin()) for axis in (right, up))
-            _mark(image, len(image) - 1 - row, column)
-        planes.append(image)
-    height = max(len(image) for image in planes)
-    return np.concatenate([_padded(image, height) for image in planes], axis=1)[:, GAP:]
+    image = np.repeat(
+        _sampled(volume, affine, lines, across, float(place_mm[across]))[::-1, :, None], 3, axis=2
+    )  # from the top
+    if is_marked:
+        column, row = (int(np.abs(lines[axis] - place_mm[axis]).argmin()) for axis in _AXES[across])
+        _mark(image, len(image) - 1 - row, column)
+    return image
 
 
 def _sampled(volume: np.ndarray, affine: np.ndarray, lines: list[np.ndarray], across: int, at_mm: float) -> np.ndarray:

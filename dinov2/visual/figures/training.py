@@ -1,8 +1,9 @@
-"""Curves of a training, and bars of the quick start's read-out."""
+"""Curves of a training, and what the quick start found: bars of its read-out, places beside each other."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
@@ -11,7 +12,12 @@ from matplotlib.figure import Figure
 
 from dinov2.visual.figures.style import STYLE, save
 
-COLOURS = {"demo encoder": "tab:green", "trained": "tab:blue", "untrained": "tab:orange", "raw patch": "tab:gray"}
+COLOURS = {
+    "demo encoder": "tab:green",
+    "untrained": "tab:orange",
+    "voxels around": "tab:brown",
+    "voxels": "tab:gray",
+}
 
 
 @matplotlib.rc_context(STYLE)
@@ -72,3 +78,22 @@ def draw_bars(scores: dict[int, dict[str, list[float]]], what: str, path: Path) 
         axis.set_title(f"{count} labelled volume{'s' * (count > 1)}")
     axes[0].set_ylabel(what)
     save(figure, path)
+
+
+@matplotlib.rc_context(STYLE)
+def draw_found(rows: Sequence[Sequence[tuple[str, np.ndarray]]], path: Path) -> None:
+    """A place a row: the plane that asks, and those that were found, a cross on each.
+
+    Args:
+        rows: Titles and planes [h, w, 3] from 0 to 1, of square pixels.
+        path: PNG.
+    """
+    heights = [max(plane.shape[0] / plane.shape[1] for _, plane in row) for row in rows]
+    figure = Figure(figsize=(2.4 * len(rows[0]), sum(2.3 * h + 0.35 for h in heights)), layout="constrained", facecolor="black")
+    grid = figure.subplots(len(rows), len(rows[0]), squeeze=False, height_ratios=heights)
+    for axes, row in zip(grid, rows, strict=True):
+        for axis, (title, plane) in zip(axes, row, strict=True):
+            axis.imshow(plane.clip(0, 1))
+            axis.set_title(title, color="white", fontsize=9)
+            axis.set_axis_off()
+    save(figure, path, 110, "black")

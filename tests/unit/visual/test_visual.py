@@ -10,7 +10,7 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
-from dinov2.visual.cases import draw_case, draw_patches, pca_colours
+from dinov2.visual.cases import draw_case
 from dinov2.visual.figures import STYLE, draw_bars, training
 from dinov2.visual.page import MAX_ROWS, histogram, page, picture, table
 
@@ -30,18 +30,6 @@ def test_outlines_are_drawn_where_something_is_labelled_and_only_those_are_named
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.png", "b.png"]  # nothing half-written beside them
 
 
-def test_principal_components_are_of_the_masked_cells_alone() -> None:
-    rng = np.random.default_rng(0)
-    mask = np.zeros((5, 4, 3), bool)
-    mask[1:4, 1:3] = True
-    features = np.full((5, 4, 3, 6), 1e6)  # what is outside would be all that the components see
-    features[mask] = rng.normal(size=(mask.sum(), 6)) * [5, 3, 2, 1e-3, 1e-3, 1e-3]
-    colours = pca_colours(features, mask)
-    assert not colours[~mask].any() and colours.min() == 0 and colours.max() == 1
-    strongest = np.corrcoef(colours[mask][:, 0], features[mask][:, 0])[0, 1]
-    assert abs(strongest) > 0.95
-
-
 def test_bars_have_the_style_and_leave_others_theirs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = {key: matplotlib.rcParams[key] for key in STYLE}
     drawn: list[Figure] = []
@@ -51,13 +39,6 @@ def test_bars_have_the_style_and_leave_others_theirs(tmp_path: Path, monkeypatch
     assert not axis.spines["top"].get_visible() and axis.get_ylabel() == "agreement"
     assert [bar.get_height() for bar in axis.patches] == pytest.approx([0.3, 0.1])
     assert {key: matplotlib.rcParams[key] for key in STYLE} == before
-
-
-def test_patches_are_drawn_under_their_volume(tmp_path: Path) -> None:
-    red = np.zeros((2, 2, 2, 3), np.float32)
-    red[..., 0] = 1
-    draw_patches(np.full((8, 8, 8), -1, np.float32), {"trained": red}, 4, tmp_path / "patches.png")
-    assert (255, 0, 0) in colours_in(tmp_path / "patches.png") and [p.name for p in tmp_path.iterdir()] == ["patches.png"]
 
 
 def test_a_page_escapes_what_it_is_given_and_counts_what_it_leaves_out() -> None:
