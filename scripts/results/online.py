@@ -1,11 +1,13 @@
 """The demo recipe measured while it learns: kNN, a linear probe, a read-out and retrieval beside its losses.
 
     python scripts/results/online.py DATA_FOLDER OUTPUT_FOLDER [key=value ...]
+    python scripts/results/online.py DATA_FOLDER OUTPUT_FOLDER [key=value ...] --weights WEIGHTS ...
 
 `DATA_FOLDER` is as in `scripts/local_datalist.py`, with `hippocampus` and `brain_t1`. Trained on: the training parts of both
 (of hippocampus 85 of its 145 scans); measured on people that are in neither: the other 60 and the validation scans of
 hippocampus, the validation people of brain_t1. Classes are made of the brains: from which of eight places, moved at random by
 up to 10 mm along each axis, is a cube of 32 mm? Start it again to continue. Writes `course.png` and `course.md`.
+With `--weights` nothing is trained: these (a file, `demo`, `random`) are measured by the same tasks.
 """
 
 from __future__ import annotations
@@ -17,15 +19,20 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
+import torch
+from omegaconf import DictConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from dinov2.configs import load_and_merge_config_3d
-from dinov2.data import write_datalist
+from dinov2.data import read_datalist, write_datalist
 from dinov2.data.downstream.lists import write_downstream_datalist
 from dinov2.data.volumes.opening import describe
-from dinov2.errors import EXIT_OK
+from dinov2.distributed.runtime import Runtime
+from dinov2.errors import EXIT_OK, EXIT_RESUMABLE
+from dinov2.eval.online.tasks import open_tasks
 from dinov2.features.scans import load_scan
+from dinov2.features.setup import build_model_for_eval
 from dinov2.files import write_text
 from dinov2.logging import read_metrics
 from dinov2.logging.metrics import EVALUATION_FILE, METRICS_FILE
@@ -113,20 +120,35 @@ def table(rows: list[dict], is_higher_better: dict[str, bool]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def measure(weights: list[str], cfg: DictConfig, out: Path) -> None:
+    """Print what the tasks say of finished networks, a line each."""
+    evaluators = open_tasks(cfg, read_datalist(cfg.train.dataset_path), out)
+    for source in weights:
+        backbone = build_model_for_eval(cfg, source, Runtime(torch.device("cpu")))
+        row = {
+            f"{one.name}/{name}": round(value, 3) for one in evaluators for name, value in one(backbone, lambda: None).items()
+        }
+        print(json.dumps({"weights": source, **row}), flush=True)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data_folder", type=Path)
     parser.add_argument("output", type=Path)
     parser.add_argument("overrides", nargs="*")
+    parser.add_argument("--weights", nargs="+", help="measure these instead")
     args = parser.parse_args()
     out = args.output.absolute()
     out.mkdir(parents=True, exist_ok=True)
     if not (out / "brains.yaml").exists():  # the last that is made
         make_lists(args.data_folder.absolute(), out)
     run, given = out / "run", [*words(out), *args.overrides]
+    if args.weights:
+        measure(args.weights, load_and_merge_config_3d(RECIPE, [*given, f"train.cache_dir={out / 'cache'}"]), out)
+        return EXIT_OK
     where = ["--output-dir", str(run), "--cache-dir", str(out / "cache")]
     code = pretrain.main(["--config-file", RECIPE, *where, *given])
-    if code == EXIT_OK:
+    if code in (EXIT_OK, EXIT_RESUMABLE):  # of a stopped one as far as it came
         cfg = load_and_merge_config_3d(RECIPE, given)
         rows, training = (read_metrics(run / name) for name in (EVALUATION_FILE, METRICS_FILE))
         prototypes = (cfg.dino.head_n_prototypes, cfg.ibot.head_n_prototypes)

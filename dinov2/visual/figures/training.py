@@ -10,8 +10,7 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-from dinov2.visual.figures.style import COLOURS as COLOURS_OF_COURSE
-from dinov2.visual.figures.style import INK, SOFT, STYLE, save
+from dinov2.visual.figures.style import INK, SOFT, STYLE, look, save
 
 COLOURS = {"demo encoder": "tab:green", "trained": "tab:blue", "untrained": "tab:orange", "raw patch": "tab:gray"}
 
@@ -73,23 +72,23 @@ def draw_course(
     """
     across = 3
     down = 1 + -(-len(is_higher_better) // across)
-    figure = Figure(figsize=(10.5, 2.5 * down), layout="constrained")
+    figure = Figure(figsize=(9.5, 2.5 * down), layout="constrained")
     panels = figure.subplots(down, across, sharex=True, squeeze=False)
     steps = [row["iteration"] + 1 for row in rows]
-    losses = (("dino_cross_entropy", "DINO cross-entropy"), ("ibot_cross_entropy", "iBOT cross-entropy"))
+    losses = (("dino_cross_entropy", "DINO loss"), ("ibot_cross_entropy", "iBOT loss"))
     for axis, (name, title), k in zip(panels[0], losses, prototypes, strict=False):
         axis.plot(steps, [row[name] for row in rows], color=INK, lw=1)
         axis.axhline(math.log(k), color=SOFT, ls=":", lw=1)
         axis.set_title(f"{title}, nats (dotted: log K)")
     panels[0][2].plot(steps, [row["feature_rank"] for row in rows], color=INK, lw=1)
-    panels[0][2].set_title("rank of class tokens")
-    for place, (axis, name) in enumerate(zip(panels[1:].flat, is_higher_better, strict=False)):
+    panels[0][2].set_title("effective rank of class tokens")
+    tasks = list(dict.fromkeys(name.rpartition("/")[0] for name in is_higher_better))
+    for axis, name in zip(panels[1:].flat, is_higher_better, strict=False):
+        task, _, metric = name.rpartition("/")
         measured = [(row["iteration"] + 1, row[name]) for row in evaluations if row.get(name) is not None]
-        axis.plot(
-            *zip(*measured, strict=True), color=COLOURS_OF_COURSE[place % len(COLOURS_OF_COURSE)], marker="o", ms=2.5, lw=1
-        )
+        axis.plot(*zip(*measured, strict=True), color=look(tasks.index(task)).colour, marker="o", ms=2.5, lw=1)
         axis.axhline(measured[0][1], color=SOFT, ls="--", lw=1)
-        axis.set_title(f"{name} ({'higher' if is_higher_better[name] else 'lower'} is better)")
+        axis.set_title(f"{task}\n{metric}, {'higher' if is_higher_better[name] else 'lower'} is better")
     for axis in panels[1:].flat[len(is_higher_better) :]:
         axis.set_axis_off()
     for axis in panels[-1]:
