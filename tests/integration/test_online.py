@@ -233,6 +233,8 @@ MISTAKES = {
     "another task's list": (None, {"knn": "ball"}, [], ["knn of", "its recipe is for segmentation, this kind of task needs"]),
     "no recipe": (None, {"knn": "grian"}, [], ["knn of", "grian.yaml: no such recipe file"]),
     "unknown kind": (None, {"knm": "grain"}, [], ["kind='knm'", "did you mean 'knn'"]),
+    "half a patch": (None, {"knn, size: 18": "grain"}, [], ["knn of", "size=18 is not a multiple of student.patch_size=4"]),
+    "one name twice": (None, {"knn": "grain", "knn, size: 8": "grain"}, [], ["two tasks are called knn-grain"]),
     "best of no task": (None, {"knn": "grain"}, ["train.keep_best=knn/auc"], ["keep_best=knn/auc", "knn-grain/auc"]),
     "best of nothing": (None, {}, ["train.keep_best=a/b"], ["keep_best=a/b", "needs evaluation.tasks"]),
 }  # fmt: skip
