@@ -105,9 +105,9 @@ def words(out: Path) -> list[str]:
 def table(rows: list[dict], is_higher_better: dict[str, bool]) -> str:
     """A row a metric: untrained, at the end, and when half and nine tenths of the gain were there for good."""
     lines = ["| metric | untrained | at the end | best | half of the gain from | nine tenths from |", "| --- " * 6 + "|"]
-    for name in [name for name in rows[0] if name != "iteration"]:
+    for name, is_higher in is_higher_better.items():
         values, steps = np.array([row[name] for row in rows]), [row["iteration"] for row in rows]
-        sign = 1 if is_higher_better[name] else -1
+        sign = 1 if is_higher else -1
         gained = sign * (values - values[0])
         whole = gained[-3:].mean()  # a single measurement is noisy
         since = []
@@ -152,7 +152,7 @@ def main() -> int:
         cfg = load_and_merge_config_3d(RECIPE, given)
         rows, training = (read_metrics(run / name) for name in (EVALUATION_FILE, METRICS_FILE))
         prototypes = (cfg.dino.head_n_prototypes, cfg.ibot.head_n_prototypes)
-        is_higher_better = {name: "median_mm" not in name for name in rows[0]}
+        is_higher_better = {name: "median_mm" not in name for name in rows[0] if name != "iteration"}
         draw_course(training, rows, is_higher_better, prototypes, out / "course.png")
         write_text(out / "course.md", table(rows, is_higher_better))
     return code

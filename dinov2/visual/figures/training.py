@@ -88,11 +88,10 @@ def draw_course(
         measured = [(row["iteration"] + 1, row[name]) for row in evaluations if row.get(name) is not None]
         axis.plot(*zip(*measured, strict=True), color=look(tasks.index(task)).colour, marker="o", ms=2.5, lw=1)
         axis.axhline(measured[0][1], color=SOFT, ls="--", lw=1)
-        axis.set_title(f"{task}\n{metric}, {'higher' if is_higher_better[name] else 'lower'} is better")
+        axis.set_title(f"{task}\n{metric}, {'higher' if is_higher_better[name] else 'lower'} is better", fontsize=8)
     for axis in panels[1:].flat[len(is_higher_better) :]:
         axis.set_axis_off()
-    for axis in panels[-1]:
-        axis.set_xlabel("step (dashed: untrained)")
+    figure.supxlabel("step (dashed: untrained)", fontsize=9)
     save(figure, path)
 
 
