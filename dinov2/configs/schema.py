@@ -460,7 +460,7 @@ class Config:
     teacher: TeacherConfig = section(TeacherConfig, "the exponential moving average of the student")
     optim: OptimConfig = section(OptimConfig, "optimiser and schedules")
     crops: CropsConfig = section(CropsConfig, "multi-crop geometry")
-    evaluation: EvaluationConfig = section(EvaluationConfig, "teacher checkpoints")
+    evaluation: EvaluationConfig = section(EvaluationConfig, "teacher checkpoints, and what the teacher is measured by")
     segmentation: SegmentationConfig = section(SegmentationConfig, "adapter and decoders of segmentation3d.py")
 
     def __post_init__(self) -> None:
