@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 EXIT_PIPE = 128 + signal.SIGPIPE  # as of a program that the signal ends
 
 PROGRAMS = {  # sub-commands whose words all go to a program's own `main`: its module, what it does
-    "train": ("dinov2.train.train3d", "pretrain"),
+    "train": ("dinov2.run.train.pretrain", "pretrain"),
     "segment": ("dinov2.eval.segmentation3d", "train and test a segmentation on a labelled set"),
     "linear": ("dinov2.eval.linear3d", "linear probing of a classification"),
     "knn": ("dinov2.eval.knn", "a classification by nearest neighbours of frozen features"),

@@ -23,7 +23,7 @@ from dinov2.data.datalist import Entry
 from dinov2.data.volumes.opening import describe
 from dinov2.demo.generate import generate
 from dinov2.errors import EXIT_OK
-from dinov2.train import train3d
+from dinov2.run.train import pretrain
 
 CONFIG = "pretrain/demo_weights"
 LICENCE = "Apache-2.0"
@@ -50,7 +50,7 @@ def main() -> int:
         write_datalist(datalist, [described(path.absolute()) for path in (*scans, *made)])
     words = [f"train.dataset_path={datalist}", *args.overrides]
     where = ["--output-dir", str(args.output / "run"), "--cache-dir", str(args.output / "cache")]
-    code = train3d.main(["--config-file", CONFIG, *where, *words])
+    code = pretrain.main(["--config-file", CONFIG, *where, *words])
     if code == EXIT_OK:
         optim, train = (load_and_merge_config_3d(CONFIG, words)[part] for part in ("optim", "train"))
         last = args.output / "run" / "eval" / f"training_{optim.epochs * train.OFFICIAL_EPOCH_LENGTH - 1}"

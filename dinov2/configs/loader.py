@@ -14,7 +14,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dinov2.configs.errors import ConfigError, nearest
-from dinov2.configs.schema import Config, StudentConfig
+from dinov2.configs.schema import Config, OnlineTaskConfig, StudentConfig
 from dinov2.errors import BadInput
 from dinov2.files import MOST_FACTS_BYTES, read_text, user_path
 
@@ -65,6 +65,11 @@ def _explain(err: OmegaConfBaseException, source: str, schema: type) -> ConfigEr
     """One line from OmegaConf's several, with the nearest valid key where the key is what is wrong."""
     problem = str(err).splitlines()[0].rstrip(".")
     full_key = getattr(err, "full_key", "") or ""
+    if err.object_type is OnlineTaskConfig:  # of an entry of a list OmegaConf says neither the list nor the place in it
+        names = [f.name for f in dataclasses.fields(OnlineTaskConfig)]
+        if full_key not in names:
+            return ConfigError(f"{source}: evaluation.tasks: unknown key {full_key!r}{nearest(full_key, names)}")
+        return ConfigError(f"{source}: evaluation.tasks: {full_key}: {problem}")
     leaves = [k for k, _ in config_keys(schema)]
     known = leaves + list(dict.fromkeys(k[:i] for k in leaves for i, c in enumerate(k) if c == "."))
     if full_key and full_key not in known and not full_key.startswith(tuple(k + c for k in leaves for c in ".[")):
@@ -255,13 +260,13 @@ def saved_config(content: Any, source: str, overrides: Sequence[str] = ()) -> Di
 
 
 def without_path_keys(config: DictConfig | dict[Any, Any]) -> dict[Any, Any]:
-    """A configuration in plain types as weights carry it: the keys that are paths are empty."""
+    """A configuration in plain types as weights carry it: the keys that are paths, or lists of what holds some, are empty."""
     plain: Any = OmegaConf.to_container(config) if isinstance(config, DictConfig) else config
     sections = {name: dict(part) if isinstance(part, dict) else part for name, part in plain.items()}
     for name, f in config_keys():
         section, _, leaf = name.partition(".")
         if f.metadata.get("is_path") and isinstance(sections.get(section), dict) and sections[section].get(leaf):
-            sections[section][leaf] = ""
+            sections[section][leaf] = type(_default(f))()
     return sections
 
 

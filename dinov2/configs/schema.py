@@ -24,6 +24,7 @@ ARCH_SHAPES = {  # embed_dim, depth, num_heads
 ARCH_NAMES = tuple(ARCH_SHAPES)
 NUM_GLOBAL_CROPS = 2  # of a volume, as in DINOv2: each is what the other one is predicted from
 DTYPE_NAMES = ("fp16", "bf16", "fp32", "fp64")
+ONLINE_KINDS = ("knn", "linear", "readout", "retrieval")
 
 
 def key(default: Any, meaning: str, is_path: bool = False, is_decisive: bool = True) -> Any:
@@ -32,7 +33,7 @@ def key(default: Any, meaning: str, is_path: bool = False, is_decisive: bool = T
     Args:
         default: Its default.
         meaning: One line, which the generated YAML repeats as a comment.
-        is_path: A text that `None` is no value of; `~` is expanded, and weights do not carry it.
+        is_path: A text that `None` is no value of; `~` is expanded, and weights do not carry it (nor a list that holds paths).
         is_decisive: False for a key of a recipe that changes no result, only whether there is one.
     """
     metadata = {"meaning": meaning, "is_path": is_path}
@@ -228,6 +229,7 @@ class TrainConfig:
     backend: str = key("auto", "between ranks: nccl, gloo, or auto: nccl where every rank has a GPU, else gloo")
     timeout_s: float = key(600.0, "seconds that a rank waits for the others before it gives up")
     centering: str = key("sinkhorn_knopp", "teacher targets: sinkhorn_knopp or centering")
+    keep_best: str = key("", "TASK/METRIC of evaluation.tasks whose best teacher is kept in eval/best; empty: none is")
 
     def __post_init__(self) -> None:
         require_choice("train.objective", self.objective, ("3dino", "swin"))
@@ -380,11 +382,39 @@ class CropsConfig:
 
 
 @dataclass
+class OnlineTaskConfig:
+    """An entry of `evaluation.tasks`."""
+
+    kind: str = key("", "knn, linear (classes of scans), readout (labels of patches), or retrieval (the same place elsewhere)")
+    dataset: str = key("", "recipe of the labelled list: a name of configs/eval/datasets, or a YAML file")
+    base_data_dir: str = key("", "folder of the list")
+    name: str = key("", "of the task in metrics; default: KIND-DATASET")
+    size: int | None = key(None, "edge of what the network is shown (voxels); null: crops.global_crops_size")
+
+    def __post_init__(self) -> None:
+        require_choice("evaluation.tasks: kind", self.kind, ONLINE_KINDS)
+        for name in ("dataset", "base_data_dir"):
+            require(bool(getattr(self, name)), f"evaluation.tasks: a task of kind {self.kind} has no {name}: add it")
+        require("/" not in self.name, f"evaluation.tasks: name={self.name!r} has a slash, which is between task and metric")
+        require(self.size is None or self.size >= 1, f"evaluation.tasks: size={self.size} must be at least 1")
+
+
+@dataclass
 class EvaluationConfig:
     eval_period_iterations: int = key(12500, "iterations between two teacher checkpoints for evaluation; 0: the last only")
+    tasks: list[OnlineTaskConfig] = key(
+        [],
+        "what the teacher is measured by as it learns: list of {kind, dataset, base_data_dir, name, size} (docs/online.md)",
+        is_path=True,
+    )
+    tasks_period_iterations: int | None = key(
+        None, "iterations between two measurements by evaluation.tasks; null: eval_period_iterations"
+    )
 
     def __post_init__(self) -> None:
         require(self.eval_period_iterations >= 0, "evaluation.eval_period_iterations must not be negative")
+        period = self.tasks_period_iterations
+        require(period is None or period >= 0, f"evaluation.tasks_period_iterations={period} must not be negative")
 
 
 @dataclass
@@ -430,7 +460,7 @@ class Config:
     teacher: TeacherConfig = section(TeacherConfig, "the exponential moving average of the student")
     optim: OptimConfig = section(OptimConfig, "optimiser and schedules")
     crops: CropsConfig = section(CropsConfig, "multi-crop geometry")
-    evaluation: EvaluationConfig = section(EvaluationConfig, "teacher checkpoints")
+    evaluation: EvaluationConfig = section(EvaluationConfig, "teacher checkpoints, and what the teacher is measured by")
     segmentation: SegmentationConfig = section(SegmentationConfig, "adapter and decoders of segmentation3d.py")
 
     def __post_init__(self) -> None:

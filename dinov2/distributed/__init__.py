@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+import time
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from dinov2.errors import LostRank
+
+T = TypeVar("T")
+ALIVE_PERIOD_S = 10.0  # between two signs of life to ranks that wait
 
 
 def is_enabled() -> bool:
@@ -61,6 +68,50 @@ def barrier() -> None:
     """Wait for all ranks."""
     if is_enabled():
         dist.barrier()
+
+
+def while_others_wait(work: Callable[[Callable[[], None]], T]) -> T:
+    """Let the main rank alone do something while the others wait, though it takes longer than a collective may.
+
+    Args:
+        work: Called on the main rank with a function that it has to call now and then, which tells the others to go on waiting.
+
+    Returns:
+        What `work` did, on every rank.
+
+    Raises:
+        LostRank: On the other ranks, where `work` has raised on the main one.
+    """
+    if not is_enabled():
+        return work(lambda: None)
+    if not is_main_process():
+        while (told := _from_main(None)) is None:
+            pass
+        if not told:
+            raise LostRank(f"rank {get_global_rank()}: rank 0 has ended; its own message says why")
+        result: T = told[0]
+        return result
+    last = time.monotonic()
+
+    def alive() -> None:
+        nonlocal last
+        if time.monotonic() - last > ALIVE_PERIOD_S:
+            _from_main(None)
+            last = time.monotonic()
+
+    done: list[T] = []
+    try:
+        done.append(work(alive))
+    finally:
+        _from_main(done)
+    return done[0]
+
+
+def _from_main(obj: Any) -> Any:
+    """The main rank's object."""
+    box = [obj]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
 
 
 def gather_objects(obj: Any) -> list[Any]:

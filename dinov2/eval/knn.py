@@ -23,12 +23,12 @@ import numpy as np
 
 from dinov2.errors import EXIT_OK, BadInput
 from dinov2.eval.probing.choice import all_features, choose, mean_auc, write_classification
+from dinov2.eval.probing.neighbours import TEMPERATURE, knn_probabilities
 from dinov2.eval.run import Request, checked_request, frozen_parser, open_run
 from dinov2.program import run_program
 
 logger = logging.getLogger("dinov2.eval.knn")
 
-TEMPERATURE = 0.07
 NEIGHBOURS = (5, 10, 20, 50, 100, 200)
 
 
@@ -59,30 +59,6 @@ def check_arguments(args: argparse.Namespace) -> tuple[Request, Votes]:
     if min(args.nb_knn) < 1 or args.temperature <= 0:
         raise BadInput("--nb_knn and --temperature must be positive")
     return checked_request(args), Votes(tuple(args.nb_knn), args.temperature)
-
-
-def knn_probabilities(
-    train: np.ndarray, labels: np.ndarray, queries: np.ndarray, k: int, num_classes: int, temperature: float = TEMPERATURE
-) -> np.ndarray:
-    """Votes of the k most similar training cases, all of them where there are fewer.
-
-    Args:
-        train: [n, F], not yet normalised.
-        labels: [n] int.
-        queries: [m, F].
-        k: Neighbours.
-        num_classes: K.
-
-    Returns:
-        [m, K], rows that sum to 1.
-    """
-    train, queries = (x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12) for x in (train, queries))
-    similarity = queries @ train.T  # [m, n]
-    nearest = np.argsort(-similarity, axis=1, kind="stable")[:, :k]
-    near = np.take_along_axis(similarity, nearest, 1)
-    votes = np.exp((near - near[:, :1]) / temperature)  # relative to the nearest: nothing overflows
-    totals = (votes[..., None] * np.eye(num_classes)[labels[nearest]]).sum(1)
-    return totals / totals.sum(1, keepdims=True)
 
 
 def run(args: argparse.Namespace) -> int:

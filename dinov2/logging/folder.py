@@ -83,7 +83,9 @@ def run_folder(path: str, runtime: Runtime) -> Iterator[Path]:
 
 
 # what it writes; RUN_FILE last, so that what a kill leaves is still known for ours
-PRETRAINING = ("checkpoints", "eval", "tensorboard", "training_metrics.json", "config.yaml", RUN_FILE)
+PRETRAINING = (
+    "checkpoints", "eval", "tensorboard", "training_metrics.json", "evaluation_metrics.json", "config.yaml", RUN_FILE,
+)  # fmt: skip
 
 
 def set_aside(output_dir: Path, patterns: Sequence[str] = PRETRAINING) -> None:

@@ -1,4 +1,7 @@
-"""`training_metrics.json` (one JSON object a line) and TensorBoard, continued on resume as if nothing had happened."""
+"""`training_metrics.json` (one JSON object a line) and TensorBoard, continued on resume as if nothing had happened.
+
+`evaluation_metrics.json` beside it is the same for what is measured less often, while training goes on.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 METRICS_FILE = "training_metrics.json"
+EVALUATION_FILE = "evaluation_metrics.json"
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
@@ -40,31 +44,45 @@ class MetricWriter:
 
     Args:
         output_dir: Folder of the run.
-        start_iteration: First iteration that will be written.
+        start_iteration: First iteration that will be written; 0 begins anew.
         is_writing: False on ranks that leave it to the main one.
     """
 
     def __init__(self, output_dir: Path, start_iteration: int, is_writing: bool = True) -> None:
         self._out: tuple[TextIO, SummaryWriter] | None = None
+        self._evaluations: TextIO | None = None
+        self._evaluation_path = output_dir / EVALUATION_FILE
         if not is_writing:
             return
         path = output_dir / METRICS_FILE
-        kept = [row for row in read_metrics(path) if row["iteration"] < start_iteration]
-        write_text(path, "".join(to_json(row) + "\n" for row in kept))
+        for file_path in (path, *([self._evaluation_path] if self._evaluation_path.exists() else [])):
+            kept = [row for row in read_metrics(file_path) if row["iteration"] < start_iteration] if start_iteration else []
+            write_text(file_path, "".join(to_json(row) + "\n" for row in kept))
         from torch.utils.tensorboard import SummaryWriter  # here: it takes two seconds, and a command needs none
 
         file = path.open("a", buffering=1)  # a line at a time
+        # one for both files: a second one would purge what the first has written
         self._out = file, SummaryWriter(str(output_dir / "tensorboard"), purge_step=start_iteration)
 
     def write(self, metrics: dict[str, float]) -> None:
         """One line; `iteration` is the step on TensorBoard's axis."""
+        if self._out is not None:
+            self._append(self._out[0], "train", metrics)
+
+    def write_evaluation(self, metrics: dict[str, float]) -> None:
+        """One line of `evaluation_metrics.json`, which is there from the first one on."""
         if self._out is None:
             return
-        file, board = self._out
+        if self._evaluations is None:
+            self._evaluations = self._evaluation_path.open("a", buffering=1)
+        self._append(self._evaluations, "eval", metrics)
+
+    def _append(self, file: TextIO, group: str, metrics: dict[str, float]) -> None:
+        assert self._out is not None
         file.write(to_json(metrics) + "\n")
         for name, value in metrics.items():
             if name != "iteration":
-                board.add_scalar(f"train/{name}", value, int(metrics["iteration"]))
+                self._out[1].add_scalar(f"{group}/{name}", value, int(metrics["iteration"]))
 
     def write_image(self, name: str, path: Path, iteration: int) -> None:
         """Show a PNG file on TensorBoard."""
@@ -81,3 +99,5 @@ class MetricWriter:
             file, board = self._out
             file.close()
             board.close()
+        if self._evaluations is not None:
+            self._evaluations.close()

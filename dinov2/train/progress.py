@@ -35,6 +35,14 @@ class Progress:
         yield
         self._waited += time.perf_counter() - start
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Around what is no training, so that no timing counts it."""
+        self.runtime.synchronize()
+        start = time.perf_counter()
+        yield
+        self._since += time.perf_counter() - start
+
     def step_done(self) -> None:
         self._steps += 1
 

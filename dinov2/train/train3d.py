@@ -47,6 +47,7 @@ from dinov2.signals import stop_requests
 from dinov2.streams import Kind, torch_seed
 from dinov2.train.build import build, build_checkpointer, data_record
 from dinov2.train.compiling import first_compiled
+from dinov2.train.evaluation import UNTRAINED, OnlineEvaluation, OpenEvaluators, open_evaluation
 from dinov2.train.flops import step_flops
 from dinov2.train.forecast import out_of_memory_explained
 from dinov2.train.meta_arch import MetaArch
@@ -89,15 +90,22 @@ class Request:
     eval_only: bool
     eval: str
     opts: list[str]
+    open_evaluators: OpenEvaluators | None = None  # no flag: of `main`
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Parse, run, and turn a user's mistake into one line and exit code 2."""
-    return run_program(run_request, get_args_parser(), argv)
+def main(argv: Sequence[str] | None = None, open_evaluators: OpenEvaluators | None = None) -> int:
+    """Parse, run, and turn a user's mistake into one line and exit code 2.
+
+    Args:
+        argv: The command line; None: this process's.
+        open_evaluators: Makes what `evaluation.tasks` asks for, which training knows nothing of.
+    """
+    return run_program(lambda args: run_request(args, open_evaluators), get_args_parser(), argv)
 
 
-def run_request(args: argparse.Namespace) -> int:
-    asked = Request(**{f.name: getattr(args, f.name) for f in dataclasses.fields(Request)})
+def run_request(args: argparse.Namespace, open_evaluators: OpenEvaluators | None) -> int:
+    given = {f.name: getattr(args, f.name) for f in dataclasses.fields(Request) if f.name != "open_evaluators"}
+    asked = Request(**given, open_evaluators=open_evaluators)
     return run_stages(asked) if asked.stages else run(asked)
 
 
@@ -147,12 +155,13 @@ def prepare_and_train(asked: Request, cfg: DictConfig, runtime: Runtime, output_
     if state.iteration + 1 >= schedules.total_iters:
         logger.info("%s: finished already, all %d iterations are done", output_dir, schedules.total_iters)
         return EXIT_OK
+    evaluation = open_evaluation(asked.open_evaluators, cfg, datalist, runtime, output_dir)
     if is_main_process():
         write_text(output_dir / "config.yaml", default_yaml(cfg))
         strategy = resolve_strategy(cfg.train.strategy, runtime)
         layout = {"ranks": runtime.world_size, "strategy": strategy, "device": runtime.device.type}
         write_json(output_dir / RUN_FILE, run_record(datalist.sha256, len(datalist), effective_batch, layout))
-    return do_train(state, cfg, runtime, schedules, datalist, checkpointer, output_dir)
+    return do_train(state, cfg, runtime, schedules, datalist, checkpointer, output_dir, evaluation)
 
 
 def do_train(
@@ -163,8 +172,9 @@ def do_train(
     datalist: Datalist,
     checkpointer: Checkpointer,
     output_dir: Path,
+    evaluation: OnlineEvaluation,
 ) -> int:
-    """The loop: one update per iteration, metrics, checkpoints; returns the exit code."""
+    """The loop: one update per iteration, metrics, evaluations, checkpoints; returns the exit code."""
     model, total, first = state.model, schedules.total_iters, state.iteration + 1
     loader = TrainLoader(cfg, datalist, first, runtime.rank, runtime.world_size, runtime.device)
     volumes_per_step = cfg.train.batch_size_per_gpu * cfg.train.accumulation_steps * runtime.world_size
@@ -177,6 +187,9 @@ def do_train(
         stop_requests() as stop_asked,
         closing(iter(loader)) as batches,  # ends the loader processes, whatever happens
     ):
+        if first == 0 and evaluation.is_due(UNTRAINED, total):
+            with progress.paused():
+                evaluation.measure(UNTRAINED, model, metrics, data)
         for iteration in range(first, total):
             with progress.waiting_for_data():
                 batch = next(batches)
@@ -196,6 +209,9 @@ def do_train(
                 logger.info("%s", progress_line(iteration, total, row))
             if checkpointer.is_milestone(iteration) or iteration == total - 1:
                 save_teacher(model, cfg, output_dir / "eval" / f"training_{iteration}", iteration, data)
+            if evaluation.is_due(iteration, total):  # before the checkpoint: what continues from that has the row
+                with progress.paused():
+                    evaluation.measure(iteration, model, metrics, data)
             stop = state.stop_seen or (bool(stop_asked) and not is_enabled())  # all ranks stop after the same step
             if is_checkpoint_due(cfg, checkpointer, iteration, total) or stop:
                 note_arrived(state, drain=True)  # so that its counters are those of this step
@@ -328,5 +344,7 @@ def say_what_has_no_effect(cfg: DictConfig, asked: Request, runtime: Runtime) ->
         logger.info("param_dtype fp16 is computed as fp32 on a CPU")
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+if __name__ == "__main__":  # started as a program: the layer above hands in who evaluates
+    from dinov2.run.train.pretrain import main as program
+
+    sys.exit(program())

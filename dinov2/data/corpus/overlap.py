@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -118,6 +119,28 @@ def seen_by_weights(weights: Teacher | str | Path) -> Seen | None:
         return None
     patients = (_hashed(p) if "/" in p else p for p in found["patients"])  # weights of an earlier version have them plain
     return Seen(frozenset(found["scans"]), frozenset(patients), found["num_unknown"])
+
+
+def warn_of_listed(listed: list[Entry], pretraining: list[Entry], what: str) -> None:
+    """Warn where scans are among those of a pretraining list, by file or by content.
+
+    Files are read only where that list has hashes.
+
+    Args:
+        listed: Scans that say how good a network is.
+        pretraining: Those that it learns from.
+        what: Names `listed`.
+    """
+    trained, seen = {os.path.realpath(e.image) for e in pretraining}, seen_in(pretraining)
+    shared = [e for e in listed if os.path.realpath(e.image) in trained]
+    if seen.scans:
+        rest = [e for e in listed if os.path.realpath(e.image) not in trained]
+        shared += shared_with(rest, seen).scans
+    if shared:
+        names = ", ".join(Path(e.image).name for e in shared[:3])
+        logger.warning(
+            "%s: %d of its %d scans are in the pretraining list too (%s, ...)", what, len(shared), len(listed), names
+        )
 
 
 def warn_of_overlap(test: list[Entry], weights: Teacher | str | Path) -> Shared | None:

@@ -32,8 +32,8 @@ class LabelledCrops:
     """Crops of one scan.
 
     Attributes:
-        windows: [C, 1, H, W, D] in [-1, 1], prepared as for pretraining.
-        labels: [C, H, W, D] int64.
+        windows: [C, 1, H, W, D] in [-1, 1], prepared as for pretraining; as many in place of the 1 as an image has channels.
+        labels: [C, H, W, D] int64; what is below 0 counts nowhere.
     """
 
     windows: Tensor
@@ -50,16 +50,21 @@ def random_crops(image: Path, label: Path, size: Sequence[int], count: int, seed
     volume = VolumeStore([Entry(str(image), tuple(describe(image)["shape"]))], 0).get(0, rng)
     raw = open_volume(Entry(str(label), ()))
     labels = torch.from_numpy(volume.align(as_whole(raw.read(), raw.image.step)).astype(np.int64))
+    return cut_crops(volume.data, labels, size, count, rng)
+
+
+def cut_crops(image: Tensor, labels: Tensor, size: Sequence[int], count: int, rng: np.random.Generator) -> LabelledCrops:
+    """Crops at random places of an image [channels, H, W, D] and its labels [H, W, D], padded where it is smaller."""
     room = [(0, max(0, s - n)) for s, n in zip(size, labels.shape, strict=True)]
     padding = [x for pair in reversed(room) for x in pair]
-    values, labels = F.pad(volume.data[0], padding, value=-1.0), F.pad(labels, padding)
+    image, labels = F.pad(image, padding, value=-1.0), F.pad(labels, padding)
     windows, cut = [], []
     for _ in range(count):
         start = [int(rng.integers(n - s + 1)) for n, s in zip(labels.shape, size, strict=True)]
         box = tuple(slice(a, a + s) for a, s in zip(start, size, strict=True))
-        windows.append(values[box])
+        windows.append(image[:, *box])
         cut.append(labels[box])
-    return LabelledCrops(torch.stack(windows)[:, None], torch.stack(cut))
+    return LabelledCrops(torch.stack(windows), torch.stack(cut))
 
 
 def raw_features(windows: Tensor, patch_size: int) -> Tensor:
@@ -82,7 +87,7 @@ def raw_features(windows: Tensor, patch_size: int) -> Tensor:
 
 def class_shares(labels: Tensor, patch_size: int, num_classes: int) -> Tensor:
     """[C, H, W, D] labels -> [C, h, w, d, K] share of each class in each patch."""
-    one_hot = F.one_hot(labels, num_classes).movedim(-1, 1).float()
+    one_hot = (F.one_hot(labels.clamp_min(0), num_classes) * (labels >= 0)[..., None]).movedim(-1, 1).float()
     return F.avg_pool3d(one_hot, patch_size).movedim(1, -1)
 
 
@@ -118,7 +123,7 @@ def dice_of_patches(scores: Tensor, labels: Tensor) -> float:
         found = found.repeat_interleave(patch_size, axis)
     dice = []
     for k in range(1, scores.shape[-1]):
-        a, b = found == k, labels == k
+        a, b = (found == k) & (labels >= 0), labels == k
         if total := int(a.sum() + b.sum()):
             dice.append(2 * int((a & b).sum()) / total)
     return float(np.mean(dice)) if dice else float("nan")

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from omegaconf import DictConfig
 from torch import Tensor
 
 from dinov2.data.downstream.cases import Cases
@@ -55,7 +56,7 @@ def part_features(setting: Setting, backbone: Backbone, cases: Cases, part: str)
     Raises:
         BadInput: A case cannot be prepared, or its features are not finite.
     """
-    request, device, layers = setting.request, setting.runtime.device, feature_layers(backbone)
+    request, layers = setting.request, feature_layers(backbone)
     mine = list(range(setting.runtime.rank, len(cases), setting.runtime.world_size))
     endless = (mine[i % len(mine)] for i in range(10**12)) if mine else iter(())
     num_workers = min(request.num_workers, len(mine))
@@ -63,20 +64,31 @@ def part_features(setting: Setting, backbone: Backbone, cases: Cases, part: str)
     rows: dict[int, Tensor] = {}
     for first in track(range(0, len(mine), request.batch_size), f"batches of {part} features"):
         chosen = mine[first : first + request.batch_size]
-        images = torch.stack([next(views) for _ in chosen]).to(device)
-        with evaluation_autocast(setting.cfg, device.type):
-            found = class_features(backbone, images, layers).cpu()
-        rows |= dict(zip(chosen, found, strict=True))
+        images = torch.stack([next(views) for _ in chosen])
+        rows |= dict(zip(chosen, batch_features(backbone, images, setting.cfg, layers), strict=True))
     views.close()
     rows = {i: row for of_rank in gather_objects(rows) for i, row in of_rank.items()}
     features = torch.stack([rows[i] for i in range(len(cases))])
+    refuse_not_finite(features, cases.items, part)
+    return features
+
+
+@torch.no_grad()
+def batch_features(backbone: Backbone, images: Tensor, cfg: DictConfig, layers: int) -> Tensor:
+    """`class_features` of images [B, C, s, s, s], as float32 on the CPU, in the dtype that the configuration evaluates in."""
+    device = next(backbone.parameters()).device
+    with evaluation_autocast(cfg, device.type):
+        return class_features(backbone, images.to(device), layers).cpu()
+
+
+def refuse_not_finite(features: Tensor, items: Sequence[Item], part: str) -> None:
+    """Raise `BadInput` where a case's features [n, F] are not finite."""
     bad = (~features.isfinite().all(1)).nonzero().flatten().tolist()
     if bad:
-        name = cases.items[bad[0]].case
         raise BadInput(
-            f"{part}: the features of {len(bad)} cases are not finite ({name}, ...): the weights are damaged or overflow"
+            f"{part}: the features of {len(bad)} cases are not finite ({items[bad[0]].case}, ...): the weights are damaged or "
+            "overflow"
         )
-    return features
 
 
 def labels_of(items: Sequence[Item]) -> Tensor:

@@ -15,11 +15,11 @@ if __package__ in (None, ""):  # started as a file: the repository, not this fol
     sys.path[0] = str(Path(__file__).resolve().parents[3])
 
 from dinov2.run.submit import launch
-from dinov2.train.train3d import get_args_parser
+from dinov2.run.train.pretrain import get_args_parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return launch("dinov2.train.train3d", get_args_parser(), argv, __doc__)
+    return launch("dinov2.run.train.pretrain", get_args_parser(), argv, __doc__)
 
 
 if __name__ == "__main__":

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-from dinov2.visual.figures.style import STYLE, save
+from dinov2.visual.figures.style import INK, SOFT, STYLE, look, save
 
 COLOURS = {
     "demo encoder": "tab:green",
@@ -55,6 +55,48 @@ def draw_curves(rows: list[dict[str, float]], prototypes: tuple[int, int], path:
         lines = [*axis.get_lines(), *(twin.get_lines() if axis is axes[2] else [])]
         named = [item for item in lines if not item.get_label().startswith("_")]
         axis.legend(handles=named, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=len(named), frameon=False)
+    save(figure, path)
+
+
+@matplotlib.rc_context(STYLE)
+def draw_course(
+    rows: Sequence[Mapping[str, float]],
+    evaluations: Sequence[Mapping[str, float]],
+    is_higher_better: Mapping[str, bool],
+    prototypes: tuple[int, int],
+    path: Path,
+) -> None:
+    """Losses, and below them what online evaluation measured, against the step, each with the untrained network's value.
+
+    Args:
+        rows: Lines of `training_metrics.json`.
+        evaluations: Lines of `evaluation_metrics.json`.
+        is_higher_better: Of each metric that is drawn.
+        prototypes: K of the DINO and the iBOT head, for the lines at log K.
+        path: PNG.
+    """
+    across = 3
+    down = 1 + -(-len(is_higher_better) // across)
+    figure = Figure(figsize=(9.5, 2.5 * down), layout="constrained")
+    panels = figure.subplots(down, across, sharex=True, squeeze=False)
+    steps = [row["iteration"] + 1 for row in rows]
+    losses = (("dino_cross_entropy", "DINO loss"), ("ibot_cross_entropy", "iBOT loss"))
+    for axis, (name, title), k in zip(panels[0], losses, prototypes, strict=False):
+        axis.plot(steps, [row[name] for row in rows], color=INK, lw=1)
+        axis.axhline(math.log(k), color=SOFT, ls=":", lw=1)
+        axis.set_title(f"{title}, nats (dotted: log K)")
+    panels[0][2].plot(steps, [row["feature_rank"] for row in rows], color=INK, lw=1)
+    panels[0][2].set_title("effective rank of class tokens")
+    tasks = list(dict.fromkeys(name.rpartition("/")[0] for name in is_higher_better))
+    for axis, name in zip(panels[1:].flat, is_higher_better, strict=False):
+        task, _, metric = name.rpartition("/")
+        measured = [(row["iteration"] + 1, row[name]) for row in evaluations if row.get(name) is not None]
+        axis.plot(*zip(*measured, strict=True), color=look(tasks.index(task)).colour, marker="o", ms=2.5, lw=1)
+        axis.axhline(measured[0][1], color=SOFT, ls="--", lw=1)
+        axis.set_title(f"{task}\n{metric}, {'higher' if is_higher_better[name] else 'lower'} is better", fontsize=8)
+    for axis in panels[1:].flat[len(is_higher_better) :]:
+        axis.set_axis_off()
+    figure.supxlabel("step (dashed: untrained)", fontsize=9)
     save(figure, path)
 
 

@@ -74,6 +74,10 @@ def test_every_key_has_a_meaning_and_is_read_by_code() -> None:
         ("compute_precision.student.backbone.mixed_precision.param_dtype=fp64", ["fp64", "all six"]),
         ("train.strategy=None", ["train.strategy='None'", "auto"]),
         ("optim.scaling_rule=None", ["optim.scaling_rule='None'", "none"]),
+        ("evaluation.tasks=[{knd: knn}]", ["evaluation.tasks", "unknown key 'knd'", "did you mean 'kind'"]),
+        ("evaluation.tasks=[{kind: knn, dataset: a, base_data_dir: b, size: x}]", ["evaluation.tasks: size", "'x'"]),
+        ("evaluation.tasks=[{kind: knn, dataset: a}]", ["evaluation.tasks", "has no base_data_dir"]),
+        ("evaluation.tasks={kind: knn}", ["evaluation.tasks", "needs a list"]),
         ("train.seed=${nowhere}", ["train.seed", "nowhere"]),
     ],
 )

@@ -41,6 +41,22 @@ def test_bars_have_the_style_and_leave_others_theirs(tmp_path: Path, monkeypatch
     assert {key: matplotlib.rcParams[key] for key in STYLE} == before
 
 
+def test_a_course_has_a_panel_for_each_metric_and_a_line_at_the_untrained_value(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[Figure] = []
+    monkeypatch.setattr(training, "save", lambda figure, path: drawn.append(figure))
+    rows = [{"iteration": i, "dino_cross_entropy": 4.0, "ibot_cross_entropy": 5.0, "feature_rank": 9.0 + i} for i in range(3)]
+    measured = [{"iteration": i, "knn-a/auc": 0.5 + i, "retrieval-b/median_mm": 20.0 - i} for i in (-1, 2)]
+    del measured[1]["knn-a/auc"]  # could not be measured
+    training.draw_course(rows, measured, {"knn-a/auc": True, "retrieval-b/median_mm": False}, (128, 512), tmp_path / "a.png")
+    panels = {axis.get_title(): axis for axis in drawn[0].axes if axis.axison}
+    assert list(panels)[3:] == ["knn-a\nauc, higher is better", "retrieval-b\nmedian_mm, lower is better"]
+    points, untrained = panels["retrieval-b\nmedian_mm, lower is better"].lines
+    assert points.get_xydata().tolist() == [[0, 21.0], [3, 18.0]] and set(untrained.get_ydata()) == {21.0}
+    assert panels["knn-a\nauc, higher is better"].lines[0].get_xydata().tolist() == [[0, -0.5]]
+
+
 def test_a_page_escapes_what_it_is_given_and_counts_what_it_leaves_out() -> None:
     rows = [(f"<b>{i}</b>", str(i)) for i in range(MAX_ROWS + 5)]
     text = page("Report", [("3", "volumes")], [("Table", table(("name", "count"), rows))])

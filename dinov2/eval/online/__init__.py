@@ -1,0 +1,1 @@
+"""What the teacher is measured by while it learns (`evaluation.tasks`): one file one evaluator."""
