@@ -93,6 +93,13 @@ def doctor(args: argparse.Namespace) -> int:
     return EXIT_OK
 
 
+def watch(args: argparse.Namespace) -> int:
+    """Show how a pretraining goes, on one screen, from the files of its folder."""
+    from dinov2.watch import watch as run_watch
+
+    return run_watch(args.folder, args.once, say)
+
+
 def cache_build(args: argparse.Namespace) -> int:
     """Preprocess every volume of a datalist into a cache folder; a second call continues."""
     from dinov2.data.cache.commands import build
@@ -345,6 +352,10 @@ def build_parser() -> argparse.ArgumentParser:
     action = commands.add_parser("doctor", help=_first_line(doctor))
     action.add_argument("--report", type=Path, help="write it to a file, for a bug report")
     action.set_defaults(function=doctor)
+    action = commands.add_parser("watch", help=_first_line(watch))
+    action.add_argument("folder", type=Path, metavar="OUT", help="--output-dir of a pretraining, running or not")
+    action.add_argument("--once", action="store_true", help="show it once and end")
+    action.set_defaults(function=watch)
     _add_config(commands)
     _add_cache(commands)
     _add_recipe(commands)
