@@ -362,6 +362,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_predict(commands)
     _add_classify(commands)
     commands.add_parser("split", help="write a downstream datalist of labelled cases: parts by patients", add_help=False)
+    commands.add_parser("bench", help="time a configuration here: what holds it up, what a run will take", add_help=False)
     commands.add_parser("study", help="a comparison of methods: plan, run, status, collect, report", add_help=False)
     _add_corpus(commands)
     _add_embed(commands)
@@ -639,5 +640,9 @@ def _run(argv: Sequence[str] | None) -> int:
         from dinov2.eval.study.command import main as study_main
 
         return study_main(argv[1:], say)
+    if argv[:1] == ["bench"]:
+        from dinov2.bench.command import main as bench_main
+
+        return bench_main(argv[1:], say)
     args = build_parser().parse_args(argv)
     return args.function(args)
