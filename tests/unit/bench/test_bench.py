@@ -121,6 +121,7 @@ def test_what_fits_a_card_keeps_the_papers_batch() -> None:
     cfg = load_and_merge_config_3d("pretrain/vit_large")
     (need, card) = memory_lines(cfg, 4, 80.0)
     assert "about 66 GiB" in need and "fits; " in card and "train.batch_size_per_gpu=128 train.accumulation_steps=1" in card
+    assert "train.batch_size_per_gpu=64 train.accumulation_steps=1" in memory_lines(cfg, 8, 80.0)[1]
     assert "does not fit; " in memory_lines(cfg, 1, 40.0)[1]
     assert "train.batch_size_per_gpu=64 train.accumulation_steps=8" in memory_lines(cfg, 1, 40.0)[1]
     assert "3 ranks do not divide" in memory_lines(cfg, 3, 40.0)[1]

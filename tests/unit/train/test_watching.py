@@ -98,6 +98,8 @@ def test_what_lasts_is_said_once_and_again_when_it_comes_back(name: str) -> None
     found = [iteration for iteration, warning in said(rows_with(changes), FACTS) if warning == name]
     last = 0 if name == "loss_spike" else watching.STAYS_STEPS
     assert found == [150 + last, 330 + last]
+    flickers = {15: BAD[name], 20: GOOD, 21: BAD[name], 22: GOOD, 23: BAD[name]}
+    assert len([w for _, w in said(rows_with(flickers), FACTS) if w == name]) == (3 if name == "loss_spike" else 1)
     brief = {15: BAD[name], 16: GOOD}
     assert bool(said(rows_with(brief), FACTS)) == (name == "loss_spike"), "one row is a spike and nothing else"
 
@@ -182,7 +184,8 @@ def test_a_kill_loses_no_warning_and_doubles_none(name: str, tmp_path: Path, cap
 
     run(0)
     whole = warned.read_bytes()
-    for first, kept in ((200, whole), (200, b""), (200, whole[:-20]), (100, whole), (10, b'{"iteration": 9')):
+    beyond = b'{"iteration": 100, "name": "data_wait", "value": 0.5, "message": "of a run that was killed"}\n'
+    for first, kept in ((200, whole), (200, b""), (200, whole[:-20]), (60, whole + beyond), (10, b'{"iteration": 9')):
         warned.write_bytes(kept)
         known = [w for w in read_warnings(tmp_path) if w["iteration"] < first]
         caplog.clear()
