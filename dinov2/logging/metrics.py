@@ -10,6 +10,7 @@ from dinov2.errors import BadInput
 from dinov2.files import from_json, is_number, to_json, write_text
 
 if TYPE_CHECKING:
+    import numpy as np
     from torch.utils.tensorboard import SummaryWriter
 
 METRICS_FILE = "training_metrics.json"
@@ -65,6 +66,11 @@ class MetricWriter:
         for name, value in metrics.items():
             if name != "iteration":
                 board.add_scalar(f"train/{name}", value, int(metrics["iteration"]))
+
+    def write_picture(self, name: str, picture: np.ndarray, iteration: int) -> None:
+        """Show [H, W, 3] in [0, 1] on TensorBoard."""
+        if self._out is not None:
+            self._out[1].add_image(name, picture, iteration, dataformats="HWC")
 
     def write_image(self, name: str, path: Path, iteration: int) -> None:
         """Show a PNG file on TensorBoard."""

@@ -52,6 +52,7 @@ from dinov2.train.compiling import first_compiled
 from dinov2.train.flops import step_flops
 from dinov2.train.forecast import out_of_memory_explained
 from dinov2.train.meta_arch import MetaArch
+from dinov2.train.pictures import Pictures
 from dinov2.train.progress import Progress, progress_line
 from dinov2.train.schedules import Schedules, StepParams, apply_schedules, build_schedules, with_derived_lr
 from dinov2.train.stages import read_stages
@@ -172,6 +173,7 @@ def do_train(
     volumes_per_step = cfg.train.batch_size_per_gpu * cfg.train.accumulation_steps * runtime.world_size
     progress = Progress(runtime, volumes_per_step, training_dtype(cfg.compute_precision.student.backbone, runtime.device.type))
     data = data_record(datalist, cfg)
+    pictures = Pictures(loader.datalist, cfg.crops.global_crops_size, cfg.student.patch_size, cfg.train.cache_dir)
     what = "iterations %d to %d, %d volumes a step from %d, on %s"
     logger.info(what, first, total - 1, volumes_per_step, len(datalist), runtime.device)
     with (
@@ -198,6 +200,9 @@ def do_train(
                 metrics.write(row)
                 logger.info("%s", progress_line(iteration, total, row))
                 alerts.see(row)
+            if checkpointer.is_milestone(iteration) and is_main_process():
+                for name, picture in pictures.draw(model, batch[0], num_shards(cfg, runtime) == 1).items():
+                    metrics.write_picture(f"pictures/{name}", picture, iteration)
             if checkpointer.is_milestone(iteration) or iteration == total - 1:
                 save_teacher(model, cfg, output_dir / "eval" / f"training_{iteration}", iteration, data)
             stop = state.stop_seen or (bool(stop_asked) and not is_enabled())  # all ranks stop after the same step
