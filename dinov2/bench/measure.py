@@ -27,7 +27,7 @@ from dinov2.train.schedules import build_schedules
 from dinov2.train.state import TrainState
 from dinov2.train.train3d import train_step
 
-WARM_UP = 2  # draws, batches and steps before the clock counts
+WARM_UP = 3  # draws, batches and steps before the clock counts; a compiled step has all its graphs then
 FEWEST = 2  # that are timed, however long they take
 FIRST_BATCH = 4  # volumes of the first step on a CPU, which says how many more fit into the time
 SMALLEST_BATCH = 2  # volumes; KoLeo compares those of a batch

@@ -67,10 +67,11 @@ class MetricWriter:
             if name != "iteration":
                 board.add_scalar(f"train/{name}", value, int(metrics["iteration"]))
 
-    def write_picture(self, name: str, picture: np.ndarray, iteration: int) -> None:
-        """Show [H, W, 3] in [0, 1] on TensorBoard."""
+    def write_pictures(self, pictures: dict[str, np.ndarray], iteration: int) -> None:
+        """Show arrays [H, W, 3] in [0, 1] on TensorBoard, by name."""
         if self._out is not None:
-            self._out[1].add_image(name, picture, iteration, dataformats="HWC")
+            for name, picture in pictures.items():
+                self._out[1].add_image(f"pictures/{name}", picture, iteration, dataformats="HWC")
 
     def write_image(self, name: str, path: Path, iteration: int) -> None:
         """Show a PNG file on TensorBoard."""

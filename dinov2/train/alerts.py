@@ -1,4 +1,4 @@
-"""What a run says when something goes wrong: to its log, to `warnings.json`, to `train.notify`."""
+"""What a run says when something goes wrong, and when it ends: to its log, to `warnings.json`, to `train.notify`."""
 
 from __future__ import annotations
 
@@ -11,9 +11,12 @@ from omegaconf import DictConfig
 from dinov2.configs.schema import notify_words
 from dinov2.distributed import gather_objects, is_main_process
 from dinov2.distributed.runtime import Runtime
+from dinov2.errors import EXIT_COLLAPSED, EXIT_OK, EXIT_RESUMABLE
+from dinov2.logging.ending import ENDING_COLLAPSED, ENDING_DONE, ENDING_STOPPED
 from dinov2.logging.metrics import METRICS_FILE, read_metrics
 from dinov2.logging.notify import Notifier
 from dinov2.logging.warned import WarningFile
+from dinov2.train.progress import Progress
 from dinov2.train.watching import Facts, Row, Watcher
 
 logger = logging.getLogger(__name__)
@@ -56,8 +59,24 @@ class Alerts:
         """Whether `train.stop_on_collapse` ends the run here; all ranks ask, after the same row."""
         return self._stops and any(gather_objects(self._watcher.collapsed))
 
-    def tell(self, event: str, message: str) -> None:
-        self._notifier.tell(event, message)
+    def done(self, progress: Progress, teacher: Path) -> int:
+        """The last lines of a run, here and below; each gives the exit code."""
+        return self._end(progress, "end", logging.INFO, f"{ENDING_DONE} {teacher}", EXIT_OK)
+
+    def stopped(self, progress: Progress, iteration: int, why: str) -> int:
+        line = f"{ENDING_STOPPED} {iteration} on {why}; start the same command again to continue"
+        return self._end(progress, "stop", logging.INFO, line, EXIT_RESUMABLE)
+
+    def collapsed(self, progress: Progress, iteration: int) -> int:
+        line = f"{ENDING_COLLAPSED} {iteration} (train.stop_on_collapse): the warnings above say what to change; it is saved"
+        return self._end(progress, "stop", logging.ERROR, line, EXIT_COLLAPSED)
+
+    def _end(self, progress: Progress, event: str, level: int, line: str, code: int) -> int:
+        if self._file is not None:
+            logger.info("%s", progress.summary())
+            logger.log(level, "%s", line)
+            self._notifier.tell(event, line)
+        return code
 
     def __enter__(self) -> Alerts:
         return self

@@ -113,9 +113,9 @@ class Pictures:
                 if self._cube is None:
                     self._cube = fixed_cube(self._datalist, self._edge, self._cache_dir)
                 drawn["pca"] = pca_picture(model, self._cube, self._patch_size)
-            except BadInput as err:
+            except (BadInput, OSError, torch.OutOfMemoryError) as err:  # no run ends for a picture
                 self._has_failed = True
-                logger.info("no picture of patches for TensorBoard: %s", err)
+                logger.info("no picture of patches for TensorBoard: %s", " ".join(str(err).split()))
         return drawn
 
 

@@ -35,12 +35,11 @@ from dinov2.data.collate import Batch
 from dinov2.distributed import gather_objects, is_enabled, is_main_process, mean_over_ranks
 from dinov2.distributed.precision import training_dtype
 from dinov2.distributed.runtime import Runtime, lost_rank_explained, start_runtime
-from dinov2.errors import EXIT_COLLAPSED, EXIT_OK, EXIT_RESUMABLE, BadInput
+from dinov2.errors import EXIT_OK, BadInput
 from dinov2.files import write_json, write_text
 from dinov2.fsdp.parallel import num_shards, resolve_strategy
 from dinov2.fsdp.tensors import whole
 from dinov2.logging import MetricWriter, setup_logging
-from dinov2.logging.ending import ENDING_COLLAPSED, ENDING_DONE, ENDING_STOPPED
 from dinov2.logging.folder import refuse_another_programs_run, run_folder, set_aside
 from dinov2.logging.provenance import RUN_FILE, run_record
 from dinov2.program import run_program
@@ -201,8 +200,7 @@ def do_train(
                 logger.info("%s", progress_line(iteration, total, row))
                 alerts.see(row)
             if checkpointer.is_milestone(iteration) and is_main_process():
-                for name, picture in pictures.draw(model, batch[0], num_shards(cfg, runtime) == 1).items():
-                    metrics.write_picture(f"pictures/{name}", picture, iteration)
+                metrics.write_pictures(pictures.draw(model, batch[0], num_shards(cfg, runtime) == 1), iteration)
             if checkpointer.is_milestone(iteration) or iteration == total - 1:
                 save_teacher(model, cfg, output_dir / "eval" / f"training_{iteration}", iteration, data)
             stop = state.stop_seen or (bool(stop_asked) and not is_enabled())  # all ranks stop after the same step
@@ -212,33 +210,12 @@ def do_train(
                 checkpointer.save(state.state_dict(), iteration)
             if (stop or collapsed) and iteration < total - 1:
                 checkpointer.finish()
-                if collapsed:
-                    return say_collapsed(alerts, progress, iteration)
                 why = stop_asked[0] if stop_asked else "another rank's signal"
-                return say_stopped(alerts, progress, iteration, why)
+                return alerts.collapsed(progress, iteration) if collapsed else alerts.stopped(progress, iteration, why)
         checkpointer.finish()
         if loader.bad_volumes:
             logger.warning("%d of %d volumes could not be used; they are named above", len(loader.bad_volumes), len(datalist))
-        teacher = output_dir / "eval" / f"training_{total - 1}" / "teacher_checkpoint.pth"
-        return say_end(alerts, progress, "end", f"{ENDING_DONE} {teacher}", EXIT_OK)
-
-
-def say_stopped(alerts: Alerts, progress: Progress, iteration: int, why: str) -> int:
-    line = f"{ENDING_STOPPED} {iteration} on {why}; start the same command again to continue"
-    return say_end(alerts, progress, "stop", line, EXIT_RESUMABLE)
-
-
-def say_collapsed(alerts: Alerts, progress: Progress, iteration: int) -> int:
-    line = f"{ENDING_COLLAPSED} {iteration} (train.stop_on_collapse): the warnings above say what to change; it is saved"
-    return say_end(alerts, progress, "stop", line, EXIT_COLLAPSED)
-
-
-def say_end(alerts: Alerts, progress: Progress, event: str, line: str, code: int) -> int:
-    """The last lines of a start of the run: what it took, how it ended."""
-    logger.info("%s", progress.summary())
-    logger.log(logging.ERROR if code == EXIT_COLLAPSED else logging.INFO, "%s", line)
-    alerts.tell(event, line)
-    return code
+        return alerts.done(progress, output_dir / "eval" / f"training_{total - 1}" / "teacher_checkpoint.pth")
 
 
 def train_step(
