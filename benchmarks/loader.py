@@ -48,7 +48,7 @@ class Draws(Dataset):
     """The crops of a position as tensors of their own."""
 
     def __init__(self, loader: TrainLoader) -> None:
-        self.draw, layout = loader._dataset.draw, loader._layout
+        self.draw, layout = loader.dataset.draw, loader._layout
         self.sizes = [layout.global_size] * 2 + [layout.local_size] * layout.num_local
         self.dtype = layout.dtype
 

@@ -93,6 +93,13 @@ def doctor(args: argparse.Namespace) -> int:
     return EXIT_OK
 
 
+def watch(args: argparse.Namespace) -> int:
+    """Show how a pretraining goes, on one screen, from the files of its folder."""
+    from dinov2.watch import watch as run_watch
+
+    return run_watch(args.folder, args.once, say)
+
+
 def cache_build(args: argparse.Namespace) -> int:
     """Preprocess every volume of a datalist into a cache folder; a second call continues."""
     from dinov2.data.cache.commands import build
@@ -345,12 +352,17 @@ def build_parser() -> argparse.ArgumentParser:
     action = commands.add_parser("doctor", help=_first_line(doctor))
     action.add_argument("--report", type=Path, help="write it to a file, for a bug report")
     action.set_defaults(function=doctor)
+    action = commands.add_parser("watch", help=_first_line(watch))
+    action.add_argument("folder", type=Path, metavar="OUT", help="--output-dir of a pretraining, running or not")
+    action.add_argument("--once", action="store_true", help="show it once and end")
+    action.set_defaults(function=watch)
     _add_config(commands)
     _add_cache(commands)
     _add_recipe(commands)
     _add_predict(commands)
     _add_classify(commands)
     commands.add_parser("split", help="write a downstream datalist of labelled cases: parts by patients", add_help=False)
+    commands.add_parser("bench", help="time a configuration here: what holds it up, what a run will take", add_help=False)
     commands.add_parser("study", help="a comparison of methods: plan, run, status, collect, report", add_help=False)
     _add_corpus(commands)
     _add_embed(commands)
@@ -628,5 +640,9 @@ def _run(argv: Sequence[str] | None) -> int:
         from dinov2.eval.study.command import main as study_main
 
         return study_main(argv[1:], say)
+    if argv[:1] == ["bench"]:
+        from dinov2.bench.command import main as bench_main
+
+        return bench_main(argv[1:], say)
     args = build_parser().parse_args(argv)
     return args.function(args)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+import shlex
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -78,6 +79,22 @@ def memory_budget(mode: str) -> float | None:
     if share is None:
         raise ConfigError(f"{name} is not one of none, full, budget:SHARE with a share from 0 to 1, such as budget:0.8")
     return float(share[1])
+
+
+def notify_words(command: Any) -> list[str]:
+    """The words of `train.notify`: a list of them, or a text that is split as a shell would; no shell reads them.
+
+    Raises:
+        ConfigError: It is neither, or its quotes are not closed.
+    """
+    if isinstance(command, str):
+        try:
+            return shlex.split(command)
+        except ValueError as err:
+            raise ConfigError(f"train.notify={command!r}: {err}: close it, or give a list of words") from err
+    is_list = not isinstance(command, (bool, int, float, dict)) and all(isinstance(word, str) for word in command)
+    require(is_list, f"train.notify={command!r} is neither a command nor a list of its words")
+    return list(command)
 
 
 @dataclass
@@ -230,6 +247,10 @@ class TrainConfig:
     timeout_s: float = key(600.0, "seconds that a rank waits for the others before it gives up")
     centering: str = key("sinkhorn_knopp", "teacher targets: sinkhorn_knopp or centering")
     keep_best: str = key("", "TASK/METRIC of evaluation.tasks whose best teacher is kept in eval/best; empty: none is")
+    stop_on_collapse: bool = key(False, "end the run, saved, with exit code 3 when its metrics are those of a collapse")
+    notify: Any = key(
+        "", "command run when the run ends, stops, fails or warns: a text, or a list of words (docs/watching.md)", is_path=True
+    )
 
     def __post_init__(self) -> None:
         require_choice("train.objective", self.objective, ("3dino", "swin"))
@@ -239,6 +260,7 @@ class TrainConfig:
         require_choice("train.centering", self.centering, ("sinkhorn_knopp", "centering"))
         require_choice("train.strategy", self.strategy, ("auto", "single", "ddp", "fsdp"))
         memory_budget(self.activation_checkpointing)
+        notify_words(self.notify)
         require(self.compile in (True, False, "auto"), f"train.compile={self.compile!r} is not one of true, false, auto")
         require_choice("train.backend", self.backend, ("auto", "nccl", "gloo"))
         require(self.timeout_s > 0, f"train.timeout_s={self.timeout_s} must be positive")

@@ -78,27 +78,36 @@ class TrainLoader:
         masked = cfg.ibot.mask_sample_probability if t.objective == "3dino" else 0.0
         self._masking = Masking(t.seed, sampler.effective_batch, masked, tuple(cfg.ibot.mask_ratio_min_max))
         cache = VolumeCache(t.cache_dir, t.cache_max_gb) if t.cache_dir else None
-        self._num_workers = count_workers(t.num_workers, len(os.sched_getaffinity(0)))
-        store_bytes = store_share(t.memory_store_mb * 2**20, self._num_workers, datalist)
-        self._dataset = _dataset(cfg, datalist, sampler.effective_batch, store_bytes, cache)
+        self.batch_size = t.batch_size_per_gpu
+        self.num_workers = count_workers(t.num_workers, len(os.sched_getaffinity(0)))
+        store_bytes = store_share(t.memory_store_mb * 2**20, self.num_workers, datalist)
+        self.dataset = _dataset(cfg, datalist, sampler.effective_batch, store_bytes, cache)
 
     def __iter__(self) -> Generator[list[Batch], None, None]:
         if self._sampler.rank == 0:
-            logger.info("%s", load_line(os.getloadavg()[0], len(os.sched_getaffinity(0)), self._num_workers))
+            logger.info("%s", load_line(os.getloadavg()[0], len(os.sched_getaffinity(0)), self.num_workers))
         with self._batches() as take:
             on_cuda = self.device.type == "cuda"
             batches = one_ahead(take, CudaCopies(self.device)) if on_cuda else iter(lambda: take(True), None)
             while True:
                 yield list(islice(batches, self.accumulation_steps))
 
+    def drawn_here(self) -> Iterator[Sample]:
+        """Volumes in their order, one by one and by this process, their crops into the same memory; for timing it."""
+        memory = np.empty(self._layout.nbytes, np.uint8)
+        crops = self._layout.rows(memory).crops_of(0)
+        for positions in self._sampler:
+            for position in positions:
+                yield self.dataset.draw(position, crops)
+
     @contextmanager
     def _batches(self) -> Iterator[Take]:
         """What delivers batches in host memory, in order."""
         positions, layout = iter(self._sampler), self._layout
-        if self._num_workers == 0:
+        if self.num_workers == 0:
             yield lambda wait: self._alone(next(positions)) if wait else None
             return
-        with slot_queue(self._write, layout.nbytes, positions, layout.batch_size, self._num_workers, self.device) as queue:
+        with slot_queue(self._write, layout.nbytes, positions, layout.batch_size, self.num_workers, self.device) as queue:
             yield lambda wait: self._batch(*taken) if (taken := queue.take(wait)) else None
 
     def _alone(self, positions: Sequence[int]) -> Batch:
@@ -108,7 +117,7 @@ class TrainLoader:
     def _write(self, memory: np.ndarray, positions: Sequence[int], volumes: Sequence[int]) -> tuple[dict[int, Sample], int]:
         """Fill the rows of some volumes of a batch; who has the first one fills the masks."""
         rows = self._layout.rows(memory)
-        samples = {volume: self._dataset.draw(positions[volume], rows.crops_of(volume)) for volume in volumes}
+        samples = {volume: self.dataset.draw(positions[volume], rows.crops_of(volume)) for volume in volumes}
         return samples, self._masking.write(positions, rows.masks) if 0 in samples else 0
 
     def _batch(self, memory: np.ndarray, positions: Sequence[int], written: list[tuple[dict[int, Sample], int]]) -> Batch:

@@ -12,6 +12,7 @@ from dinov2.distributed.runtime import Runtime
 from dinov2.errors import BadInput
 from dinov2.files import lock, user_path
 from dinov2.logging.provenance import RUN_FILE
+from dinov2.logging.warned import WARNINGS_FILE
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +85,8 @@ def run_folder(path: str, runtime: Runtime) -> Iterator[Path]:
 
 # what it writes; RUN_FILE last, so that what a kill leaves is still known for ours
 PRETRAINING = (
-    "checkpoints", "eval", "tensorboard", "training_metrics.json", "evaluation_metrics.json", "config.yaml", RUN_FILE,
+    "checkpoints", "eval", "tensorboard", "training_metrics.json", "evaluation_metrics.json", WARNINGS_FILE, "config.yaml",
+    RUN_FILE,
 )  # fmt: skip
 
 

@@ -13,6 +13,7 @@ from dinov2.errors import BadInput
 from dinov2.files import from_json, is_number, to_json, write_text
 
 if TYPE_CHECKING:
+    import numpy as np
     from torch.utils.tensorboard import SummaryWriter
 
 METRICS_FILE = "training_metrics.json"
@@ -83,6 +84,12 @@ class MetricWriter:
         for name, value in metrics.items():
             if name != "iteration":
                 self._out[1].add_scalar(f"{group}/{name}", value, int(metrics["iteration"]))
+
+    def write_pictures(self, pictures: dict[str, np.ndarray], iteration: int) -> None:
+        """Show arrays [H, W, 3] in [0, 1] on TensorBoard, by name."""
+        if self._out is not None:
+            for name, picture in pictures.items():
+                self._out[1].add_image(f"pictures/{name}", picture, iteration, dataformats="HWC")
 
     def write_image(self, name: str, path: Path, iteration: int) -> None:
         """Show a PNG file on TensorBoard."""

@@ -111,6 +111,12 @@ class MetaArch(nn.Module, ABC):
             weight = weight * (1 - skip)
         torch._foreach_lerp_(teacher, student, [weight] * len(teacher))
 
+    @torch.no_grad()
+    def teacher_patches(self, voxels: Tensor) -> Tensor:
+        """[R, 1, S, S, S] -> the teacher's patch tokens [R, N, E]."""
+        tokens: Tensor = self._run("teacher", "backbone", voxels, is_training=True)["x_norm_patchtokens"]
+        return tokens
+
     def get_params_groups(self) -> list[dict[str, Any]]:
         """Optimiser groups of the student: parameters of equal learning-rate and weight-decay factors together."""
         depth = len(self.student.backbone.block_list)

@@ -10,6 +10,8 @@ from datetime import timedelta
 import torch
 
 from dinov2.distributed.runtime import Runtime
+from dinov2.logging.progress import in_words
+from dinov2.train.cores import Cores
 
 
 class Progress:
@@ -26,8 +28,9 @@ class Progress:
         self.volumes_per_step = volumes_per_step
         self.peak_flops = runtime.matmul_flops_per_s(dtype)
         self.flops_per_step = 0  # of `step_flops`, once a batch is there
-        self._steps, self._waited = 0, 0.0
-        self._since = time.perf_counter()
+        self._steps, self._waited, self._cores = 0, 0.0, Cores()
+        self._since = self._began = time.perf_counter()
+        self._all_steps = 0
 
     @contextmanager
     def waiting_for_data(self) -> Iterator[None]:
@@ -44,11 +47,11 @@ class Progress:
         self._since += time.perf_counter() - start
 
     def step_done(self) -> None:
-        self._steps += 1
+        self._steps, self._all_steps = self._steps + 1, self._all_steps + 1
 
     def report(self) -> dict[str, float]:
         """Means over the steps since the last report: `iter_time`, `data_time` (s), `volumes_per_s`, `data_wait`
-        (share), `mfu` (model flops over the measured matrix-product rate), `memory_gib`."""
+        (share), `mfu` (model flops over the measured matrix-product rate), `memory_gib`; `cpu_wait`, `cpu_used` of `Cores`."""
         self.runtime.synchronize()
         now = time.perf_counter()
         iter_time = (now - self._since) / max(self._steps, 1)
@@ -61,7 +64,16 @@ class Progress:
             "data_wait": data_time / iter_time,
             "mfu": self.flops_per_step / iter_time / self.peak_flops,
             "memory_gib": self.runtime.peak_memory_gib(),
+            **self._cores.report(),
         }
+
+    def summary(self) -> str:
+        """What this start of the run took, for its last line: device-hours of all ranks, volumes a second, waiting included."""
+        elapsed = time.perf_counter() - self._began
+        ranks, kind = self.runtime.world_size, "GPU" if self.runtime.device.type == "cuda" else "CPU process"
+        hours, rate = elapsed * ranks / 3600, self._all_steps * self.volumes_per_step / elapsed
+        took = f"{hours:.{1 if hours >= 10 else 3}f} {kind}-hours ({in_words(elapsed)} on {ranks})"
+        return f"{took} for {self._all_steps} iterations: {rate:.1f} volumes/s"
 
 
 def progress_line(iteration: int, total: int, m: dict[str, float]) -> str:

@@ -35,7 +35,7 @@ from dinov2.data.collate import Batch
 from dinov2.distributed import gather_objects, is_enabled, is_main_process, mean_over_ranks
 from dinov2.distributed.precision import training_dtype
 from dinov2.distributed.runtime import Runtime, lost_rank_explained, start_runtime
-from dinov2.errors import EXIT_OK, EXIT_RESUMABLE, BadInput
+from dinov2.errors import EXIT_OK, BadInput
 from dinov2.files import write_json, write_text
 from dinov2.fsdp.parallel import num_shards, resolve_strategy
 from dinov2.fsdp.tensors import whole
@@ -45,12 +45,14 @@ from dinov2.logging.provenance import RUN_FILE, run_record
 from dinov2.program import run_program
 from dinov2.signals import stop_requests
 from dinov2.streams import Kind, torch_seed
+from dinov2.train.alerts import Alerts
 from dinov2.train.build import build, build_checkpointer, data_record
 from dinov2.train.compiling import first_compiled
 from dinov2.train.evaluation import UNTRAINED, OnlineEvaluation, OpenEvaluators, open_evaluation
 from dinov2.train.flops import step_flops
 from dinov2.train.forecast import out_of_memory_explained
 from dinov2.train.meta_arch import MetaArch
+from dinov2.train.pictures import Pictures
 from dinov2.train.progress import Progress, progress_line
 from dinov2.train.schedules import Schedules, StepParams, apply_schedules, build_schedules, with_derived_lr
 from dinov2.train.stages import read_stages
@@ -180,10 +182,12 @@ def do_train(
     volumes_per_step = cfg.train.batch_size_per_gpu * cfg.train.accumulation_steps * runtime.world_size
     progress = Progress(runtime, volumes_per_step, training_dtype(cfg.compute_precision.student.backbone, runtime.device.type))
     data = data_record(datalist, cfg)
+    pictures = Pictures(loader.datalist, cfg.crops.global_crops_size, cfg.student.patch_size, cfg.train.cache_dir)
     what = "iterations %d to %d, %d volumes a step from %d, on %s"
     logger.info(what, first, total - 1, volumes_per_step, len(datalist), runtime.device)
     with (
         MetricWriter(output_dir, first, is_main_process()) as metrics,
+        Alerts(cfg, output_dir, first, runtime) as alerts,
         stop_requests() as stop_asked,
         closing(iter(loader)) as batches,  # ends the loader processes, whatever happens
     ):
@@ -207,25 +211,27 @@ def do_train(
                 row = metric_row(iteration, hp, values, state, progress)
                 metrics.write(row)
                 logger.info("%s", progress_line(iteration, total, row))
+                alerts.see(row)
+            if checkpointer.is_milestone(iteration) and is_main_process():
+                metrics.write_pictures(pictures.draw(model, batch[0], num_shards(cfg, runtime) == 1), iteration)
             if checkpointer.is_milestone(iteration) or iteration == total - 1:
                 save_teacher(model, cfg, output_dir / "eval" / f"training_{iteration}", iteration, data)
             if evaluation.is_due(iteration, total):  # before the checkpoint: what continues from that has the row
                 with progress.paused():
                     evaluation.measure(iteration, model, metrics, data)
             stop = state.stop_seen or (bool(stop_asked) and not is_enabled())  # all ranks stop after the same step
-            if is_checkpoint_due(cfg, checkpointer, iteration, total) or stop:
+            collapsed = is_logged and alerts.is_to_stop()
+            if is_checkpoint_due(cfg, checkpointer, iteration, total) or stop or collapsed:
                 note_arrived(state, drain=True)  # so that its counters are those of this step
                 checkpointer.save(state.state_dict(), iteration)
-            if stop and iteration < total - 1:
+            if (stop or collapsed) and iteration < total - 1:
                 checkpointer.finish()
                 why = stop_asked[0] if stop_asked else "another rank's signal"
-                logger.info("stopped after iteration %d on %s; start the same command again to continue", iteration, why)
-                return EXIT_RESUMABLE
+                return alerts.collapsed(progress, iteration) if collapsed else alerts.stopped(progress, iteration, why)
         checkpointer.finish()
-    if loader.bad_volumes:
-        logger.warning("%d of %d volumes could not be used; they are named above", len(loader.bad_volumes), len(datalist))
-    logger.info("done: %s", output_dir / "eval" / f"training_{total - 1}" / "teacher_checkpoint.pth")
-    return EXIT_OK
+        if loader.bad_volumes:
+            logger.warning("%d of %d volumes could not be used; they are named above", len(loader.bad_volumes), len(datalist))
+        return alerts.done(progress, output_dir / "eval" / f"training_{total - 1}" / "teacher_checkpoint.pth")
 
 
 def train_step(

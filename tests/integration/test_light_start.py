@@ -59,6 +59,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "base_data_dir: .\noutput_dir: study\ndatasets: {d: {recipe: d.yaml}}\nbudget: {disk_gib: 0.001}\n"
         "methods: {3DINO: {weights: demo}, Random: }\n"
     )
+    (folder / "run").mkdir()
+    (folder / "run" / "training_metrics.json").write_text('{"iteration": 0, "total_loss": 5.0}\n')
     return folder
 
 
@@ -67,6 +69,7 @@ COMMANDS = [
     ["--version"],
     ["config", "show", "pretrain/tiny_cpu"],
     ["config", "check", "pretrain/tiny_cpu"],
+    ["watch", "run", "--once"],
     ["index", "images", "--output", "list.json", "--workers", "2", "--report", "report.html"],
     ["index", "list.json", "--merge", "--output", "merged.json"],
     ["curate", "list.json", "--rules", "rules.yaml", "--output", "curated.json"],

@@ -21,7 +21,7 @@ from dinov2.models.vision_transformer import vit_tiny_3d
 from tests.conftest import SMALL
 
 NUM_SCANS = 96
-TIMING = {"iter_time", "data_time", "volumes_per_s", "data_wait", "mfu", "memory_gib"}  # of a line of metrics
+TIMING = {"iter_time", "data_time", "volumes_per_s", "data_wait", "mfu", "memory_gib", "cpu_wait", "cpu_used"}
 FROZEN = [word for word in SMALL if word.startswith(("student.", "crops.", "train.num_threads"))]
 SEGMENTATION = """task: segmentation
 classes: {0: background, 1: ball}

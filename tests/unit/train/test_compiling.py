@@ -24,7 +24,7 @@ from tests.started import in_ranks
 
 SmallConfig = Callable[..., DictConfig]
 CPU = Runtime(torch.device("cpu"))
-TIMING = {"iter_time", "data_time", "volumes_per_s", "data_wait", "mfu", "memory_gib"}
+TIMING = {"iter_time", "data_time", "volumes_per_s", "data_wait", "mfu", "memory_gib", "cpu_wait", "cpu_used"}
 
 
 @pytest.fixture(autouse=True)
