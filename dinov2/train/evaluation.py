@@ -24,6 +24,7 @@ from dinov2.layers.attention import resolve_attention
 from dinov2.logging import MetricWriter
 from dinov2.models import DinoVisionTransformer3d, build_backbone
 from dinov2.train.meta_arch import MetaArch
+from dinov2.train.progress import Progress
 from dinov2.train.state import save_teacher
 
 logger = logging.getLogger(__name__)
@@ -107,6 +108,14 @@ class OnlineEvaluation:
         """Whether it measures after an iteration: before the first one, every period, and at the end."""
         periodic = self.period > 0 and (iteration + 1) % self.period == 0
         return bool(self.evaluators) and (periodic or iteration in (UNTRAINED, total - 1))
+
+    def visit(
+        self, iteration: int, total: int, model: MetaArch, metrics: MetricWriter, data: dict[str, Any], progress: Progress
+    ) -> None:
+        """`measure`, where it is due; no timing of the progress counts it."""
+        if self.is_due(iteration, total):
+            with progress.paused():
+                self.measure(iteration, model, metrics, data)
 
     def measure(self, iteration: int, model: MetaArch, metrics: MetricWriter, data: dict[str, Any]) -> None:
         """Write the row of an iteration, and the teacher where it is the best so far; all ranks call it.

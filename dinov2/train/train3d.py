@@ -191,9 +191,8 @@ def do_train(
         stop_requests() as stop_asked,
         closing(iter(loader)) as batches,  # ends the loader processes, whatever happens
     ):
-        if first == 0 and evaluation.is_due(UNTRAINED, total):
-            with progress.paused():
-                evaluation.measure(UNTRAINED, model, metrics, data)
+        if first == 0:
+            evaluation.visit(UNTRAINED, total, model, metrics, data, progress)
         for iteration in range(first, total):
             with progress.waiting_for_data():
                 batch = next(batches)
@@ -213,12 +212,13 @@ def do_train(
                 logger.info("%s", progress_line(iteration, total, row))
                 alerts.see(row)
             if checkpointer.is_milestone(iteration) and is_main_process():
-                metrics.write_pictures(pictures.draw(model, batch[0], num_shards(cfg, runtime) == 1), iteration)
+                with progress.paused():
+                    metrics.write_pictures(pictures.draw(model, batch[0], num_shards(cfg, runtime) == 1), iteration)
             if checkpointer.is_milestone(iteration) or iteration == total - 1:
                 save_teacher(model, cfg, output_dir / "eval" / f"training_{iteration}", iteration, data)
-            if evaluation.is_due(iteration, total):  # before the checkpoint: what continues from that has the row
-                with progress.paused():
-                    evaluation.measure(iteration, model, metrics, data)
+            evaluation.visit(
+                iteration, total, model, metrics, data, progress
+            )  # before the checkpoint, whose resume has its row
             stop = state.stop_seen or (bool(stop_asked) and not is_enabled())  # all ranks stop after the same step
             collapsed = is_logged and alerts.is_to_stop()
             if is_checkpoint_due(cfg, checkpointer, iteration, total) or stop or collapsed:
