@@ -25,6 +25,8 @@ from tests.started import Started
 
 ROOT = Path(__file__).resolve().parents[1]
 BUNDLED = ROOT / "tests" / "data"
+# of a metric row: no two runs have the same
+TIMING = {"iter_time", "data_time", "volumes_per_s", "data_wait", "mfu", "memory_gib", "cpu_wait", "cpu_used"}
 NO_DATA = "no local data"
 
 # a network of a few thousand parameters on 16 cubed crops

@@ -216,9 +216,7 @@ def do_train(
                     metrics.write_pictures(pictures.draw(model, batch[0], num_shards(cfg, runtime) == 1), iteration)
             if checkpointer.is_milestone(iteration) or iteration == total - 1:
                 save_teacher(model, cfg, output_dir / "eval" / f"training_{iteration}", iteration, data)
-            evaluation.visit(
-                iteration, total, model, metrics, data, progress
-            )  # before the checkpoint, whose resume has its row
+            evaluation.visit(iteration, total, model, metrics, data, progress)  # before the checkpoint, so that it has the row
             stop = state.stop_seen or (bool(stop_asked) and not is_enabled())  # all ranks stop after the same step
             collapsed = is_logged and alerts.is_to_stop()
             if is_checkpoint_due(cfg, checkpointer, iteration, total) or stop or collapsed:

@@ -19,10 +19,9 @@ from torch.distributed.fsdp import fully_shard
 
 from dinov2.errors import EXIT_OK
 from tests import started
-from tests.conftest import ROOT, Trainer, read_json_lines
+from tests.conftest import ROOT, TIMING, Trainer, read_json_lines
 from tests.started import Started, free_port
 
-TIMING = {"iter_time", "data_time", "volumes_per_s", "data_wait", "mfu", "memory_gib", "cpu_wait", "cpu_used"}
 MODULES = [f"{side}.{module}" for side in ("student", "teacher") for module in ("backbone", "dino_head", "ibot_head")]
 FP64 = [f"compute_precision.{m}.mixed_precision.param_dtype=fp64" for m in MODULES]
 STEPS = ["train.OFFICIAL_EPOCH_LENGTH=10", "optim.epochs=2", "student.drop_path_rate=0", "train.checkpoint_period=1000"]

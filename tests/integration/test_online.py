@@ -32,11 +32,10 @@ from dinov2.run.train import pretrain, train
 from dinov2.train import train3d
 from dinov2.train.evaluation import OnlineEvaluation
 from dinov2.train.ssl_meta_arch import SSLMetaArch
-from tests.conftest import SMALL, read_json_lines
+from tests.conftest import SMALL, TIMING, read_json_lines
 from tests.started import free_port, in_ranks, run_ranks
 
 SmallConfig = Callable[..., DictConfig]
-TIMING = {"iter_time", "data_time", "volumes_per_s", "data_wait", "mfu", "memory_gib"}
 KINDS = {"knn": "grain", "linear": "grain", "readout": "ball", "retrieval": "ball"}
 
 

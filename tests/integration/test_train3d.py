@@ -31,10 +31,8 @@ from dinov2.train.build import build
 from dinov2.train.schedules import build_schedules
 from dinov2.train.state import TrainState
 from dinov2.train.train3d import main, train_step
-from tests.conftest import ROOT, SMALL, Trainer, read_json_lines
+from tests.conftest import ROOT, SMALL, TIMING, Trainer, read_json_lines
 from tests.started import Started
-
-TIMING = {"iter_time", "data_time", "volumes_per_s", "data_wait", "mfu", "memory_gib", "cpu_wait", "cpu_used"}
 
 
 def teacher(output_dir: Path, iteration: int) -> dict[str, torch.Tensor]:

@@ -18,10 +18,9 @@ from dinov2.data.downstream.lists import write_downstream_datalist
 from dinov2.data.volumes.opening import describe
 from dinov2.features.embed_table import ROWS_PER_PART
 from dinov2.models.vision_transformer import vit_tiny_3d
-from tests.conftest import SMALL
+from tests.conftest import SMALL, TIMING
 
 NUM_SCANS = 96
-TIMING = {"iter_time", "data_time", "volumes_per_s", "data_wait", "mfu", "memory_gib", "cpu_wait", "cpu_used"}
 FROZEN = [word for word in SMALL if word.startswith(("student.", "crops.", "train.num_threads"))]
 SEGMENTATION = """task: segmentation
 classes: {0: background, 1: ball}

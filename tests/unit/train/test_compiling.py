@@ -19,12 +19,11 @@ from dinov2.train import compiling
 from dinov2.train.build import build
 from dinov2.train.compiling import resolve_compile
 from dinov2.train.train3d import main
-from tests.conftest import SMALL, Trainer, read_json_lines
+from tests.conftest import SMALL, TIMING, Trainer, read_json_lines
 from tests.started import in_ranks
 
 SmallConfig = Callable[..., DictConfig]
 CPU = Runtime(torch.device("cpu"))
-TIMING = {"iter_time", "data_time", "volumes_per_s", "data_wait", "mfu", "memory_gib", "cpu_wait", "cpu_used"}
 
 
 @pytest.fixture(autouse=True)
