@@ -73,10 +73,7 @@ def evaluation_page(folder: Path) -> str:
         own = segmentation_chapters(folder, results, log) if is_segmentation else score_chapters(results)
         chapters = list(own)
         found = result_tiles(results)
-    chapters += metric_chapters(metrics.values, log.resumes)
-    chapters += [seed_chapter(path) for path in seeds]
-    if is_segmentation:
-        chapters += picture_chapters(folder)
+    chapters += [*picture_chapters(folder), *map(seed_chapter, seeds), *metric_chapters(metrics.values, log.resumes)]
     chapters += [
         run_chapter(decisive, log, metrics),
         config_chapter(config),
@@ -88,10 +85,10 @@ def evaluation_page(folder: Path) -> str:
 
 def _lead(folder: Path, decisive: Mapping[str, Any]) -> list[str]:
     lines = [f"Folder {folder.resolve()}."]
-    words = {"dataset_name": "data set", "dataset_percent": "per cent of its training part", "model_name": "method",
+    words = {"dataset_name": "data set", "dataset_percent": "share of its training part (%)", "model_name": "method",
              "segmentation_head": "head", "dataset_seed": "seed"}  # fmt: skip
     told = [f"{name} {shown(decisive[key])}" for key, name in words.items() if decisive.get(key) is not None]
-    return [*lines, *([f"{'; '.join(told)}.".capitalize()] if told else [])]
+    return [*lines, *([f"Of {'; '.join(told)}."] if told else [])]
 
 
 def result_tiles(results: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -130,8 +127,8 @@ def test_table(folder: Path, test: Mapping[str, Any]) -> Table:
     ):  # fmt: skip
         cells = [f"{shown(values.get(metric), 3)}{intervals.get((metric, key), '')}" for metric in SEGMENTATION_METRICS]
         rows.append([label, *cells])
-    background = " (without the background)" if "mean_with_background" in test else ""
-    caption = f"Means of {shown(test.get('num_cases'))} test cases{background}; {note}"
+    background = ", the mean of classes without the background" if "mean_with_background" in test else ""
+    caption = f"Means of the test cases ({shown(test.get('num_cases'))}){background}; {note}"
     return Table(["class", *SEGMENTATION_METRICS.values()], rows, caption)
 
 

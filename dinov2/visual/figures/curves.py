@@ -89,7 +89,7 @@ def curve_png(panel: CurvePanel) -> bytes | None:
     axis.set_xlabel("iteration")
     axis.margins(x=0.02)
     if len(panel.curves) > 1:
-        below = (0.5, -0.2)
+        below = (0.5, -0.24)
         axis.legend(loc="upper center", bbox_to_anchor=below, ncols=2, frameon=False, fontsize=8, handlelength=2.4)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=_DPI, metadata={"Software": None})  # the same bytes for the same numbers
