@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,13 +14,14 @@ from dinov2.checkpointer.teacher import TEACHER_FILE
 from dinov2.data.datalist import Datalist, Entry
 from dinov2.errors import BadInput, BadVolume
 from dinov2.eval.visualize import Request, Shown, Tokens, colours_inside, joint_basis, open_shown, tokens_of
-from dinov2.features.encoder import load_encoder
+from dinov2.features.encoder import Encoder, load_encoder
 from dinov2.features.pca import PatchBasis, turned_to
 from dinov2.visual.features import Panel, draw_panels, grey_levels
 from dinov2.visual.figure_page import Chapter, Picture
 
 MOST_CHECKPOINTS = 4
 MOST_TRIED = 5  # volumes of a list, where the first ones cannot be used
+OVERLAP = 0.25  # of windows: a third of the work of `dinov2 visualize`
 _ONE_CELL = np.ones((1, 1, 1), np.float32)
 
 
@@ -50,7 +51,7 @@ def checkpoint_chapter(folder: Path, datalist: Datalist | None, scan: Path | Non
         chapter.lines.append("No teacher has been kept yet (eval/training_*/teacher_checkpoint.pth).")
         return chapter
     entries = [Entry(str(scan), ())] if scan is not None else [] if datalist is None else datalist.entries[:MOST_TRIED]
-    seen, problems = look_at(spread(found), entries, scan is not None)
+    seen, problems, licence = look_at(spread(found), entries, scan is not None)
     chapter.lines.extend(problems)
     if not seen:
         chapter.lines.append("Not drawn: no volume of the list could be used; give one with --scan.")
@@ -62,6 +63,7 @@ def checkpoint_chapter(folder: Path, datalist: Datalist | None, scan: Path | Non
         f"next three are the colours; three planes in millimetre aspect. {last.shown.scan.name}: "
         f"{'given with --scan' if scan is not None else 'a volume that was trained on'}."
     )
+    chapter.lines.append(f"Licence of the weights: {licence or 'not said'}.")
     chapter.pictures.append(Picture(draw(seen), "The scan, and below it the teachers by their iteration."))
     return chapter
 
@@ -80,39 +82,45 @@ def spread(found: Sequence[tuple[int, Path]]) -> list[tuple[int, Path]]:
     return [found[i] for i in places]
 
 
-def look_at(chosen: Sequence[tuple[int, Path]], entries: Sequence[Entry], is_given: bool) -> tuple[list[Seen], list[str]]:
-    """What each teacher makes of the first volume that can be used, and what is to be said of those that show nothing.
+def look_at(
+    chosen: Sequence[tuple[int, Path]], entries: Sequence[Entry], is_given: bool
+) -> tuple[list[Seen], list[str], str | None]:
+    """What each teacher makes of the first volume that can be used.
+
+    Returns:
+        What there is to see, what is to be said of volumes and teachers that show nothing, and the licence of the weights.
 
     Raises:
         BadInput: The volume was given, and cannot be used.
     """
     problems: list[str] = []
+    try:
+        newest = load_encoder(chosen[-1][1], "cpu")
+    except BadInput as err:
+        return [], [f"{err}."], None
     for entry in entries:
-        request = Request(((Path(entry.image),),), "pca", Path(), axes=entry.axes)
+        request = Request(((Path(entry.image),),), "pca", Path(), overlap=OVERLAP, axes=entry.axes)
         try:
-            encoder = load_encoder(chosen[-1][1], "cpu")
-            open_shown(0, request, encoder)
+            open_shown(0, request, newest)
         except (BadInput, BadVolume) as err:
             if is_given:
                 raise BadInput(f"--scan {entry.image}: {err}") from err
             problems.append(f"{err}.")
             continue
-        return _all_of(chosen, request, problems), problems
-    return [], problems
+        return list(_all_of(chosen, request, newest, problems)), problems, newest.licence
+    return [], problems, newest.licence
 
 
-def _all_of(chosen: Sequence[tuple[int, Path]], request: Request, problems: list[str]) -> list[Seen]:
-    """Teachers one after the other, each in memory alone; one that shows nothing is added to `problems`."""
-    seen = []
+def _all_of(chosen: Sequence[tuple[int, Path]], request: Request, newest: Encoder, problems: list[str]) -> Iterator[Seen]:
+    """Teachers one after the other; one that shows nothing is added to `problems`."""
     for iteration, path in chosen:
         try:
-            encoder = load_encoder(path, "cpu")
+            encoder = newest if path == chosen[-1][1] else load_encoder(path, "cpu")
             shown = open_shown(0, request, encoder)
             tokens = tokens_of(shown, encoder, None)
-            seen.append(Seen(iteration, shown, tokens, joint_basis([shown], [tokens])))
+            yield Seen(iteration, shown, tokens, joint_basis([shown], [tokens]))
         except BadInput as err:
             problems.append(f"Iteration {iteration:,}: {err}.")
-    return seen
 
 
 def draw(seen: Sequence[Seen]) -> bytes:

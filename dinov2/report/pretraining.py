@@ -56,9 +56,8 @@ def pretraining_page(folder: Path, scan: Path | None, has_examples: bool) -> str
     rows, log, config, run = metrics.values, read_log(folder), read_config(folder), read_object(folder / RUN_FILE)
     cfg = config.cfg
     datalist, list_lines = open_list(cfg, run)
-    chapters = metric_chapters(rows, log.resumes, CHANCE | _prototype_levels(cfg))
-    if has_examples and cfg is not None:
-        chapters += example_chapters(folder, cfg, datalist, scan, rows[-1])
+    examples = example_chapters(folder, cfg, datalist, scan, rows[-1]) if has_examples and cfg is not None else []
+    chapters = [*metric_chapters(rows, log.resumes, CHANCE | _prototype_levels(cfg)), *examples]
     chapters += online_chapters(folder, log.resumes)
     data = Chapter("Data", lines=[*list_lines, *licence_lines(datalist)])
     if datalist is not None:

@@ -93,6 +93,9 @@ def test_a_pretraining_is_shown_with_what_it_saw_and_learned(tmp_path: Path) -> 
     features, crops = (text.partition(f"{title}</h2>")[2].partition("<h2")[0] for title in ("one volume", "and masks"))
     assert features.count("<img") == 1 and crops.count("<img") == 3
 
+    with pytest.raises(BadInput, match=r"--scan .*none.nii.gz: "):
+        report(out, None, tmp_path / "none.nii.gz", True, print)
+
     cfg = load_and_merge_config_3d(str(out / "config.yaml"))
     datalist = read_datalist(trainer.datalist)
     whole = next(iter(TrainLoader(cfg, datalist)))[0]
