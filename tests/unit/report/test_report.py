@@ -26,6 +26,7 @@ from dinov2.eval.study.results import read_results
 from dinov2.features.pca import fit_basis, turned_to
 from dinov2.report.command import report
 from dinov2.report.examples import first_batch
+from dinov2.report.pretraining import licence_lines, open_list
 from dinov2.report.record import device_hours, read_log
 from dinov2.visual.crops import Crop, shown_plane
 from dinov2.visual.figures.curves import Curve, CurvePanel, curve_png, running_mean
@@ -140,6 +141,17 @@ def test_hours_are_of_every_rank_and_of_each_process_at_its_own_speed() -> None:
     assert device_hours(rows, [0]) * 3600 == pytest.approx(2 * (100 + 10 * 1 + 10 * 5))
     assert device_hours(rows, [0, 18]) * 3600 == pytest.approx(2 * (100 + 10 * 1 + 7 * 1 + 3 * 5))
     assert device_hours([{"iteration": 3, "iter_time": None}], []) == 0
+
+
+def test_nothing_is_drawn_from_a_list_that_is_another_by_now(tmp_path: Path) -> None:
+    write_json(tmp_path / "list.json", [{"image": "a.nii.gz", "shape": [99, 99, 99], "license": "CC0"}])
+    cfg = load_and_merge_config_3d(None, [f"train.dataset_path={tmp_path / 'list.json'}"])
+    datalist, lines = open_list(cfg, {})
+    assert datalist is not None and "1 volumes, 1 of them large enough" in lines[0]
+    assert licence_lines(datalist) == ["Licence of the data, as the list says: CC0: no data set named (1)."]
+    assert open_list(cfg, {"datalist_sha256": datalist.sha256})[0] is not None
+    datalist, lines = open_list(cfg, {"datalist_sha256": "before"})
+    assert datalist is None and "is another list now" in lines[0]
 
 
 def segmentation(folder: Path) -> None:
