@@ -306,6 +306,13 @@ def retrieve(args: argparse.Namespace) -> int:
     return run_retrieve(request, say)
 
 
+def report(args: argparse.Namespace) -> int:
+    """Write one page of a run: curves, crops, features, results, configuration, whatever its folder holds."""
+    from dinov2.report.command import report as run_report
+
+    return run_report(args.folder, args.output, args.scan, not args.no_examples, say)
+
+
 def checkpoint_inspect(args: argparse.Namespace) -> int:
     """Say what weights or a training checkpoint hold."""
     from dinov2.checkpointer.export import describe
@@ -371,6 +378,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_retrieve(commands)
     _add_compare(commands)
     _add_figure(commands)
+    _add_report(commands)
     _add_checkpoint(commands)
     return parser
 
@@ -498,6 +506,18 @@ def _add_figure(commands: Commands) -> None:
             action.add_argument("--points", type=int, choices=range(1, 9), default=4, help="of each head")
         action.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="where PNG, PDF and CSV are written")
         action.set_defaults(function=function)
+
+
+def _add_report(commands: Commands) -> None:
+    action = commands.add_parser("report", help=_first_line(report))
+    folders = "output folder of a pretraining, segmentation, linear, knn, logistic, ridge or probe run, or of a study"
+    action.add_argument("folder", type=Path, metavar="OUT", help=folders)
+    action.add_argument("--output", type=Path, metavar="FILE", help="page (.html); default: report.html in the folder")
+    scan = "of a pretraining: the scan whose features are shown through the checkpoints; default: one of its list"
+    action.add_argument("--scan", type=Path, help=scan)
+    left_out = "of a pretraining: without crops, masks and features, which need its data and networks"
+    action.add_argument("--no-examples", action="store_true", help=left_out)
+    action.set_defaults(function=report)
 
 
 def _add_corpus(commands: Commands) -> None:

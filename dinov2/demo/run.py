@@ -29,9 +29,10 @@ from dinov2.features.encoder import Encoder, load_encoder
 from dinov2.files import read_json, write_json
 from dinov2.logging import Say, read_metrics, setup_logging
 from dinov2.logging.folder import locked_folder, refuse_another_programs_run
+from dinov2.report.command import report
 from dinov2.streams import Kind, stream
 from dinov2.train import train3d
-from dinov2.visual.figures.training import draw_bars, draw_curves, draw_found
+from dinov2.visual.figures.training import draw_bars, draw_found
 from dinov2.visual.planes import plane
 
 logger = logging.getLogger(__name__)
@@ -106,7 +107,7 @@ def run_on_own(output: Path, encoder: Encoder, seed: int, overrides: list[str], 
         "quarters_dice": {str(n): of for n, of in scores.items()},
         "killed_run_is_the_same": is_same,
     }
-    finish(output, cfg, results, say)
+    finish(output, results, say)
     return EXIT_OK
 
 
@@ -117,9 +118,9 @@ def run_on_folder(output: Path, data: Path, encoder: Encoder, seed: int, overrid
         return EXIT_RESUMABLE
     say("1/3  features of a volume that is held out")
     show(encoder, [Path(held_out.image)], output / "features", say, held_out.axes)
-    _, cfg, code = train_small(output, seed, overrides, say, "2/3")
+    *_, code = train_small(output, seed, overrides, say, "2/3")
     if code == EXIT_OK:
-        finish(output, cfg, {}, say)
+        finish(output, {}, say)
     return code
 
 
@@ -237,12 +238,12 @@ def kill_and_compare(output: Path, seed: int, overrides: list[str], cfg: DictCon
     return is_same
 
 
-def finish(output: Path, cfg: DictConfig, results: dict[str, Any], say: Say) -> None:
-    """Curves, numbers, and what to type next."""
+def finish(output: Path, results: dict[str, Any], say: Say) -> None:
+    """Numbers, the training's page, and what to type next."""
     rows = read_metrics(output / "run" / "training_metrics.json")
-    draw_curves(rows, (cfg.dino.head_n_prototypes, cfg.ibot.head_n_prototypes), output / "curves.png")
     write_json(output / "results.json", {**results, "last_metrics": rows[-1]})
-    say(f"     curves of the training: {output / 'curves.png'}; all numbers: {output / 'results.json'}")
+    say(f"     all numbers: {output / 'results.json'}")
+    report(output / "run", None, None, True, partial(_indented, say))
     say(
         "next, with scans of your own:\n"
         "       source .venv/bin/activate\n"

@@ -6,7 +6,7 @@ Shapes: N patches, E embedding.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -89,6 +89,30 @@ def fit_basis(tokens: Sequence[np.ndarray], brightness: Sequence[np.ndarray]) ->
     low, high = np.quantile(foreground, STRETCH, axis=0)
     flat = high - low < 1e-9 * np.abs(scores).max()
     return PatchBasis(mean, axes, values / total, threshold, low, np.where(flat, low + 1, high))
+
+
+def turned_to(basis: PatchBasis, tokens: np.ndarray, other: PatchBasis, other_tokens: np.ndarray) -> PatchBasis:
+    """The same components with 2 to 4 turned among themselves, so that the same patches have the colours of another network's.
+
+    A rotation or reflection of three axes within their span (orthogonal Procrustes, over patches that are foreground to both):
+    what the colours tell apart stays as it was.
+
+    Args:
+        basis: Of `tokens` [..., E].
+        tokens: Of the patches of a scan.
+        other: Of `other_tokens` [..., F].
+        other_tokens: Of the same patches, in the same order.
+    """
+    own, aim = (b.scores(t).reshape(-1, NUM_COMPONENTS) for b, t in ((basis, tokens), (other, other_tokens)))
+    both = (own[:, 0] > basis.threshold) & (aim[:, 0] > other.threshold)
+    left, _, right = np.linalg.svd(own[both, 1:].astype(np.float64).T @ aim[both, 1:])
+    turn = left @ right  # [3, 3]
+    turned = own[own[:, 0] > basis.threshold, 1:] @ turn
+    low, high = np.quantile(turned, STRETCH, axis=0)
+    flat = high - low < 1e-9 * np.abs(own).max()
+    axes = np.concatenate([basis.axes[:, :1], basis.axes[:, 1:] @ turn], axis=1)
+    explained = np.concatenate([basis.explained[:1], basis.explained[1:] @ turn**2])
+    return replace(basis, axes=axes, explained=explained, low=low, high=np.where(flat, low + 1, high))
 
 
 def otsu(values: np.ndarray) -> float:

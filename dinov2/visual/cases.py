@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
@@ -12,18 +13,28 @@ from dinov2.geometry import Spacing
 from dinov2.visual.figures import save
 
 
-def draw_case(channels: np.ndarray, masks: dict[str, np.ndarray], spacing_mm: Spacing, path: Path) -> None:
-    """Each channel in the three planes through the middle of what is labelled, the outlines of masks over it.
+@matplotlib.rc_context({"text.parse_math": False})
+def draw_case(
+    channels: np.ndarray,
+    masks: dict[str, np.ndarray],
+    spacing_mm: Spacing,
+    path: Path,
+    title: str = "",
+    centre: Sequence[int] | None = None,
+) -> None:
+    """Each channel in three planes, the outlines of masks over it.
 
     Args:
         channels: [C, H, W, D] in [-1, 1].
         masks: [H, W, D] bool each, by the names of the legend.
         spacing_mm: Along H, W, D: the planes have their true proportions.
         path: PNG.
+        title: Above it.
+        centre: Voxel in which the planes meet; None: those with most of the masks (`busiest`).
     """
-    centre = _busiest(list(masks.values()), channels.shape[1:])
+    centre = busiest(list(masks.values()), channels.shape[1:]) if centre is None else centre
     colours = [matplotlib.colormaps["tab20" if len(masks) > 10 else "tab10"](i % 20) for i in range(len(masks))]
-    figure = Figure(figsize=(9, 3.1 * len(channels) + 0.5), layout="constrained", facecolor="black")
+    figure = Figure(figsize=(9, 3.1 * len(channels) + 0.5 + 0.3 * bool(title)), layout="constrained", facecolor="black")
     grid = figure.subplots(len(channels), 3, squeeze=False)
     for row, channel in zip(grid, channels, strict=True):
         for axis_index, axis in enumerate(row):
@@ -40,10 +51,12 @@ def draw_case(channels: np.ndarray, masks: dict[str, np.ndarray], spacing_mm: Sp
     if handles:
         columns = min(len(handles), 7)
         figure.legend(handles=handles, loc="outside lower center", ncols=columns, labelcolor="white", frameon=False)
+    if title:
+        figure.suptitle(title, color="white", fontsize=11)
     save(figure, path, 100, "black")
 
 
-def _busiest(masks: list[np.ndarray], shape: tuple[int, ...]) -> list[int]:
+def busiest(masks: Sequence[np.ndarray], shape: tuple[int, ...]) -> list[int]:
     """The plane across each axis with the most labelled voxels; the middle one without any."""
     labelled = np.any(masks, axis=0) if masks else np.zeros(shape, bool)
     if not labelled.any():

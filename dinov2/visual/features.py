@@ -50,7 +50,13 @@ def grey_levels(image: np.ndarray) -> np.ndarray:
 
 @matplotlib.rc_context(STYLE)
 def draw_panels(
-    image: np.ndarray, panels: Sequence[Panel], affine: np.ndarray, at_mm: Spacing, path: Path, marked: bool = False
+    image: np.ndarray,
+    panels: Sequence[Panel],
+    affine: np.ndarray,
+    at_mm: Spacing,
+    path: Path,
+    marked: bool = False,
+    columns: int | None = None,
 ) -> None:
     """The scan and its panels, three planes each, through one place.
 
@@ -63,9 +69,10 @@ def draw_panels(
         at_mm: Where the planes meet.
         path: PNG.
         marked: Draw a cross there.
+        columns: Blocks in a row; None: more, the more there are.
     """
     blocks = [Panel("scan", image), *panels]
-    columns = min(len(blocks), 1 if len(blocks) <= 3 else 2 if len(blocks) <= 8 else 3)
+    columns = columns or min(len(blocks), 1 if len(blocks) <= 3 else 2 if len(blocks) <= 8 else 3)
     rows = -(-len(blocks) // columns)
     turn = nib.io_orientation(affine)
     straight = affine @ nib.orientations.inv_ornt_aff(turn, image.shape[:3])

@@ -42,7 +42,7 @@ def test_the_quick_start_shows_what_it_says_and_can_be_repeated(tmp_path: Path, 
     out = tmp_path / "out"
     assert main(["demo", "--output", str(out), *SHORT]) == 0
     said = capsys.readouterr().out
-    for name in ("places.png", "readout.png", "curves.png", "list.json", "features/viewer.html"):
+    for name in ("places.png", "readout.png", "run/report.html", "list.json", "features/viewer.html"):
         assert (out / name).stat().st_size > 100, name
     assert all((out / "features" / f"sub-{number}_T1w_2mm" / "pca.png").exists() for number in ("06", "13"))
     assert "dinov2 train --config-file pretrain/demo" in said and "dinov2 index FOLDER" in said
@@ -70,7 +70,7 @@ def test_the_quick_start_runs_on_a_folder_of_ones_own(tmp_path: Path, capsys: py
     assert main(["demo", "--output", str(tmp_path / "out"), "--data", str(data), *SHORT]) == 0
     caught = capsys.readouterr()
     assert "1 volumes of" in caught.out and "broken.nii.gz: cannot be opened" in caught.err
-    written = {"features/pca.png", "features/viewer.html", "curves.png"}
+    written = {"features/pca.png", "features/viewer.html", "run/report.html"}
     assert all((tmp_path / "out" / name).exists() for name in written) and not (tmp_path / "out" / "readout.png").exists()
 
 

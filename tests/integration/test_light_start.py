@@ -55,6 +55,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "table.csv").write_text("image,label\n" + "".join(f"images/case{i}.nii.gz,{i % 2}\n" for i in range(5)))
     (folder / "rules.yaml").write_text("seed: 0\nrules:\n  - {name: half, keep_share: 0.5}\n")
     (folder / "d.yaml").write_text("task: segmentation\nclasses: {0: outside, 1: inside}\n")
+    (folder / "ridge").mkdir()
+    (folder / "ridge" / "decisive.json").write_text("{}")
+    (folder / "ridge" / "results.json").write_text('{"test_mae": 6.5}')
     (folder / "study.yaml").write_text(
         "base_data_dir: .\noutput_dir: study\ndatasets: {d: {recipe: d.yaml}}\nbudget: {disk_gib: 0.001}\n"
         "methods: {3DINO: {weights: demo}, Random: }\n"
@@ -86,6 +89,7 @@ COMMANDS = [
     ["split", "--folds", "3", "--images", "images", "--labels", "labels", "--output", "d_100_datalist.json"],
     ["retrieve", "f.parquet", "--query", "0", "-k", "1", "--output", "hits.html"],
     ["compare", "one.csv", "other.csv", "--output", "compared"],
+    ["report", "ridge"],
 ]
 
 

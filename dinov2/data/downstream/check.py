@@ -16,7 +16,7 @@ from dinov2.data.downstream.lists import Item, read_downstream_datalist
 from dinov2.data.downstream.recipes import Recipe, load_recipe
 from dinov2.errors import EXIT_OK, BadInput
 from dinov2.logging import Say
-from dinov2.visual.cases import draw_case
+from dinov2.visual.cases import busiest, draw_case
 
 CLIPPED = 0.5  # share of the foreground at either end of the range above which the intensities look wrong
 OUTSIDE = 0.1  # share of the labelled voxels in the background above which image and label look apart
@@ -133,10 +133,24 @@ def _never_present(shares: Sequence[dict[str, float]]) -> list[str]:
     ]
 
 
-def draw_prepared(case: Case, recipe: Recipe, path: Path) -> None:
-    """A prepared case with the outlines of its label map, if it has one, named by the recipe."""
+def draw_prepared(case: Case, recipe: Recipe, path: Path, title: str = "", beside: Case | None = None) -> None:
+    """A prepared case with the outlines of its label map, if it has one, named by the recipe.
+
+    Args:
+        case: A case, or a prediction in the label's place.
+        recipe: Names the classes.
+        path: PNG.
+        title: Above it.
+        beside: The same case with another label map, through whose planes this one is drawn.
+    """
+    masks = _masks(case, recipe)
+    centre = busiest(list(_masks(beside, recipe).values()), tuple(case.image.shape[1:])) if beside is not None else None
+    draw_case(case.image.numpy(), masks, case.spacing_mm, path, title, centre)
+
+
+def _masks(case: Case, recipe: Recipe) -> dict[str, np.ndarray]:
+    """[H, W, D] bool by the names of what is drawn: all but the background."""
+    if case.label is None:
+        return {}
     names = recipe.output_names if recipe.overlapping else recipe.output_names[1:]
-    masks: dict[str, np.ndarray] = {}
-    if case.label is not None:
-        masks = dict(zip(names, recipe.masks(case.label)[-len(names) :].numpy(), strict=True))
-    draw_case(case.image.numpy(), masks, case.spacing_mm, path)
+    return dict(zip(names, recipe.masks(case.label)[-len(names) :].numpy(), strict=True))

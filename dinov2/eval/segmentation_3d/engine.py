@@ -231,9 +231,10 @@ def validate(run: Run, cfg: DictConfig, task: Task, cases: Cases, loss: float, m
     if mean > run.best or run.best == NONE_YET:
         run.best = mean if math.isfinite(mean) else NONE_YET
         save_segmentation(run.model, cfg, task, run.output_dir / BEST)
-    masks = predict_masks(run.model, cases[0], task.recipe, *window)
-    picture = run.output_dir / "validation_case.png"
-    draw_prepared(as_predicted(cases[0], masks, task), task.recipe, picture)
+    case, picture = cases[0], run.output_dir / "validation_case.png"
+    masks = predict_masks(run.model, case, task.recipe, *window)
+    title = f"{case.name}: prediction after iteration {run.iteration}"
+    draw_prepared(as_predicted(case, masks, task), task.recipe, picture, title, case)
     metrics.write_image("validation", picture, run.iteration)
 
 
@@ -268,13 +269,14 @@ def test(model: nn.Module, cfg: DictConfig, task: Task, cases: Cases, run: Run, 
 def draw_worst(
     model: nn.Module, cases: Cases, scores: list[Score], window: tuple[Any, ...], task: Task, output_dir: Path
 ) -> None:
-    """The test cases with the lowest Dice: the prediction beside the truth, in `worst/`."""
+    """The test cases with the lowest Dice: the prediction beside the truth, in the same planes, in `worst/`."""
     foreground = task.recipe.output_names if task.recipe.overlapping else task.recipe.output_names[1:]
     by_case: dict[str, list[float]] = {}
     for s in scores:
         if s.name in foreground and s.dice == s.dice:
             by_case.setdefault(s.case, []).append(s.dice)
-    worst = sorted(by_case, key=lambda name: sum(by_case[name]) / len(by_case[name]))[:NUM_WORST]
+    dice = {name: sum(values) / len(values) for name, values in by_case.items()}
+    worst = sorted(dice, key=lambda name: dice[name])[:NUM_WORST]
     folder = output_dir / "worst"
     folder.mkdir(exist_ok=True)
     index = {item.case: i for i, item in enumerate(cases.items)}
@@ -282,5 +284,6 @@ def draw_worst(
         case = cases[index[name]]
         masks = predict_masks(model, case, task.recipe, *window)
         stem = f"{rank}_{Path(name).name}"
-        draw_prepared(case, task.recipe, folder / f"{stem}_truth.png")
-        draw_prepared(as_predicted(case, masks, task), task.recipe, folder / f"{stem}_prediction.png")
+        draw_prepared(case, task.recipe, folder / f"{stem}_truth.png", f"{name}: truth")
+        title = f"{name}: prediction, mean Dice {dice[name]:.3f}"
+        draw_prepared(as_predicted(case, masks, task), task.recipe, folder / f"{stem}_prediction.png", title, case)

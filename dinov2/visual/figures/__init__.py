@@ -3,4 +3,3 @@
 from dinov2.visual.figures.style import STYLE as STYLE
 from dinov2.visual.figures.style import save as save
 from dinov2.visual.figures.training import draw_bars as draw_bars
-from dinov2.visual.figures.training import draw_curves as draw_curves

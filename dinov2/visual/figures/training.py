@@ -1,4 +1,4 @@
-"""Curves of a training, and what the quick start found: bars of its read-out, places beside each other."""
+"""The course of online evaluation, and what the quick start found: bars of its read-out, places beside each other."""
 
 from __future__ import annotations
 
@@ -18,44 +18,6 @@ COLOURS = {
     "voxels around": "tab:brown",
     "voxels": "tab:gray",
 }
-
-
-@matplotlib.rc_context(STYLE)
-def draw_curves(rows: list[dict[str, float]], prototypes: tuple[int, int], path: Path) -> None:
-    """Losses, entropies, and the collapse monitors against the iteration.
-
-    Args:
-        rows: Lines of `training_metrics.json`.
-        prototypes: K of the DINO and the iBOT head, for the lines at log K.
-    """
-    figure = Figure(figsize=(12, 3.6), layout="constrained")
-    axes = figure.subplots(1, 3)
-    steps = [r["iteration"] for r in rows]
-
-    def line(axis: matplotlib.axes.Axes, name: str, label: str, colour: str) -> None:
-        axis.plot(steps, [r[name] for r in rows], label=label, color=colour)
-
-    line(axes[0], "dino_cross_entropy", "DINO (image)", "tab:blue")
-    line(axes[0], "ibot_cross_entropy", "iBOT (patches)", "tab:green")
-    for k, colour in zip(prototypes, ("tab:blue", "tab:green"), strict=True):
-        axes[0].axhline(math.log(k), color=colour, ls=":", lw=1)
-    axes[0].set_title("cross-entropy, nats (dotted: log K)")
-    line(axes[1], "teacher_entropy", "teacher", "tab:red")
-    line(axes[1], "student_entropy", "student", "tab:purple")
-    axes[1].axhline(math.log(prototypes[0]), color="black", ls=":", lw=1)
-    axes[1].set_title("entropy, nats (dotted: log K, a collapse)")
-    line(axes[2], "feature_rank", "effective rank", "tab:brown")
-    line(axes[2], "prototypes_used", "prototypes used", "tab:olive")
-    twin = axes[2].twinx()
-    line(twin, "mean_cosine", "mean cosine (right)", "tab:cyan")
-    twin.set_ylim(-0.1, 1)
-    axes[2].set_title("class tokens (cosine near 1: a collapse)")
-    for axis in axes:
-        axis.set_xlabel("iteration")
-        lines = [*axis.get_lines(), *(twin.get_lines() if axis is axes[2] else [])]
-        named = [item for item in lines if not item.get_label().startswith("_")]
-        axis.legend(handles=named, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=len(named), frameon=False)
-    save(figure, path)
 
 
 @matplotlib.rc_context(STYLE)

@@ -10,6 +10,7 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
+from dinov2.visual import cases
 from dinov2.visual.cases import draw_case
 from dinov2.visual.figures import STYLE, draw_bars, training
 from dinov2.visual.page import MAX_ROWS, histogram, page, picture, table
@@ -28,6 +29,18 @@ def test_outlines_are_drawn_where_something_is_labelled_and_only_those_are_named
     tab_blue = (31, 119, 180)
     assert tab_blue in colours_in(tmp_path / "a.png") and tab_blue not in colours_in(tmp_path / "b.png")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.png", "b.png"]  # nothing half-written beside them
+
+
+def test_a_case_is_drawn_through_a_given_voxel_under_its_title(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[Figure] = []
+    monkeypatch.setattr(cases, "save", lambda figure, *_: drawn.append(figure))
+    channels = np.zeros((1, 6, 5, 4), np.float32)
+    channels[0, 1, 4, 3] = 1
+    draw_case(channels, {}, (1.0, 1.0, 3.0), tmp_path / "a.png", "case $1: Dice 0.5", (1, 4, 3))
+    assert [axis.images[0].get_array().max() for axis in drawn[0].axes[:3]] == [1, 1, 1]
+    assert drawn[0].get_suptitle() == "case $1: Dice 0.5"
+    draw_case(channels, {}, (1.0, 1.0, 3.0), tmp_path / "a.png")
+    assert [axis.images[0].get_array().max() for axis in drawn[1].axes[:3]] == [0, 0, 0]
 
 
 def test_bars_have_the_style_and_leave_others_theirs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,8 +10,11 @@ import pytest
 import torch
 
 from dinov2.configs import load_and_merge_config_3d
+from dinov2.data.downstream import check
+from dinov2.data.downstream.cases import Case
 from dinov2.data.downstream.recipes import Recipe
 from dinov2.distributed.runtime import Runtime
+from dinov2.eval.metrics.segmentation import Score
 from dinov2.eval.probing.choice import choose
 from dinov2.eval.segmentation_3d import engine
 
@@ -47,11 +50,35 @@ def test_the_best_network_is_kept_whatever_the_first_validation_was(
         mean = {"mean": {"dice": score}, "per_class": {"organ": measures}}
         monkeypatch.setattr(engine, "summarise", lambda *_, mean=mean, **__: mean)
         run.iteration = i
-        engine.validate(run, load_and_merge_config_3d(), task, [None], 0.5, metrics, Runtime(torch.device("cpu")))
+        engine.validate(
+            run, load_and_merge_config_3d(), task, [SimpleNamespace(name="a")], 0.5, metrics, Runtime(torch.device("cpu"))
+        )
         run.save()
         run = engine.Run(model, optimizer, run.scaler, tmp_path)  # as a resume finds it
         run.resume()
     assert saved == kept
+
+
+def test_the_worst_cases_are_drawn_with_their_dice_in_the_planes_of_the_truth(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: dict[str, tuple[str, tuple[int, ...] | None]] = {}
+    monkeypatch.setattr(check, "draw_case", lambda _, __, ___, path, title, at: drawn.update({path.name: (title, at)}))
+    predicted = torch.zeros(2, 5, 4, 3, dtype=torch.bool)
+    predicted[1, 0, 0, 0] = True
+    monkeypatch.setattr(engine, "predict_masks", lambda *_: predicted)
+    label = torch.zeros(1, 5, 4, 3)
+    label[0, 3, 2, 1] = 1
+    items = [SimpleNamespace(case=name) for name in ("good", "sub/bad", "none")]
+    case = Case(items[1], torch.zeros(1, 5, 4, 3), label, SimpleNamespace(spacing_mm=(1.0, 1.0, 2.0)))
+    scores = [Score("good", "organ", 0.9, *[NAN] * 4, True, True), Score("sub/bad", "organ", 0.25, *[NAN] * 4, True, True)]
+    scores += [Score(name, "background", 0.1, *[NAN] * 4, True, True) for name in ("good", "none")]
+    listed = type("Listed", (list,), {"items": items})([case] * 3)
+    task = SimpleNamespace(recipe=Recipe(classes={0: "background", 1: "organ"}))
+    engine.draw_worst(torch.nn.Identity(), listed, scores, (), task, tmp_path)
+    assert list(drawn) == [f"{n}_{w}.png" for n in ("1_bad", "2_good") for w in ("truth", "prediction")]
+    assert drawn["1_bad_prediction.png"] == ("sub/bad: prediction, mean Dice 0.250", [3, 2, 1])
+    assert drawn["1_bad_truth.png"] == ("sub/bad: truth", None)
 
 
 def test_a_setting_without_a_score_is_chosen_last() -> None:
