@@ -107,7 +107,7 @@ def run_on_own(output: Path, encoder: Encoder, seed: int, overrides: list[str], 
         "quarters_dice": {str(n): of for n, of in scores.items()},
         "killed_run_is_the_same": is_same,
     }
-    finish(output, results, say)
+    finish(output, results, say, "5/5")
     return EXIT_OK
 
 
@@ -120,7 +120,7 @@ def run_on_folder(output: Path, data: Path, encoder: Encoder, seed: int, overrid
     show(encoder, [Path(held_out.image)], output / "features", say, held_out.axes)
     *_, code = train_small(output, seed, overrides, say, "2/3")
     if code == EXIT_OK:
-        finish(output, {}, say)
+        finish(output, {}, say, "3/3")
     return code
 
 
@@ -238,11 +238,11 @@ def kill_and_compare(output: Path, seed: int, overrides: list[str], cfg: DictCon
     return is_same
 
 
-def finish(output: Path, results: dict[str, Any], say: Say) -> None:
+def finish(output: Path, results: dict[str, Any], say: Say, step: str) -> None:
     """Numbers, the training's page, and what to type next."""
     rows = read_metrics(output / "run" / "training_metrics.json")
     write_json(output / "results.json", {**results, "last_metrics": rows[-1]})
-    say(f"     all numbers: {output / 'results.json'}")
+    say(f"{step}  the training's page: losses, crops, features over its course; all numbers: {output / 'results.json'}")
     report(output / "run", None, None, True, partial(_indented, say))
     say(
         "next, with scans of your own:\n"
