@@ -62,6 +62,7 @@ PANELS = (
     Panel("Speed", "seconds of a step", {"iter_time": "step", "data_time": "of it, waiting for data"}, is_log=True),
     Panel("Speed", "share of the time that waits for data", {"data_wait": "share"}),
     Panel("Speed", "share of the measured matrix-product rate", {"mfu": "share"}),
+    Panel("Speed", "processor cores, shares", {"cpu_used": "of them used", "cpu_wait": "of the time one was waited for"}),
     Panel("Speed", "peak memory, GiB", {"memory_gib": "GiB"}),
 )  # fmt: skip
 
