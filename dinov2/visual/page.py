@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -57,6 +57,47 @@ def histogram(title: str, values: Iterable[float], unit: str) -> str:
     axis = f"<span>{low:.4g}{unit}</span><span>median {np.median(numbers):.4g}{unit}</span><span>{high:.4g}{unit}</span>"
     svg = f'<svg viewBox="0 0 {width} {height}" preserveAspectRatio="none" role="img">{bars}</svg>'
     return f'<figure><figcaption>{title}</figcaption>{svg}<div class="axis">{axis}</div></figure>'
+
+
+def stacked_bars(counts: Mapping[str, Mapping[str, int]], colours: Mapping[str, str]) -> str:
+    """A bar for each row, the largest first, in parts.
+
+    Args:
+        counts: Of each row's parts; rows beyond `MAX_ROWS` are left out.
+        colours: CSS, by part, in their order.
+    """
+    total = {part: sum(of_row.get(part, 0) for of_row in counts.values()) for part in colours}
+    legend = "".join(
+        f'<span><i style="background:{colour}"></i>{html.escape(part)} <b>{total[part]:,}</b></span>'
+        for part, colour in colours.items()
+        if total[part]
+    )
+    longest = max((sum(of_row.values()) for of_row in counts.values()), default=1)
+    rows = []
+    for row, of_row in sorted(counts.items(), key=lambda item: -sum(item[1].values()))[:MAX_ROWS]:
+        parts = "".join(
+            f'<i style="width:{100 * of_row[part] / longest:.2f}%;background:{colour}" '
+            f'title="{html.escape(part)}: {of_row[part]:,}"></i>'
+            for part, colour in colours.items()
+            if of_row.get(part)
+        )
+        count = f"{sum(of_row.values()):,}"
+        rows.append(f'<div class="bar"><span>{html.escape(row)}</span><div>{parts}</div><b>{count}</b></div>')
+    return f'<div class="legend">{legend}</div><div class="bars">{"".join(rows)}</div>'
+
+
+def square_pixels(plane: np.ndarray, spacing_mm: tuple[float, float], pixels: int) -> np.ndarray:
+    """A plane in its true proportions, the nearest voxel for each pixel.
+
+    Args:
+        plane: [n, m].
+        spacing_mm: Along its axes.
+        pixels: Of the longer side.
+    """
+    sides = [n * s for n, s in zip(plane.shape, spacing_mm, strict=True)]
+    numbers = [max(1, round(pixels * side / max(sides))) for side in sides]
+    first, second = (np.linspace(0, n - 1, p).round().astype(int) for n, p in zip(plane.shape, numbers, strict=True))
+    return plane[np.ix_(first, second)]
 
 
 def picture(plane: np.ndarray, caption: str) -> str:

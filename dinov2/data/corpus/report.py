@@ -22,7 +22,7 @@ from dinov2.data.preprocess import slice_axis
 from dinov2.data.volumes.opening import open_volume
 from dinov2.errors import BadInput, BadVolume
 from dinov2.files import read_json, write_text
-from dinov2.visual.page import MAX_ROWS, histogram, page, picture, table
+from dinov2.visual.page import histogram, page, picture, square_pixels, stacked_bars, table
 
 logger = logging.getLogger(__name__)
 
@@ -149,24 +149,7 @@ def _stacked_bars(entries: list[Entry]) -> str:
     named = [name for name, _ in Counter(map(_modality, entries)).most_common() if name not in _GREYS]
     modalities = [*named, *_GREYS]
     colour = _GREYS | {name: _COLOURS[min(i, len(_COLOURS) - 1)] for i, name in enumerate(named)}
-    total = Counter(map(_modality, entries))
-    legend = "".join(
-        f'<span><i style="background:{colour[m]}"></i>{html.escape(m)} <b>{total[m]:,}</b></span>'
-        for m in modalities
-        if total[m]
-    )
-    longest = max((sum(c.values()) for c in counts.values()), default=1)
-    rows = []
-    for organ, by_modality in sorted(counts.items(), key=lambda item: -sum(item[1].values()))[:MAX_ROWS]:
-        parts = "".join(
-            f'<i style="width:{100 * by_modality[m] / longest:.2f}%;background:{colour[m]}" '
-            f'title="{html.escape(m)}: {by_modality[m]:,}"></i>'
-            for m in modalities
-            if by_modality[m]
-        )
-        count = f"{sum(by_modality.values()):,}"
-        rows.append(f'<div class="bar"><span>{html.escape(organ)}</span><div>{parts}</div><b>{count}</b></div>')
-    return f'<div class="legend">{legend}</div><div class="bars">{"".join(rows)}</div>'
+    return stacked_bars(counts, {name: colour[name] for name in modalities})
 
 
 def _histograms(entries: list[Entry]) -> str:
@@ -219,11 +202,8 @@ def _mid_slice(entry: Entry) -> np.ndarray:
     axis = slice_axis(raw.spacing_mm)
     plane = raw.read(0).take(raw.image.shape[axis] // 2, axis=axis)
     low, high = entry.extra.get("percentiles", (float(np.nanmin(plane)), float(np.nanmax(plane))))
-    mm = [s for i, s in enumerate(raw.spacing_mm) if i != axis]
-    sides = [n * s for n, s in zip(plane.shape, mm, strict=True)]
-    pixels = [max(1, round(PICTURE_PIXELS * side / max(sides))) for side in sides]
-    rows, columns = (np.linspace(0, n - 1, p).round().astype(int) for n, p in zip(plane.shape, pixels, strict=True))
-    shown = np.nan_to_num(plane[np.ix_(rows, columns)], nan=low).T[::-1]
+    first, second = (s for i, s in enumerate(raw.spacing_mm) if i != axis)
+    shown = np.nan_to_num(square_pixels(plane, (first, second), PICTURE_PIXELS), nan=low).T[::-1]
     return ((shown - low) / max(high - low, 1e-9)).clip(0, 1)
 
 
