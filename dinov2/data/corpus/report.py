@@ -19,10 +19,10 @@ import numpy as np
 
 from dinov2.data.datalist import Entry, read_datalist
 from dinov2.data.preprocess import slice_axis
-from dinov2.data.volumes.opening import open_volume
+from dinov2.data.volumes.opening import mid_slice
 from dinov2.errors import BadInput, BadVolume
 from dinov2.files import read_json, write_text
-from dinov2.visual.page import histogram, page, picture, square_pixels, stacked_bars, table
+from dinov2.visual.page import histogram, page, picture, stacked_bars, table
 
 logger = logging.getLogger(__name__)
 
@@ -173,7 +173,7 @@ def _contact_sheet(entries: list[Entry]) -> str:
     pictures = []
     for entry in _spread(entries):
         try:
-            plane = _mid_slice(entry)
+            plane = mid_slice(entry, PICTURE_PIXELS)
         except BadVolume as err:
             logger.warning("no picture: %s", err)
             continue
@@ -194,17 +194,6 @@ def _spread(entries: list[Entry]) -> list[Entry]:
     turns = [(turn, key, place) for key, found in places.items() for turn, place in enumerate(found)]
     chosen = sorted(turns, key=lambda t: t[0])[:NUM_PICTURES]
     return [groups[key][place] for _, key, place in sorted(chosen, key=lambda t: (str(t[1]), t[2]))]
-
-
-def _mid_slice(entry: Entry) -> np.ndarray:
-    """The slice in the middle, between the listed percentiles as 0 and 1, in its true proportions."""
-    raw = open_volume(entry)
-    axis = slice_axis(raw.spacing_mm)
-    plane = raw.read(0).take(raw.image.shape[axis] // 2, axis=axis)
-    low, high = entry.extra.get("percentiles", (float(np.nanmin(plane)), float(np.nanmax(plane))))
-    first, second = (s for i, s in enumerate(raw.spacing_mm) if i != axis)
-    shown = np.nan_to_num(square_pixels(plane, (first, second), PICTURE_PIXELS), nan=low).T[::-1]
-    return ((shown - low) / max(high - low, 1e-9)).clip(0, 1)
 
 
 def _quarantine(rows: list[dict[str, Any]]) -> str:

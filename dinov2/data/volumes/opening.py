@@ -12,6 +12,7 @@ import nibabel as nib
 import numpy as np
 
 from dinov2.data.datalist import Entry
+from dinov2.data.preprocess import slice_axis
 from dinov2.data.volumes.bounded import foreign
 from dinov2.data.volumes.formats import format_of
 from dinov2.data.volumes.grids import farthest_corner_mm
@@ -19,6 +20,7 @@ from dinov2.data.volumes.places import check_affine, check_positive, column_spac
 from dinov2.data.volumes.readers import ImageFile
 from dinov2.errors import BadVolume
 from dinov2.geometry import Spacing, triple
+from dinov2.visual.page import square_pixels
 
 logger = logging.getLogger(__name__)
 
@@ -202,3 +204,25 @@ def describe(path: str | Path) -> dict[str, Any]:
     if image.affine is not None:
         check_affine(str(path), image.affine)
     return {"image": str(path), "shape": list(image.shape), "spacing": [round(z, 6) for z in image.spacing[:3]]}
+
+
+def mid_slice(entry: Entry, pixels: int) -> np.ndarray:
+    """The slice in the middle for people to look at, upright where axes are those of RAS, in its true proportions.
+
+    Args:
+        entry: Of a list; its percentiles, where it has them, become black and white.
+        pixels: Of the longer side.
+
+    Returns:
+        [rows, columns] from 0 to 1.
+
+    Raises:
+        BadVolume: It cannot be read.
+    """
+    raw = open_volume(entry)
+    axis = slice_axis(raw.spacing_mm)
+    plane = raw.read(0).take(raw.image.shape[axis] // 2, axis=axis)
+    low, high = entry.extra.get("percentiles", (float(np.nanmin(plane)), float(np.nanmax(plane))))
+    first, second = (s for i, s in enumerate(raw.spacing_mm) if i != axis)
+    shown = np.nan_to_num(square_pixels(plane, (first, second), pixels), nan=low).T[::-1]
+    return ((shown - low) / max(high - low, 1e-9)).clip(0, 1)

@@ -8,18 +8,20 @@ and p come from `statistics`; nothing here makes its own. Reading order: `draw_s
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dinov2.data.downstream.recipes import Recipe
-from dinov2.errors import BadInput
+from dinov2.data.datalist import Entry
+from dinov2.data.volumes.opening import mid_slice
+from dinov2.errors import BadInput, BadVolume
 from dinov2.eval.study import statistics
-from dinov2.eval.study.cells import labelled_sets
+from dinov2.eval.study.cells import LabelledSet, labelled_sets
 from dinov2.eval.study.compare import MEAN as MEAN_OF_CLASSES
 from dinov2.eval.study.compare import Row, lines_of
 from dinov2.eval.study.differences import Differences, differences
@@ -33,6 +35,8 @@ if TYPE_CHECKING:  # a report without figures needs no matplotlib
     from dinov2.visual.figure_page import Chapter, Table
     from dinov2.visual.figures.panels import Panel, Test, Value
 
+logger = logging.getLogger(__name__)
+
 FOLDER, PAGE = "figures", "report.html"
 DRAWN = {"segmentation": ("dice", "hd95_mm"), "classification": ("auc", "f1")}  # the paper's
 LABELS = {  # of an axis, and the largest value
@@ -45,6 +49,7 @@ LINEAR = "Linear"  # the head of a linear decoder
 MOST_MARKS = 10  # pairs of a comparison whose tests are drawn
 MOST_PANELS = 4
 FRACTIONS = 4  # columns of the figure of single cases
+PICTURE_PIXELS = 300  # of the longer side of a case's image
 
 
 @dataclass
@@ -95,6 +100,7 @@ class DatasetRows:
         runs: Rows of the table of runs.
         counts: Labelled cases by percent, as they are written.
         classes: Without the background.
+        images: Path of each test case's (first) scan, by its name.
     """
 
     name: str
@@ -104,6 +110,7 @@ class DatasetRows:
     runs: list[dict[str, Any]]
     counts: dict[float, str]
     classes: list[str]
+    images: Mapping[str, str]
 
     def place(self, percent: float) -> str:
         """As it stands along an axis."""
@@ -134,18 +141,18 @@ def draw_study(study: Study, say: Say, predictions: Callable[[Study, Drawn], Non
     from dinov2.visual.figure_page import Chapter
 
     sets = labelled_sets(study)
-    recipes = {name: labelled.recipe for name, labelled in sets.items()}
-    found, items, runs = differences(study, recipes), read_table(study, "items"), read_table(study, "runs")
+    found = differences(study, {name: labelled.recipe for name, labelled in sets.items()})
+    items, runs = read_table(study, "items"), read_table(study, "runs")
     drawn = Drawn(study.output / FOLDER, list(study.methods))
     try:
         drawn.folder.mkdir(parents=True, exist_ok=True)
-        data = [dataset_rows(name, recipe, found, items, runs) for name, recipe in recipes.items()]
+        data = [dataset_rows(labelled, found, items, runs) for labelled in sets.values()]
         for one in (d for d in data if d.found):
             drawn.chapters.append(Chapter(one.name))
             _of_dataset(one, study.first_method, drawn)
         if predictions is not None:
             predictions(study, drawn)
-        _together(study, recipes, [d for d in data if d.found], items, runs, drawn)
+        _together(study, sets, [d for d in data if d.found], items, runs, drawn)
         drawn.write_page(f"Study {study.name}", _lead(study), say)
     except OSError as err:
         raise BadInput(f"{drawn.folder}: {err.strerror}: make room or choose another output_dir") from err
@@ -165,9 +172,10 @@ def _lead(study: Study) -> list[str]:
 
 
 def dataset_rows(
-    name: str, recipe: Recipe, found: Differences, items: Sequence[dict[str, Any]], runs: Sequence[dict[str, Any]]
+    labelled: LabelledSet, found: Differences, items: Sequence[dict[str, Any]], runs: Sequence[dict[str, Any]]
 ) -> DatasetRows:
     """The part of the tables that a data set's figures are made from."""
+    name, recipe = labelled.name, labelled.recipe
     by_percent: dict[float, list[Row]] = {}
     for dataset, percent, row in found:
         if dataset == name:
@@ -178,9 +186,9 @@ def dataset_rows(
         counts.setdefault(number["percent"], set()).add(str(number["n_train"]) or "?")
     background = recipe.output_names[:1] if recipe.task == "segmentation" and not recipe.overlapping else []
     classes = [str(c) for c in recipe.output_names if c not in background]
-    return DatasetRows(
-        name, recipe.task, by_percent, own_items, own_runs, {p: "/".join(sorted(c)) for p, c in counts.items()}, classes
-    )
+    images = {item.case: item.images[0] for item in labelled.splits.get("test", [])}
+    counted = {p: "/".join(sorted(c)) for p, c in counts.items()}
+    return DatasetRows(name, recipe.task, by_percent, own_items, own_runs, counted, classes, images)
 
 
 def _of_dataset(data: DatasetRows, subject: str, drawn: Drawn) -> None:
@@ -438,14 +446,26 @@ def chances(data: DatasetRows, percents: Sequence[float], subject: str, series: 
                 }
                 for p in percents
             },
+            _image(data, case),
         )
         for case in sorted(chosen, key=lambda case: ordered.index(case))
     ]
 
 
+def _image(data: DatasetRows, case: str) -> np.ndarray | None:
+    """Its middle slice; None, said in the log, where the list or the file is not there."""
+    try:
+        return mid_slice(Entry(data.images[case], ()), PICTURE_PIXELS)
+    except KeyError:
+        logger.warning("%s: no picture of %s: the list has no such test case", data.name, case)
+    except BadVolume as err:
+        logger.warning("no picture: %s", err)
+    return None
+
+
 def _together(
     study: Study,
-    recipes: dict[str, Recipe],
+    sets: Mapping[str, LabelledSet],
     data: Sequence[DatasetRows],
     items: Sequence[dict[str, Any]],
     runs: Sequence[dict[str, Any]],
@@ -467,8 +487,9 @@ def _together(
     linear = {name: method for name, method in study.methods.items() if study.method(name).head == LINEAR}
     if linear and segmented:
         subject = study.first_method if study.first_method in linear else ""
+        recipes = {name: labelled.recipe for name, labelled in sets.items()}
         found = differences(dataclasses.replace(study, methods=linear, subject=subject), recipes)
-        own = [dataset_rows(d.name, recipes[d.name], found, items, runs) for d in segmented]
+        own = [dataset_rows(sets[d.name], found, items, runs) for d in segmented]
         own = [d for d in own if d.found]
         notes = [f"{d.name}: {note}" for d in own for note in (*_limits(d), *_test_notes(d, ("dice",)))]
         draw_significance([bars(d, "dice", d.compared) for d in own], drawn.series, drawn.folder / "linear_decoder", notes)

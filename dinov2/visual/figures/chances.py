@@ -1,4 +1,4 @@
-"""Probabilities of single cases over the fractions of labels: a row a case, a column a fraction, bars by class."""
+"""Probabilities of single cases over the fractions of labels: a row a case, its image first, then bars by class."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib
+import numpy as np
 from matplotlib.axes import Axes
 
 from dinov2.visual.figures.style import DOUBLE_MM, PAPER, Look, legend, look, looks, new_figure, notes_below, publish
@@ -21,12 +22,14 @@ class Chances:
         truth: Its class.
         why: What it stands for.
         values: Probability by fraction (as written above its column), series and class.
+        image: [rows, columns] of square pixels from 0 to 1; None: it is not there.
     """
 
     case: str
     truth: str
     why: str
     values: Mapping[str, Mapping[str, Mapping[str, float]]]
+    image: np.ndarray | None = None
 
 
 def draw_chances(
@@ -49,10 +52,14 @@ def draw_chances(
             zip(cases, figure.subfigures(max(1, len(cases)), 1, squeeze=False)[:, 0], strict=False)
         ):
             part.suptitle(f"{chr(ord('a') + place)}   {case.case}: {case.truth} ({case.why})", x=0.01, ha="left", weight="bold")
-            line = part.subplots(1, len(fractions), squeeze=False, sharey=True)[0]
+            picture, *line = part.subplots(1, 1 + len(fractions), width_ratios=[0.6] + [1] * len(fractions))
+            picture.set_axis_off()
+            if case.image is not None:
+                picture.imshow(case.image, cmap="gray", vmin=0, vmax=1)
             for axis, fraction in zip(line, fractions, strict=True):
                 _bars(axis, case, fraction, classes, shown)
                 axis.set_title(fraction.replace("\n", " "))
+                axis.tick_params(labelleft=axis is line[0])
             line[0].set_ylabel("probability")
         legend(figure, {name: look(list(series).index(name)) for name in shown}, "bar")
         notes_below(figure, notes)

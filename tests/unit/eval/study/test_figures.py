@@ -13,14 +13,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import nibabel as nib
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
+from dinov2.data.downstream.lists import write_downstream_datalist
 from dinov2.eval.study.cells import labelled_sets
 from dinov2.eval.study.differences import differences, write_differences
-from dinov2.eval.study.figures import draw_study
+from dinov2.eval.study.figures import DatasetRows, _image, draw_study
 from dinov2.eval.study.schema import Study
 from dinov2.files import TEMPORARY
 from tests.unit.eval.study.generated import make_tables
@@ -84,9 +86,14 @@ def draw(study: Study, rendered: Collection[str] = ()) -> Drawing:
 @pytest.fixture(scope="module")
 def drawn(tmp_path_factory: pytest.TempPathFactory) -> Drawing:
     folder = tmp_path_factory.mktemp("figures")
-    study = make_tables(
-        folder, METHODS, {"brain": BRAIN}, {"ages": AGES}, (0, 1, 2), 6, ["never_there"], paper="ood", baseline="50%"
-    )
+    keys = {"paper": "ood", "baseline": "50%", "base_data_dir": str(folder)}
+    study = make_tables(folder, METHODS, {"brain": BRAIN}, {"ages": AGES}, (0, 1, 2), 6, ["never_there"], **keys)
+    scans = [{"case": f"case{i}", "image": str(folder / f"{i}.nii.gz"), "label": 0} for i in range(9)]
+    parts = {"test": scans[:6], "training": scans[6:8], "validation": scans[8:]}
+    write_downstream_datalist(folder / "ages_cls_datalist.json", parts, seed=0)
+    for i in range(9):
+        ramp = np.broadcast_to(np.arange(6.0)[:, None, None], (6, 8, 5))
+        nib.save(nib.Nifti1Image(ramp.astype(np.float32), np.diag([1.0, 1.0, 3.0, 1.0])), folder / f"{i}.nii.gz")
     recipes = {name: labelled.recipe for name, labelled in labelled_sets(study).items()}
     write_differences(study, differences(study, recipes))
     return draw(study, RENDERED)
@@ -201,6 +208,15 @@ def test_classes_matrices_and_single_cases_are_those_of_the_items(drawn: Drawing
     sure = {c: np.mean([chance["a_b", "100", s, c][truth["a_b", "100", s, c]] for s in "012"]) for c in {k[3] for k in truth}}
     ordered = sorted(sure, key=lambda c: -sure[c])
     assert list(dict.fromkeys(r["case"] for r in rows)) == [ordered[0], ordered[2], ordered[5]]
+    shown = [axis.images[0].get_array() for axis in drawn.figures["cases_ages"].axes if axis.images]
+    assert [plane.shape for plane in shown] == [(300, 225)] * 3, "the middle slice, 8 mm upwards and 6 across"
+    assert all(plane[0].min() == 0 and plane[0].max() == 1 and (np.diff(plane[0]) >= 0).all() for plane in shown)
+
+
+def test_a_case_whose_scan_is_not_there_has_no_image(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    data = DatasetRows("ages", "classification", {}, [], [], {}, ["a"], {"one": str(tmp_path / "gone.nii.gz")})
+    assert _image(data, "one") is None and _image(data, "two") is None
+    assert "gone.nii.gz" in caplog.text and "the list has no such test case" in caplog.text
 
 
 def test_linear_decoders_are_held_against_each_other_alone(drawn: Drawing) -> None:
