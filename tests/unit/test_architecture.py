@@ -15,7 +15,7 @@ def test_each_row_is_there_once_and_its_folders_and_files_exist() -> None:
     assert len(tables) == 2
     for rows in tables:
         named = Counter(row[0] for row in rows)
-        assert [name for name, count in named.items() if count > 1 and name != "| step"] == []
+        assert [name for name, count in named.items() if count > 1] == []
     gone = []
     for row in (row for rows in tables for row in rows):
         paths = [path for path in re.findall(r"`([\w./*]+)`", row[1]) if "/" in path and "*" not in path]
