@@ -89,7 +89,7 @@ def test_the_subjects_best_middle_and_worst_case_are_drawn_with_the_tables_dice(
         wanted = (row["column"], "25", chosen[1], row["row"])
         (value,) = [r["value"] for r in items if (r["method"], r["percent"], r["case"], r["class"]) == wanted]
         assert float(row["dice"]) == float(value)
-    assert [p.path.stem for p in drawn.chapters[0].pictures] == ["panels_blobs", "panels_classes_blobs"]
+    assert [p.source.stem for p in drawn.chapters[0].pictures] == ["panels_blobs", "panels_classes_blobs"]
     assert all(t.get_fontsize() >= 6 for figure in kept.values() for t in texts(figure))
 
 
