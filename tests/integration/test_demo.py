@@ -28,7 +28,12 @@ SHORT += ["train.checkpoint_period=2", "evaluation.eval_period_iterations=4"]
 
 
 @pytest.fixture
-def tiny_demo(monkeypatch: pytest.MonkeyPatch) -> None:
+def tiny_demo(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A part of each head, few made ones, few places."""
+    for path in SCANS:
+        whole = nib.load(path)
+        nib.save(whole.slicer[24:60, 30:70, 24:56], tmp_path / path.name)
+    monkeypatch.setattr(run, "SCANS", tuple(tmp_path / path.name for path in SCANS))
     for name, value in {"LABELLED": (1, 2), "NUM_VALIDATION": 1, "NUM_TEST": 1, "CROPS": 2}.items():
         monkeypatch.setattr(readout, name, value)
     monkeypatch.setattr(run, "NUM_MADE", 4)
