@@ -43,7 +43,8 @@ def train_and_kill(arguments: Sequence[str], run: Path, kill_at: int, teacher: P
     if not teacher.exists():
         _train_until(arguments, run, teacher.exists)
     if not teacher.exists():
-        raise BadInput(f"{run}: its training ended early: see {run}.log")
+        words = Path(f"{run}.log").read_text("utf-8", "replace").strip().splitlines() if Path(f"{run}.log").exists() else []
+        raise BadInput(f"{run}: its training ended early: {words[-1] if words else 'it said nothing'} ({run}.log)")
     return killed
 
 

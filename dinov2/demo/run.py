@@ -226,12 +226,19 @@ def train_small(output: Path, seed: int, overrides: list[str], say: Say, step: s
     return teacher_of(output / "run", steps - 1), cfg, code
 
 
-def kill_and_compare(output: Path, seed: int, overrides: list[str], cfg: DictConfig, say: Say) -> bool:
-    """The first part of the training again, killed on the way and started again; whether the weights are the same."""
+def kill_and_compare(output: Path, seed: int, overrides: list[str], cfg: DictConfig, say: Say) -> bool | None:
+    """The first part of the training again, killed on the way and started again: are the weights the same?
+
+    None where that could not be shown, with the reason said: what comes after it is not lost.
+    """
     again, at = output / "run_killed", cfg.evaluation.eval_period_iterations - 1
     arguments, _ = train_arguments(output, again, seed, overrides)
     say(f"     the same once more, killed (kill -9) after iteration {cfg.train.checkpoint_period} and started again: {again}")
-    was_killed = train_and_kill(arguments, again, cfg.train.checkpoint_period, teacher_of(again, at))
+    try:
+        was_killed = train_and_kill(arguments, again, cfg.train.checkpoint_period, teacher_of(again, at))
+    except BadInput as err:
+        say(f"     this could not be shown: {err}")
+        return None
     is_same = same_weights(teacher_of(output / "run", at), teacher_of(again, at))
     how = "after the kill" if was_killed else "(it had ended before it could be killed)"
     say(f"     weights of iteration {at} {how}: {'the same, bit for bit' if is_same else 'NOT the same: please report this'}")

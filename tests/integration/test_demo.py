@@ -99,7 +99,8 @@ def test_a_training_that_ends_by_itself_before_the_teacher_is_there_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(killed, "_train_until", lambda *_: False)
-    with pytest.raises(BadInput, match="its training ended early: see .*run.log"):
+    (tmp_path / "run.log").write_text("begun\nno room on the disk\n")
+    with pytest.raises(BadInput, match=r"its training ended early: no room on the disk \(.*run.log\)"):
         train_and_kill([], tmp_path / "run", 3, tmp_path / "teacher.pth")
 
 
