@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -63,7 +64,9 @@ class Alerts:
         """The last lines of a run, here and below; each gives the exit code."""
         return self._end(progress, "end", logging.INFO, f"{ENDING_DONE} {teacher}", EXIT_OK)
 
-    def stopped(self, progress: Progress, iteration: int, why: str) -> int:
+    def stopped(self, progress: Progress, iteration: int, signals: Sequence[str]) -> int:
+        """`signals`: names of those that this process has received; none where another rank has."""
+        why = signals[0] if signals else "another rank's signal"
         line = f"{ENDING_STOPPED} {iteration} on {why}; start the same command again to continue"
         return self._end(progress, "stop", logging.INFO, line, EXIT_RESUMABLE)
 

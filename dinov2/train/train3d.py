@@ -179,12 +179,11 @@ def do_train(
     """The loop: one update per iteration, metrics, evaluations, checkpoints; returns the exit code."""
     model, total, first = state.model, schedules.total_iters, state.iteration + 1
     loader = TrainLoader(cfg, datalist, first, runtime.rank, runtime.world_size, runtime.device)
-    volumes_per_step = cfg.train.batch_size_per_gpu * cfg.train.accumulation_steps * runtime.world_size
-    progress = Progress(runtime, volumes_per_step, training_dtype(cfg.compute_precision.student.backbone, runtime.device.type))
+    progress = progress_of(cfg, runtime)
     data = data_record(datalist, cfg)
     pictures = Pictures(loader.datalist, cfg.crops.global_crops_size, cfg.student.patch_size, cfg.train.cache_dir)
     what = "iterations %d to %d, %d volumes a step from %d, on %s"
-    logger.info(what, first, total - 1, volumes_per_step, len(datalist), runtime.device)
+    logger.info(what, first, total - 1, progress.volumes_per_step, len(datalist), runtime.device)
     with (
         MetricWriter(output_dir, first, is_main_process()) as metrics,
         Alerts(cfg, output_dir, first, runtime) as alerts,
@@ -224,12 +223,22 @@ def do_train(
                 checkpointer.save(state.state_dict(), iteration)
             if (stop or collapsed) and iteration < total - 1:
                 checkpointer.finish()
-                why = stop_asked[0] if stop_asked else "another rank's signal"
-                return alerts.collapsed(progress, iteration) if collapsed else alerts.stopped(progress, iteration, why)
+                return alerts.collapsed(progress, iteration) if collapsed else alerts.stopped(progress, iteration, stop_asked)
         checkpointer.finish()
-        if loader.bad_volumes:
-            logger.warning("%d of %d volumes could not be used; they are named above", len(loader.bad_volumes), len(datalist))
+        say_bad_volumes(loader, datalist)
         return alerts.done(progress, output_dir / "eval" / f"training_{total - 1}" / "teacher_checkpoint.pth")
+
+
+def progress_of(cfg: DictConfig, runtime: Runtime) -> Progress:
+    """Timings of steps of the effective batch."""
+    volumes_per_step = cfg.train.batch_size_per_gpu * cfg.train.accumulation_steps * runtime.world_size
+    return Progress(runtime, volumes_per_step, training_dtype(cfg.compute_precision.student.backbone, runtime.device.type))
+
+
+def say_bad_volumes(loader: TrainLoader, datalist: Datalist) -> None:
+    """How many there were; each was named when it was met."""
+    if loader.bad_volumes:
+        logger.warning("%d of %d volumes could not be used; they are named above", len(loader.bad_volumes), len(datalist))
 
 
 def train_step(

@@ -80,6 +80,8 @@ def examine_unit(unit: Unit, options: ExamineOptions) -> list[Row]:
     # All that there is, MemoryError and RecursionError included: an index of a hundred thousand files ends with none of them.
     # What a reader raises was named there; this is for what nobody foresaw of facts and values that anyone may have written.
     except Exception as err:
+        what = "%s: cannot be examined, for a reason that no reader has named (%s): please report it"
+        logger.warning(what, unit.path, describe_error(err))
         logger.debug("%s", unit.path, exc_info=True)
         return [problem(unit.path, "unreadable", f"cannot be examined: {describe_error(err)}")]
 

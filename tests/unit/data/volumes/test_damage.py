@@ -369,7 +369,7 @@ def test_a_slice_takes_no_memory_for_lengths_that_are_not_there(tmp_path: Path, 
 @pytest.mark.parametrize("error", [MemoryError, RecursionError, KeyError("x"), ZeroDivisionError("x"), AssertionError])
 @pytest.mark.parametrize("where", ["describe_place", "describe_voxels"])
 def test_whatever_happens_to_one_unit_is_its_row(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException, where: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: BaseException, where: str
 ) -> None:
     for name in ("a", "b"):
         save_nifti(tmp_path / "data" / f"{name}.nii", scan(ord(name)))
@@ -384,6 +384,7 @@ def test_whatever_happens_to_one_unit_is_its_row(
     listed, quarantine = run(tmp_path / "data", tmp_path / "list.json")
     assert [Path(e["image"]).name for e in listed] == ["b.nii"]
     assert quarantine["a.nii"][0] == "unreadable" and "cannot be examined" in quarantine["a.nii"][1]
+    assert "a.nii: cannot be examined, for a reason that no reader has named" in capsys.readouterr().err
 
 
 def test_a_description_of_any_kind_does_not_end_the_index(tmp_path: Path) -> None:
