@@ -243,11 +243,12 @@ def embed(args: argparse.Namespace) -> int:
     from dinov2.features.embed import EmbedRequest, device_of_rank, shard_of_rank
     from dinov2.features.embed import embed as run_embed
     from dinov2.features.encoder import load_encoder
+    from dinov2.features.spacing import spacing_of
     from dinov2.features.views import View
 
     request = EmbedRequest(
         output=args.output,
-        view=View(args.mode, args.size, args.overlap, args.layers, args.batch_size),
+        view=View(args.mode, args.size, args.overlap, args.layers, args.batch_size, spacing_of(args.spacing)),
         patch_tokens=args.patch_tokens,
         shard=shard_of_rank(parse_shard(args.shard)),
         num_workers=default_workers() if args.workers is None else args.workers,
@@ -571,6 +572,8 @@ def _add_embed(commands: Commands) -> None:
     action.add_argument("--mode", default="full_image", help="full_image, resize or sliding_window")
     action.add_argument("--size", type=int, help="edge of resize and of windows (voxels); default: that of pretraining")
     action.add_argument("--overlap", type=float, default=0.5, help="of windows")
+    spacing = "native (default), or mm that scans are brought to first: one number, or three (in the slice twice, across)"
+    action.add_argument("--spacing", default="native", metavar="MM|MM,MM,MM", help=spacing)
     action.add_argument("--patch-tokens", action="store_true", help="write them too, a .npz a scan with the grid's affine")
     action.add_argument("--layers", type=int, default=1, help="last layers whose patch tokens are written")
     action.add_argument("--batch-size", type=int, default=8, help="windows, or channels of a scan, per pass")

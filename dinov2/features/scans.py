@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dinov2.data.corpus.domain import kind_of
 from dinov2.data.datalist import Entry
 from dinov2.data.preprocess import INT16_SCALE, PERCENTILES, foreground_box, normalise, slice_axis, to_16_bits
 from dinov2.data.volumes.opening import RawVolume, check_same_grid, open_volume
@@ -32,11 +33,14 @@ class Scan:
         name: Path of its (first) file.
         voxels: [C, H, W, D] int16, value * 32767, slice axis last, cropped to the foreground of all channels together.
         affine: [4, 4] prepared voxel -> mm (RAS+); of a format without one, the spacing.
+        modality, organ: As its list says; None where it does not.
     """
 
     name: str
     voxels: np.ndarray
     affine: np.ndarray
+    modality: str | None = None
+    organ: str | None = None
 
     @property
     def data(self) -> Tensor:
@@ -67,7 +71,8 @@ def load_scan(files: Sequence[str | Path | Entry], percentiles: tuple[float, flo
     order = [a for a in range(3) if a != axis] + [axis]
     affine = first.affine[:, [*order, 3]]
     affine[:3, 3] += affine[:3, :3] @ [b.start for b in box]
-    return Scan(first.path, to_16_bits(image[:, *box]), affine)
+    kind = kind_of(files[0]) if isinstance(files[0], Entry) else (None, None)
+    return Scan(first.path, to_16_bits(image[:, *box]), affine, *kind)
 
 
 def _normalised(raw: RawVolume, percentiles: tuple[float, float]) -> np.ndarray:

@@ -14,6 +14,7 @@ from dinov2.checkpointer.saving import save_atomically
 from dinov2.configs.loader import saved_config
 from dinov2.errors import BadInput
 from dinov2.features.encoder import load_encoder
+from dinov2.features.spacing import spacing_of
 from dinov2.features.views import View
 from dinov2.files import user_path
 from dinov2.models.weights import refuse_non_finite
@@ -66,7 +67,7 @@ class EmbeddingProbe:
         self.target: str = meta["target"]
         self.parts: list[str] = meta["parts"]
         view = meta["view"]
-        self.view = View(view["mode"], view["size"], view["overlap"])
+        self.view = View(view["mode"], view["size"], view["overlap"], spacing_mm=spacing_of(view.get("spacing")))
         self.weight, self.bias = content["weight"], content["bias"]
 
     def __call__(self, images: Sequence[str | Path]) -> torch.Tensor:

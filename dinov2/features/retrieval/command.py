@@ -184,6 +184,7 @@ def embedded(table: FeatureTable, request: RetrieveRequest) -> tuple[Entry, Feat
             "make the table again with `dinov2 embed`, or ask by a row"
         )
     from dinov2.features.encoder import load_encoder
+    from dinov2.features.spacing import spacing_of
     from dinov2.features.views import View
 
     dtype, seed = table.about.get("dtype", "auto"), table.about.get("untrained") or 0
@@ -195,5 +196,5 @@ def embedded(table: FeatureTable, request: RetrieveRequest) -> tuple[Entry, Feat
         )
     entry = Entry(path, ())
     key = table.key
-    view = View(key["mode"], key["size"], key["overlap"], key.get("layers", 1))
+    view = View(key["mode"], key["size"], key["overlap"], key.get("layers", 1), spacing_mm=spacing_of(key.get("spacing")))
     return entry, encoder.encode_scan(encoder.load([entry]), view)
