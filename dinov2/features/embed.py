@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 from collections import Counter
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -32,11 +32,11 @@ from dinov2.errors import EXIT_OK, EXIT_RESUMABLE, BadInput, BadVolume
 from dinov2.features.embed_rows import ListedScans
 from dinov2.features.embed_table import EmbeddingTable, Row
 from dinov2.features.encoder import DTYPE_NAMES, Encoder
-from dinov2.features.scans import Scan, load_scan
+from dinov2.features.scans import Scan
 from dinov2.features.spacing import resampled
 from dinov2.features.views import View
 from dinov2.files import path_for_list, read_json
-from dinov2.geometry import Range, Spacing
+from dinov2.geometry import Spacing
 from dinov2.logging import Say
 from dinov2.logging.folder import locked_folder
 from dinov2.logging.progress import Progress
@@ -47,6 +47,7 @@ logger = logging.getLogger(__name__)
 FORMAT = 3  # of the table; raised with its columns, so that no table is begun in one and ended in another
 FEW_SCANS = 16  # are loaded in this process: others take seconds to start
 MANY_PATCHES = 30_000  # in one pass: attention, quadratic in them, is then nearly all of the time, minutes a scan on a CPU
+Loader = Callable[[list[Entry]], Scan]
 Loaded = tuple[int, Scan | None, Row]  # place in the list, the scan, what is known of it or why there is none
 Stored = tuple[int, tuple[Path, str, np.ndarray] | None, Row]  # the same with the scan's voxels in a file, name and affine
 
@@ -183,6 +184,7 @@ def _about(datalist: Datalist, encoder: Encoder, table: EmbeddingTable) -> dict[
         "percentiles": list(encoder.percentiles),
         "weights": path_for_list(weights, table.output.parent) if weights and os.path.isabs(weights) else weights,
         "untrained": encoder.untrained,
+        **({"encoder": encoder.named} if encoder.named else {}),
         "dtype": next(name for name in DTYPE_NAMES if DTYPES[name] == encoder.dtype),
         "config": None if encoder.config is None else without_path_keys(encoder.config),
         "folder": path_for_list(Path(datalist.path).absolute().parent, table.output.parent),
@@ -202,7 +204,7 @@ def _make_parts(listed: ListedScans, encoder: Encoder, request: EmbedRequest, ta
         stop_requests() as stop_asked,
         Progress(len(todo), "scans") as progress,
         closing(
-            _loaded(listed.entries, todo, encoder.percentiles, request.view.spacing_mm, num_workers, folder)
+            _loaded(listed.entries, todo, encoder.loader, request.view.spacing_mm, num_workers, folder)
         ) as scans,  # ends the processes
     ):
         for place, scan, row in scans:
@@ -239,7 +241,7 @@ def _warn_of_many_patches(scan: Scan, encoder: Encoder, view: View) -> bool:
 def _loaded(
     entries: list[Entry],
     todo: list[int],
-    percentiles: Range,
+    load: Loader,
     spacing_mm: Spacing | None,
     num_workers: int,
     folder: Path,
@@ -251,10 +253,10 @@ def _loaded(
     """
     items = ((place, entries[place]) for place in todo)
     if num_workers == 0:
-        yield from map(partial(_load, percentiles, spacing_mm), items)
+        yield from map(partial(_load, load, spacing_mm), items)
         return
     folder.mkdir(exist_ok=True)
-    for place, stored, row in unordered(partial(_store, percentiles, spacing_mm, folder), items, num_workers, _died):
+    for place, stored, row in unordered(partial(_store, load, spacing_mm, folder), items, num_workers, _died):
         if stored is None:
             yield place, None, row
             continue
@@ -264,13 +266,13 @@ def _loaded(
         yield place, scan, row
 
 
-def _store(percentiles: Range, spacing_mm: Spacing | None, folder: Path, item: tuple[int, Entry]) -> Stored:
+def _store(load: Loader, spacing_mm: Spacing | None, folder: Path, item: tuple[int, Entry]) -> Stored:
     """What `_load` gives, as it comes out of a process.
 
     Raises:
         BadInput: The disk is full.
     """
-    place, scan, row = _load(percentiles, spacing_mm, item)
+    place, scan, row = _load(load, spacing_mm, item)
     if scan is None:
         return place, None, row
     path = folder / f"{place}.{os.getpid()}.npy"
@@ -281,10 +283,10 @@ def _store(percentiles: Range, spacing_mm: Spacing | None, folder: Path, item: t
     return place, (path, scan.name, scan.affine), row
 
 
-def _load(percentiles: Range, spacing_mm: Spacing | None, item: tuple[int, Entry]) -> Loaded:
+def _load(load: Loader, spacing_mm: Spacing | None, item: tuple[int, Entry]) -> Loaded:
     place, entry = item
     try:
-        scan = resampled(load_scan([entry], percentiles), spacing_mm)  # here, where several processes share the work
+        scan = resampled(load([entry]), spacing_mm)  # here, where several processes share the work
         sha = entry.extra.get("sha") or content_sha(entry)
         spacing = open_volume(entry).spacing_mm
     except BadVolume as err:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,17 +18,17 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from dinov2.checkpointer.domain import DOMAIN, Domain, in_words
-from dinov2.checkpointer.teacher import RANDOM, open_teacher
+from dinov2.checkpointer.teacher import RANDOM, Teacher, open_teacher
 from dinov2.data.datalist import Entry
-from dinov2.data.preprocess import PREPROCESSING, normalise, percentiles_of
+from dinov2.data.preprocess import PREPROCESSING, normalise, percentiles_of, windowed
 from dinov2.distributed.precision import DTYPES, fastest_dtype
 from dinov2.distributed.runtime import Runtime
 from dinov2.errors import BadInput, BadVolume
-from dinov2.features.scans import Scan, bare_volumes, load_scan
-from dinov2.features.setup import build_model_for_eval, config_for
+from dinov2.features.scans import AS_OURS, Scan, bare_volumes, load_scan
+from dinov2.features.setup import build_model_for_eval, build_named, config_for
 from dinov2.features.spacing import NATIVE, resample, resampled, spacing_of
 from dinov2.features.views import View, grid_affine, look
-from dinov2.models.backbone import Backbone
+from dinov2.models.backbone import Backbone, BackboneModule
 from dinov2.models.vision_transformer import FACTORIES
 from dinov2.models.weights import plain_names
 
@@ -67,6 +68,7 @@ class Encoder:
         weights: A source that finds the weights later; None: not known.
         untrained: Seed of an untrained network; None: it is trained.
         domain: The scans that it was trained on; one unlike these is said, once for each way. None: not known.
+        named: `module:function` that made the backbone; None: a network of this package.
 
     Raises:
         BadInput: A preprocessing that this version does not do.
@@ -82,6 +84,7 @@ class Encoder:
         weights: str | None = None,
         untrained: int | None = None,
         domain: Domain | None = None,
+        named: str | None = None,
     ) -> None:
         self.backbone = backbone
         self.percentiles = percentiles_of(preprocessing)
@@ -91,6 +94,9 @@ class Encoder:
         self.weights = weights
         self.untrained = untrained
         self.domain = domain
+        self.preparation = getattr(backbone, "preparation", AS_OURS)
+        self.loader = partial(load_scan, percentiles=self.percentiles, preparation=self.preparation)  # as a process takes it
+        self.named = named
         self._told: set[str] = set()  # in which ways a scan was said to be unlike those
 
     @property
@@ -110,6 +116,8 @@ class Encoder:
     def fingerprint(self) -> str:
         """SHA-256 of all that features depend on: tensors by name, preprocessing, dtype; the same on any device."""
         digest = hashlib.sha256(repr((self.percentiles, str(self.dtype))).encode())
+        if self.preparation != AS_OURS:
+            digest.update(repr(tuple(self.preparation)).encode())
         for name, value in sorted(plain_names(self.backbone.state_dict()).items()):
             digest.update(name.encode())
             digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
@@ -185,7 +193,7 @@ class Encoder:
 
     def load(self, files: Sequence[str | Path | Entry]) -> Scan:
         """A scan prepared as this network wants it; see `load_scan`."""
-        return load_scan(files, self.percentiles)
+        return self.loader(files)
 
     def _one(self, item: Any, view: View, raw: bool) -> Features:
         if isinstance(item, Mapping):
@@ -218,7 +226,11 @@ class Encoder:
 
     def _normalised(self, values: Tensor) -> Tensor:
         channels = values.flatten(0, 1).numpy().copy()
-        mapped = [normalise(c, f"channel {i}", self.percentiles) for i, c in enumerate(channels)]
+        window = self.preparation.window
+        mapped = [
+            normalise(c, f"channel {i}", self.percentiles) if window is None else windowed(c, f"channel {i}", window)
+            for i, c in enumerate(channels)
+        ]
         return torch.from_numpy(np.stack(mapped)).view(values.shape)
 
     def _features(self, volumes: Tensor, affine: Tensor | None, view: View, name: str) -> Features:
@@ -245,6 +257,7 @@ def load_encoder(
     dtype: str = "auto",
     seed: int = 0,
     cache_dir: str | Path | None = None,
+    encoder: str | None = None,
 ) -> Encoder:
     """A frozen encoder from weights; logs their licence.
 
@@ -257,6 +270,7 @@ def load_encoder(
         dtype: Of matrix products: `fp32`, `bf16`, `fp16`; `auto` is bf16 on CUDA (fp16 where it has none) and fp32 elsewhere.
         seed: Of an untrained network.
         cache_dir: Of downloads; None: huggingface-hub's own.
+        encoder: `module:function` of another network that the weights are of (docs/encoders.md); its code is run.
 
     Raises:
         BadInput: No such weights, damaged ones, of another network (tensors named), or a device that is not there.
@@ -266,6 +280,10 @@ def load_encoder(
         raise BadInput(f"dtype {dtype!r}: choose auto, {', '.join(DTYPE_NAMES)}")
     chosen = fastest_dtype(place) if dtype == "auto" else DTYPES[dtype]
     teacher = open_teacher(source, cache_dir)
+    if encoder is not None:
+        with torch.random.fork_rng(devices=[]):
+            other = build_named(encoder, teacher, Runtime(place), seed)
+        return _of_others(other, encoder, teacher, chosen, seed)
     if config is None and teacher.source == RANDOM:
         raise BadInput(f"weights random: of which network? give a configuration, or one of {', '.join(FACTORIES)} as weights")
     cfg = config if isinstance(config, DictConfig) else config_for(teacher, config)
@@ -279,6 +297,20 @@ def load_encoder(
     untrained = seed if teacher.is_untrained else None
     domain = Domain.of_meta(teacher.meta.get(DOMAIN), teacher.source)
     return Encoder(backbone, preprocessing, chosen, teacher.licence, cfg, teacher.reference, untrained, domain)
+
+
+def _of_others(backbone: BackboneModule, named: str, teacher: Teacher, dtype: torch.dtype, seed: int) -> Encoder:
+    """An encoder around somebody's network; its licence is said."""
+    licence = None if teacher.is_untrained else teacher.licence or getattr(backbone, "licence", None)
+    if teacher.is_untrained:
+        logger.warning("%s: an untrained network of seed %d; its features mean little", named, seed)
+    else:
+        what = licence or "not said; ask their owner before you use them"
+        logger.warning("%s: licence of the weights: %s", teacher.source, what)
+    modality = getattr(backbone, "preparation", AS_OURS).modality
+    domain = Domain(1, None, None, {modality: 1}, {}) if modality else None
+    untrained = seed if teacher.is_untrained else None
+    return Encoder(backbone, PREPROCESSING, dtype, licence, None, teacher.reference, untrained, domain, named)
 
 
 def _bare_resampled(values: Tensor, affine: Tensor, view: View, name: str) -> tuple[Tensor, Tensor]:
