@@ -66,6 +66,8 @@ def test_a_resampled_voxel_has_the_value_of_its_place_in_the_world(wanted: tuple
     inner = found.data[0].numpy()[margin]
     assert inner.size > 50
     np.testing.assert_allclose(inner, ramp(found, new)[margin], atol=1e-4)
+    middle = lambda scan: scan.affine[:3] @ [*((n - 1) / 2 for n in scan.voxels.shape[1:]), 1]  # noqa: E731
+    np.testing.assert_allclose(middle(found), middle(blank))
     assert resampled(found, wanted) is found and resampled(found, None) is found
 
 
