@@ -243,11 +243,12 @@ def embed(args: argparse.Namespace) -> int:
     from dinov2.features.embed import EmbedRequest, device_of_rank, shard_of_rank
     from dinov2.features.embed import embed as run_embed
     from dinov2.features.encoder import load_encoder
+    from dinov2.features.spacing import spacing_of
     from dinov2.features.views import View
 
     request = EmbedRequest(
         output=args.output,
-        view=View(args.mode, args.size, args.overlap, args.layers, args.batch_size),
+        view=View(args.mode, args.size, args.overlap, args.layers, args.batch_size, spacing_of(args.spacing)),
         patch_tokens=args.patch_tokens,
         shard=shard_of_rank(parse_shard(args.shard)),
         num_workers=default_workers() if args.workers is None else args.workers,
@@ -256,9 +257,9 @@ def embed(args: argparse.Namespace) -> int:
     if not args.source.exists():
         raise BadInput(f"{args.source}: no such list or folder")
     device = device_of_rank(args.device)
-    encoder = load_encoder(args.weights, device, args.config_file, args.dtype, seed=args.untrained or 0)
+    encoder = load_encoder(args.weights, device, args.config_file, args.dtype, args.untrained or 0, encoder=args.encoder)
     if args.untrained is not None:
-        encoder = load_encoder(RANDOM, device, encoder.config, args.dtype, args.untrained)
+        encoder = load_encoder(RANDOM, device, encoder.config, args.dtype, args.untrained, encoder=args.encoder)
     return run_embed(args.source, encoder, request, say)
 
 
@@ -281,7 +282,7 @@ def visualize(args: argparse.Namespace) -> int:
         axes=FOURTH_AXIS[args.fourth_axis],
         viewer=args.viewer,
     )
-    return run_visualize(request, open_encoder(args.weights, args.config_file, (), args.device, args.dtype), say)
+    return run_visualize(request, open_encoder(args.weights, args.config_file, (), args.device, args.dtype, args.encoder), say)
 
 
 def retrieve(args: argparse.Namespace) -> int:
@@ -433,6 +434,7 @@ def _add_checkpoint(commands: Commands) -> None:
 
 
 _ENCODER_HELP = "of what was trained on an encoder of your own (--model-name), whose code is then run"
+_OTHERS_HELP = "the network that the weights are of, where it is not one of this package (docs/encoders.md); its code is run"
 
 
 def _add_predict(commands: Commands) -> None:
@@ -566,11 +568,14 @@ def _add_embed(commands: Commands) -> None:
     )
     action.add_argument("--output", type=Path, required=True, help="the table (.parquet); its other files lie beside it")
     action.add_argument("--config-file", help="of the network, for weights that do not tell")
+    action.add_argument("--encoder", metavar="MODULE:FUNCTION", help=_OTHERS_HELP)
     untrained = "the network of these weights with random ones instead, for comparison (`dinov2 probe --untrained`)"
     action.add_argument("--untrained", type=int, metavar="SEED", help=untrained)
     action.add_argument("--mode", default="full_image", help="full_image, resize or sliding_window")
     action.add_argument("--size", type=int, help="edge of resize and of windows (voxels); default: that of pretraining")
     action.add_argument("--overlap", type=float, default=0.5, help="of windows")
+    spacing = "native (default), or mm that scans are brought to first: one number, or three (in the slice twice, across)"
+    action.add_argument("--spacing", default="native", metavar="MM|MM,MM,MM", help=spacing)
     action.add_argument("--patch-tokens", action="store_true", help="write them too, a .npz a scan with the grid's affine")
     action.add_argument("--layers", type=int, default=1, help="last layers whose patch tokens are written")
     action.add_argument("--batch-size", type=int, default=8, help="windows, or channels of a scan, per pass")
@@ -603,6 +608,7 @@ def _add_visualize(commands: Commands) -> None:
     action.add_argument("--interpolation", choices=("linear", "nearest"), default="linear", help="between patches")
     action.add_argument("--fourth-axis", choices=("time", "channels", "refuse"), default="refuse", help="where no header says")
     action.add_argument("--config-file", help="of the network, for weights that do not tell")
+    action.add_argument("--encoder", metavar="MODULE:FUNCTION", help=_OTHERS_HELP)
     action.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
     action.add_argument("--dtype", default="auto", help="of matrix products: auto, fp32, bf16, fp16")
     action.set_defaults(function=visualize)

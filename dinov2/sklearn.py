@@ -25,6 +25,7 @@ class VolumeEncoder(TransformerMixin, BaseEstimator):
         output: `cls`, `pooled` or `cls+pooled` (side by side).
         mode, size, overlap: How scans are shown to the network (`eval.views.View`).
         raw: Map the intensities of bare values to [-1, 1] first; files always are.
+        spacing: `native`, or mm that scans are brought to first, one number or three.
         device, dtype: As of `load_encoder`.
     """
 
@@ -36,6 +37,7 @@ class VolumeEncoder(TransformerMixin, BaseEstimator):
         size: int | None = None,
         overlap: float = 0.5,
         raw: bool = False,
+        spacing: Any = "native",
         device: str = "auto",
         dtype: str = "auto",
     ) -> None:
@@ -45,6 +47,7 @@ class VolumeEncoder(TransformerMixin, BaseEstimator):
         self.size = size
         self.overlap = overlap
         self.raw = raw
+        self.spacing = spacing
         self.device = device
         self.dtype = dtype
 
@@ -73,7 +76,7 @@ class VolumeEncoder(TransformerMixin, BaseEstimator):
         return np.stack(rows) if rows else np.empty((0, len(self.get_feature_names_out())), np.float32)
 
     def _row(self, item: Any) -> np.ndarray:
-        found = self.encoder_([item], self.mode, self.size, overlap=self.overlap, raw=self.raw)
+        found = self.encoder_([item], self.mode, self.size, overlap=self.overlap, raw=self.raw, spacing=self.spacing)
         return np.concatenate([getattr(found, name)[0].cpu().numpy() for name in self.output.split("+")])
 
     def get_feature_names_out(self, input_features: Any = None) -> np.ndarray:

@@ -31,9 +31,9 @@ NUM_MADE, MADE_SPACING_MM, MADE_SEED = 48, 1.0, 1
 
 
 def described(path: Path) -> dict:
-    """A list's entry with the hash that travels with the weights."""
+    """A list's entry with the hash, modality and organ that travel with the weights."""
     item = describe(path)
-    return {**item, "sha": content_sha(Entry(item["image"], tuple(item["shape"])))}
+    return {**item, "sha": content_sha(Entry(item["image"], tuple(item["shape"]))), "modality": "MR", "organ": "brain"}
 
 
 def main() -> int:

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from dinov2.checkpointer.domain import DOMAIN, Domain
 from dinov2.checkpointer.saving import save_atomically
 from dinov2.checkpointer.sealed import write_safetensors
 from dinov2.checkpointer.teacher import open_trained
@@ -82,4 +83,9 @@ def describe(path: str | Path) -> list[str]:
     for key in ("iteration", "datalist_sha256", "licence"):
         if key in meta:
             lines.append(f"  {key}: {meta[key]}")
+    domain = Domain.of_meta(meta.get(DOMAIN), str(path))
+    if domain is not None:
+        lines.append(f"  trained on {domain.num_scans} scans: {domain.words()}")
+        for what, counts in (("modalities", domain.modalities), ("organs", domain.organs)):
+            lines += [f"    {what}: {', '.join(f'{k} {n}' for k, n in counts.items())}"] if counts else []
     return lines

@@ -35,7 +35,7 @@ from dinov2.models.weights import StateDict, plain_names, unwrapped
 logger = logging.getLogger(__name__)
 
 DEMO = Path(__file__).resolve().parents[1] / "weights" / "demo.safetensors"
-DEMO_SHA256 = "a4efd0e7a894c998eff84e60c72fd94b7a900915bb87e8f7cefcb9c6b6ac8ec7"
+DEMO_SHA256 = "de8e15c40c26072ccd0e5f8696c8115adba549b0f3ccdac302b97dd8f973826d"
 RANDOM = "random"
 TEACHER_FILE = "teacher_checkpoint.pth"
 _PREFIX = "model.teacher."

@@ -157,6 +157,22 @@ def to_16_bits(voxels: np.ndarray) -> np.ndarray:
     return np.rint(np.ascontiguousarray(voxels) / np.float32(INT16_SCALE)).astype(np.int16)
 
 
+def windowed(voxels: np.ndarray, name: str, window: Range, padding: np.ndarray | None = None) -> np.ndarray:
+    """Intensities of a window to [-1, 1], clipped; arguments as of `normalise`.
+
+    Raises:
+        BadVolume: No finite voxel, or none above the window's lower end.
+    """
+    voxels, _ = settle(voxels, name, padding)
+    low, high = window
+    found = np.clip((voxels - np.float32(low)) * np.float32(2 / (high - low)) - np.float32(1), -1, 1)
+    if not (found > -1).any():
+        raise BadVolume(
+            f"{name}: no voxel above {low:g}, the lower end of this network's window {low:g} to {high:g}", "constant"
+        )
+    return found
+
+
 def settle(voxels: np.ndarray, name: str, padding: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray | None]:
     """Voxels that all are values: non-finite ones become the mean of the others, padding the lowest of them.
 

@@ -109,11 +109,16 @@ class Shown:
 
 
 def open_encoder(
-    weights: str, config_file: str | None, overrides: Sequence[str], device: str = "auto", dtype: str = "auto"
+    weights: str,
+    config_file: str | None,
+    overrides: Sequence[str],
+    device: str = "auto",
+    dtype: str = "auto",
+    encoder: str | None = None,
 ) -> Encoder:
     """The network of the command line; `overrides` are `key=value` of its configuration."""
     if not overrides:
-        return load_encoder(weights, device, config_file, dtype)
+        return load_encoder(weights, device, config_file, dtype, encoder=encoder)
     return load_encoder(weights, device, config_for(open_teacher(weights), config_file, overrides), dtype)
 
 

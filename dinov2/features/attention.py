@@ -16,6 +16,7 @@ from dinov2.distributed.precision import autocast
 from dinov2.errors import BadInput, BadVolume
 from dinov2.features.encoder import Encoder
 from dinov2.features.scans import Scan
+from dinov2.features.spacing import resampled
 from dinov2.features.views import View, grid_affine, whole_patches, window_boxes
 from dinov2.geometry import Size3, Spacing, triple
 from dinov2.models.backbone import AttendingBackbone
@@ -58,6 +59,7 @@ def scan_attention(encoder: Encoder, scan: Scan, view: View, block: int = -1, at
     depth, p = backbone.num_layers, backbone.patch_size
     if not -depth <= block < depth:
         raise BadInput(f"layer {block}: the network has {depth}: choose 0 to {depth - 1}, or -1 for the last")
+    scan = resampled(scan, view.spacing_mm)
     size = view.fitted(backbone)
     volumes, step = whole_patches(scan.data[:, None], view, size, p)  # [C, 1, H, W, D]
     affine = grid_affine(torch.from_numpy(scan.affine), step)

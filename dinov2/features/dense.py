@@ -12,6 +12,7 @@ from dinov2.data.preprocess import INT16_SCALE
 from dinov2.errors import BadInput
 from dinov2.features.encoder import Encoder, Features
 from dinov2.features.scans import Scan
+from dinov2.features.spacing import resampled
 from dinov2.features.views import View, grid_affine
 from dinov2.geometry import triple
 
@@ -32,6 +33,7 @@ def dense_features(encoder: Encoder, scan: Scan, view: View, step: int) -> Featu
     Raises:
         BadInput: A step or view that cannot be.
     """
+    scan, view = resampled(scan, view.spacing_mm), dataclasses.replace(view, spacing_mm=None)
     p = encoder.patch_size
     if step == p:
         return encoder.encode_scan(scan, view)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 from collections import Counter
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from dinov2.configs.loader import without_path_keys
+from dinov2.data.corpus.domain import kind_of
 from dinov2.data.corpus.index.command import IndexRequest, index
 from dinov2.data.corpus.index.examine import content_sha, problem
 from dinov2.data.corpus.index.quality import Limits
@@ -31,9 +32,11 @@ from dinov2.errors import EXIT_OK, EXIT_RESUMABLE, BadInput, BadVolume
 from dinov2.features.embed_rows import ListedScans
 from dinov2.features.embed_table import EmbeddingTable, Row
 from dinov2.features.encoder import DTYPE_NAMES, Encoder
-from dinov2.features.scans import Scan, load_scan
+from dinov2.features.scans import Scan
+from dinov2.features.spacing import resampled
 from dinov2.features.views import View
 from dinov2.files import path_for_list, read_json
+from dinov2.geometry import Spacing
 from dinov2.logging import Say
 from dinov2.logging.folder import locked_folder
 from dinov2.logging.progress import Progress
@@ -44,6 +47,7 @@ logger = logging.getLogger(__name__)
 FORMAT = 3  # of the table; raised with its columns, so that no table is begun in one and ended in another
 FEW_SCANS = 16  # are loaded in this process: others take seconds to start
 MANY_PATCHES = 30_000  # in one pass: attention, quadratic in them, is then nearly all of the time, minutes a scan on a CPU
+Loader = Callable[[list[Entry]], Scan]
 Loaded = tuple[int, Scan | None, Row]  # place in the list, the scan, what is known of it or why there is none
 Stored = tuple[int, tuple[Path, str, np.ndarray] | None, Row]  # the same with the scan's voxels in a file, name and affine
 
@@ -155,6 +159,11 @@ def _key(datalist: Datalist, encoder: Encoder, request: EmbedRequest) -> dict[st
     """All that the table's content depends on; its words are for the message that two differ."""
     view = asdict(request.view)
     del view["batch_size"]
+    spacing = view.pop(
+        "spacing_mm"
+    )  # named where it is not the scans' own: tables from before there was a choice stay as they are
+    if spacing is not None:
+        view["spacing"] = list(spacing)
     if not request.patch_tokens:
         del view["layers"]
     return {
@@ -175,6 +184,7 @@ def _about(datalist: Datalist, encoder: Encoder, table: EmbeddingTable) -> dict[
         "percentiles": list(encoder.percentiles),
         "weights": path_for_list(weights, table.output.parent) if weights and os.path.isabs(weights) else weights,
         "untrained": encoder.untrained,
+        **({"encoder": encoder.named} if encoder.named else {}),
         "dtype": next(name for name in DTYPE_NAMES if DTYPES[name] == encoder.dtype),
         "config": None if encoder.config is None else without_path_keys(encoder.config),
         "folder": path_for_list(Path(datalist.path).absolute().parent, table.output.parent),
@@ -193,7 +203,9 @@ def _make_parts(listed: ListedScans, encoder: Encoder, request: EmbedRequest, ta
     with (
         stop_requests() as stop_asked,
         Progress(len(todo), "scans") as progress,
-        closing(_loaded(listed.entries, todo, encoder.percentiles, num_workers, folder)) as scans,  # ends the processes
+        closing(
+            _loaded(listed.entries, todo, encoder.loader, request.view.spacing_mm, num_workers, folder)
+        ) as scans,  # ends the processes
     ):
         for place, scan, row in scans:
             if stop_asked:
@@ -227,7 +239,12 @@ def _warn_of_many_patches(scan: Scan, encoder: Encoder, view: View) -> bool:
 
 
 def _loaded(
-    entries: list[Entry], todo: list[int], percentiles: tuple[float, float], num_workers: int, folder: Path
+    entries: list[Entry],
+    todo: list[int],
+    load: Loader,
+    spacing_mm: Spacing | None,
+    num_workers: int,
+    folder: Path,
 ) -> Generator[Loaded, None, None]:
     """Scans as they come, a few ahead of the network.
 
@@ -236,26 +253,26 @@ def _loaded(
     """
     items = ((place, entries[place]) for place in todo)
     if num_workers == 0:
-        yield from map(partial(_load, percentiles), items)
+        yield from map(partial(_load, load, spacing_mm), items)
         return
     folder.mkdir(exist_ok=True)
-    for place, stored, row in unordered(partial(_store, percentiles, folder), items, num_workers, _died):
+    for place, stored, row in unordered(partial(_store, load, spacing_mm, folder), items, num_workers, _died):
         if stored is None:
             yield place, None, row
             continue
         path, name, affine = stored
-        scan = Scan(name, np.load(path), affine)
+        scan = Scan(name, np.load(path), affine, *kind_of(entries[place]))
         path.unlink()
         yield place, scan, row
 
 
-def _store(percentiles: tuple[float, float], folder: Path, item: tuple[int, Entry]) -> Stored:
+def _store(load: Loader, spacing_mm: Spacing | None, folder: Path, item: tuple[int, Entry]) -> Stored:
     """What `_load` gives, as it comes out of a process.
 
     Raises:
         BadInput: The disk is full.
     """
-    place, scan, row = _load(percentiles, item)
+    place, scan, row = _load(load, spacing_mm, item)
     if scan is None:
         return place, None, row
     path = folder / f"{place}.{os.getpid()}.npy"
@@ -266,10 +283,10 @@ def _store(percentiles: tuple[float, float], folder: Path, item: tuple[int, Entr
     return place, (path, scan.name, scan.affine), row
 
 
-def _load(percentiles: tuple[float, float], item: tuple[int, Entry]) -> Loaded:
+def _load(load: Loader, spacing_mm: Spacing | None, item: tuple[int, Entry]) -> Loaded:
     place, entry = item
     try:
-        scan = load_scan([entry], percentiles)
+        scan = resampled(load([entry]), spacing_mm)  # here, where several processes share the work
         sha = entry.extra.get("sha") or content_sha(entry)
         spacing = open_volume(entry).spacing_mm
     except BadVolume as err:

@@ -147,7 +147,7 @@ class EmbeddingTable:
         """A key that was begun with, against this one."""
         if not isinstance(found, dict):
             raise BadInput(f"{place}: was not written by `dinov2 embed`: choose another --output or remove it")
-        other = [k for k in self.key if found.get(k) != self.key[k]]
+        other = [k for k in dict.fromkeys((*self.key, *found)) if found.get(k) != self.key.get(k)]
         if other:
             raise BadInput(f"{place}: was made with another {' and '.join(other)}: choose another --output or remove it")
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,16 +17,18 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor
 
-from dinov2.checkpointer.teacher import RANDOM, open_teacher
+from dinov2.checkpointer.domain import DOMAIN, Domain, in_words
+from dinov2.checkpointer.teacher import RANDOM, Teacher, open_teacher
 from dinov2.data.datalist import Entry
-from dinov2.data.preprocess import PREPROCESSING, normalise, percentiles_of
+from dinov2.data.preprocess import PREPROCESSING, normalise, percentiles_of, windowed
 from dinov2.distributed.precision import DTYPES, fastest_dtype
 from dinov2.distributed.runtime import Runtime
 from dinov2.errors import BadInput, BadVolume
-from dinov2.features.scans import Scan, bare_volumes, load_scan
-from dinov2.features.setup import build_model_for_eval, config_for
+from dinov2.features.scans import AS_OURS, Scan, bare_volumes, load_scan
+from dinov2.features.setup import build_model_for_eval, build_named, config_for
+from dinov2.features.spacing import NATIVE, resample, resampled, spacing_of
 from dinov2.features.views import View, grid_affine, look
-from dinov2.models.backbone import Backbone
+from dinov2.models.backbone import Backbone, BackboneModule
 from dinov2.models.vision_transformer import FACTORIES
 from dinov2.models.weights import plain_names
 
@@ -64,6 +67,8 @@ class Encoder:
         config: What the backbone was built from.
         weights: A source that finds the weights later; None: not known.
         untrained: Seed of an untrained network; None: it is trained.
+        domain: The scans that it was trained on; one unlike these is said, once for each way. None: not known.
+        named: `module:function` that made the backbone; None: a network of this package.
 
     Raises:
         BadInput: A preprocessing that this version does not do.
@@ -78,6 +83,8 @@ class Encoder:
         config: DictConfig | None = None,
         weights: str | None = None,
         untrained: int | None = None,
+        domain: Domain | None = None,
+        named: str | None = None,
     ) -> None:
         self.backbone = backbone
         self.percentiles = percentiles_of(preprocessing)
@@ -86,6 +93,11 @@ class Encoder:
         self.config = config
         self.weights = weights
         self.untrained = untrained
+        self.domain = domain
+        self.preparation = getattr(backbone, "preparation", AS_OURS)
+        self.loader = partial(load_scan, percentiles=self.percentiles, preparation=self.preparation)  # as a process takes it
+        self.named = named
+        self._told: set[str] = set()  # in which ways a scan was said to be unlike those
 
     @property
     def embed_dim(self) -> int:
@@ -104,6 +116,8 @@ class Encoder:
     def fingerprint(self) -> str:
         """SHA-256 of all that features depend on: tensors by name, preprocessing, dtype; the same on any device."""
         digest = hashlib.sha256(repr((self.percentiles, str(self.dtype))).encode())
+        if self.preparation != AS_OURS:
+            digest.update(repr(tuple(self.preparation)).encode())
         for name, value in sorted(plain_names(self.backbone.state_dict()).items()):
             digest.update(name.encode())
             digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
@@ -118,6 +132,7 @@ class Encoder:
         overlap: float = 0.5,
         batch_size: int = 8,
         raw: bool = False,
+        spacing: Any = NATIVE,
     ) -> Features:
         """Features of one scan, a batch, or a list of scans.
 
@@ -131,12 +146,14 @@ class Encoder:
                 scan, a file for each channel.
             mode, size, overlap, layers, batch_size: See `eval.views.View`.
             raw: Map the intensities of bare values, each scan's channels alone.
+            spacing: `native`, or mm that scans are brought to before they are shown: one number, or three (the two axes of a
+                slice, then across slices). Bare values need an affine for it (MetaTensor).
 
         Raises:
             BadInput: Nothing of the kind, a file that cannot be used (`BadVolume`), a list whose grids differ, or features that
                 are not finite.
         """
-        view = View(mode, size, overlap, layers, batch_size)
+        view = View(mode, size, overlap, layers, batch_size, spacing_of(spacing))
         if not isinstance(inputs, (list, tuple)):
             return self._one(inputs, view, raw)
         if not inputs:
@@ -151,11 +168,32 @@ class Encoder:
 
     def encode_scan(self, scan: Scan, view: View) -> Features:
         """Features of a prepared scan, B = 1."""
-        return self._features(scan.data[None], torch.from_numpy(scan.affine), view, scan.name)
+        scan = resampled(scan, view.spacing_mm)
+        affine = torch.from_numpy(scan.affine)
+        self._say_what_is_outside(affine, view, scan.name, scan.modality, scan.organ)
+        return self._features(scan.data[None], affine, view, scan.name)
+
+    def _say_what_is_outside(
+        self, affine: Tensor, view: View, name: str, modality: str | None = None, organ: str | None = None
+    ) -> None:
+        """Warn of a scan that is unlike those of the training in a way that was not said yet; `affine` [4, 4]."""
+        if self.domain is None:
+            return
+        spacing = affine[:3, :3].double().norm(dim=0).tolist()
+        steps = (sum(spacing[:2]) / 2, spacing[2])
+        new = set(self.domain.outside(None if view.mode == "resize" else steps, modality, organ)) - self._told
+        if not new:
+            return
+        self._told |= new
+        middle = self.domain.middle_mm
+        hint = f"; spacing={middle:.2g} (dinov2 embed --spacing {middle:.2g}) resamples" if "spacing" in new and middle else ""
+        shown = in_words((steps[0],) * 2, (steps[1],) * 2, modality, organ)
+        what = "%s: %s through an encoder of %s: another %s than it was trained on, so its features may mean less%s (said once)"
+        logger.warning(what, name, shown, self.domain.words(), " and ".join(sorted(new)), hint)
 
     def load(self, files: Sequence[str | Path | Entry]) -> Scan:
         """A scan prepared as this network wants it; see `load_scan`."""
-        return load_scan(files, self.percentiles)
+        return self.loader(files)
 
     def _one(self, item: Any, view: View, raw: bool) -> Features:
         if isinstance(item, Mapping):
@@ -178,11 +216,21 @@ class Encoder:
                 "values from %.4g to %.4g, where the network was trained on -1 to 1: raw=True maps them",
                 values.min(), values.max(),
             )  # fmt: skip
-        return self._features(values, affine, view, f"tensor {tuple(values.shape)}")
+        name = f"tensor {tuple(values.shape)}"
+        if affine is not None and affine.ndim == 2:
+            values, affine = _bare_resampled(values, affine.double(), view, name)
+            self._say_what_is_outside(affine, view, name)
+        elif view.spacing_mm is not None:
+            raise BadInput(f"{name}: bare values have no spacing to start from: give a file, a MetaTensor, or spacing='native'")
+        return self._features(values, affine, view, name)
 
     def _normalised(self, values: Tensor) -> Tensor:
         channels = values.flatten(0, 1).numpy().copy()
-        mapped = [normalise(c, f"channel {i}", self.percentiles) for i, c in enumerate(channels)]
+        window = self.preparation.window
+        mapped = [
+            normalise(c, f"channel {i}", self.percentiles) if window is None else windowed(c, f"channel {i}", window)
+            for i, c in enumerate(channels)
+        ]
         return torch.from_numpy(np.stack(mapped)).view(values.shape)
 
     def _features(self, volumes: Tensor, affine: Tensor | None, view: View, name: str) -> Features:
@@ -209,6 +257,7 @@ def load_encoder(
     dtype: str = "auto",
     seed: int = 0,
     cache_dir: str | Path | None = None,
+    encoder: str | None = None,
 ) -> Encoder:
     """A frozen encoder from weights; logs their licence.
 
@@ -221,6 +270,7 @@ def load_encoder(
         dtype: Of matrix products: `fp32`, `bf16`, `fp16`; `auto` is bf16 on CUDA (fp16 where it has none) and fp32 elsewhere.
         seed: Of an untrained network.
         cache_dir: Of downloads; None: huggingface-hub's own.
+        encoder: `module:function` of another network that the weights are of (docs/encoders.md); its code is run.
 
     Raises:
         BadInput: No such weights, damaged ones, of another network (tensors named), or a device that is not there.
@@ -230,6 +280,10 @@ def load_encoder(
         raise BadInput(f"dtype {dtype!r}: choose auto, {', '.join(DTYPE_NAMES)}")
     chosen = fastest_dtype(place) if dtype == "auto" else DTYPES[dtype]
     teacher = open_teacher(source, cache_dir)
+    if encoder is not None:
+        with torch.random.fork_rng(devices=[]):
+            other = build_named(encoder, teacher, Runtime(place), seed)
+        return _of_others(other, encoder, teacher, chosen, seed)
     if config is None and teacher.source == RANDOM:
         raise BadInput(f"weights random: of which network? give a configuration, or one of {', '.join(FACTORIES)} as weights")
     cfg = config if isinstance(config, DictConfig) else config_for(teacher, config)
@@ -241,7 +295,30 @@ def load_encoder(
         logger.warning("%s: licence of the weights: %s", source, teacher.licence or _NO_LICENCE)
     preprocessing = teacher.meta.get("preprocessing", PREPROCESSING)
     untrained = seed if teacher.is_untrained else None
-    return Encoder(backbone, preprocessing, chosen, teacher.licence, cfg, teacher.reference, untrained)
+    domain = Domain.of_meta(teacher.meta.get(DOMAIN), teacher.source)
+    return Encoder(backbone, preprocessing, chosen, teacher.licence, cfg, teacher.reference, untrained, domain)
+
+
+def _of_others(backbone: BackboneModule, named: str, teacher: Teacher, dtype: torch.dtype, seed: int) -> Encoder:
+    """An encoder around somebody's network; its licence is said."""
+    licence = None if teacher.is_untrained else teacher.licence or getattr(backbone, "licence", None)
+    if teacher.is_untrained:
+        logger.warning("%s: an untrained network of seed %d; its features mean little", named, seed)
+    else:
+        what = licence or "not said; ask their owner before you use them"
+        logger.warning("%s: licence of the weights: %s", teacher.source, what)
+    modality = getattr(backbone, "preparation", AS_OURS).modality
+    domain = Domain(1, None, None, {modality: 1}, {}) if modality else None
+    untrained = seed if teacher.is_untrained else None
+    return Encoder(backbone, PREPROCESSING, dtype, licence, None, teacher.reference, untrained, domain, named)
+
+
+def _bare_resampled(values: Tensor, affine: Tensor, view: View, name: str) -> tuple[Tensor, Tensor]:
+    """[B, C, H, W, D] of one grid at the spacing of a view, and the affine there."""
+    if view.spacing_mm is None:
+        return values, affine
+    mixed, place = resample(values.flatten(0, 1).numpy(), view.spacing_mm, affine.numpy(), name)
+    return torch.from_numpy(np.ascontiguousarray(mixed)).unflatten(0, values.shape[:2]), torch.from_numpy(place)
 
 
 def _device(device: str | torch.device) -> torch.device:

@@ -15,13 +15,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dinov2.data.corpus.domain import kind_of
 from dinov2.data.datalist import Entry
-from dinov2.data.preprocess import INT16_SCALE, PERCENTILES, foreground_box, normalise, slice_axis, to_16_bits
+from dinov2.data.preprocess import INT16_SCALE, PERCENTILES, foreground_box, normalise, slice_axis, to_16_bits, windowed
+from dinov2.data.volumes.grids import GridMap
 from dinov2.data.volumes.opening import RawVolume, check_same_grid, open_volume
 from dinov2.errors import BadInput
 from dinov2.files import user_path
+from dinov2.geometry import Range, triple
+from dinov2.models.backbone import Preparation
 
 logger = logging.getLogger(__name__)
+
+AS_OURS = Preparation()
 
 
 @dataclass(frozen=True)
@@ -32,11 +38,14 @@ class Scan:
         name: Path of its (first) file.
         voxels: [C, H, W, D] int16, value * 32767, slice axis last, cropped to the foreground of all channels together.
         affine: [4, 4] prepared voxel -> mm (RAS+); of a format without one, the spacing.
+        modality, organ: As its list says; None where it does not.
     """
 
     name: str
     voxels: np.ndarray
     affine: np.ndarray
+    modality: str | None = None
+    organ: str | None = None
 
     @property
     def data(self) -> Tensor:
@@ -44,7 +53,9 @@ class Scan:
         return torch.from_numpy(self.voxels).float() * INT16_SCALE
 
 
-def load_scan(files: Sequence[str | Path | Entry], percentiles: tuple[float, float] = PERCENTILES) -> Scan:
+def load_scan(
+    files: Sequence[str | Path | Entry], percentiles: Range = PERCENTILES, preparation: Preparation = AS_OURS
+) -> Scan:
     """One scan from a file, or from a file for each of its channels.
 
     A file with channels of its own gives all of them, unless its entry names one. Of a time axis the first point is taken. A
@@ -53,6 +64,7 @@ def load_scan(files: Sequence[str | Path | Entry], percentiles: tuple[float, flo
     Args:
         files: Paths, or entries of a datalist, which can say what a fourth axis is.
         percentiles: Of each channel, that become -1 and 1.
+        preparation: What a network of others wants instead.
 
     Raises:
         BadVolume: A file cannot be used, or the channels do not lie on one grid.
@@ -61,17 +73,24 @@ def load_scan(files: Sequence[str | Path | Entry], percentiles: tuple[float, flo
     first = raws[0]
     for other in raws[1:]:
         check_same_grid(first, other, f"{other.path}: with {first.path} as another channel")
+    images, affine = [_normalised(raw, percentiles, preparation.window) for raw in raws], first.affine
     axis = slice_axis(first.spacing_mm)
-    image = np.stack([np.moveaxis(_normalised(raw, percentiles), axis, -1) for raw in raws])  # [C, H, W, D]
+    if preparation.orientation is not None:
+        grid = GridMap(triple(images[0].shape), affine, preparation.orientation, None)
+        images, affine, axis = [grid.prepare(image, linear=True) for image in images], grid.affine, 2
+    image = np.stack([np.moveaxis(image, axis, -1) for image in images])  # [C, H, W, D]
     box = foreground_box(image.max(axis=0))
     order = [a for a in range(3) if a != axis] + [axis]
-    affine = first.affine[:, [*order, 3]]
+    affine = affine[:, [*order, 3]]
     affine[:3, 3] += affine[:3, :3] @ [b.start for b in box]
-    return Scan(first.path, to_16_bits(image[:, *box]), affine)
+    kind = kind_of(files[0]) if isinstance(files[0], Entry) else (None, None)
+    return Scan(first.path, to_16_bits(image[:, *box]), affine, *kind)
 
 
-def _normalised(raw: RawVolume, percentiles: tuple[float, float]) -> np.ndarray:
+def _normalised(raw: RawVolume, percentiles: Range, window: Range | None) -> np.ndarray:
     voxels = raw.read()
+    if window is not None:
+        return windowed(voxels, raw.path, window, raw.padding(voxels))
     return normalise(voxels, raw.path, percentiles, raw.padding(voxels))
 
 

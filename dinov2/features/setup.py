@@ -14,8 +14,9 @@ from dinov2.distributed.runtime import Runtime, start_runtime
 from dinov2.errors import BadInput
 from dinov2.geometry import not_whole
 from dinov2.layers.attention import resolve_attention
-from dinov2.models import DinoVisionTransformer3d, build_backbone
+from dinov2.models import BackboneModule, DinoVisionTransformer3d, build_backbone, foreign
 from dinov2.models.architecture import config_of_name, config_of_weights, refuse_other_heads
+from dinov2.models.encoders import build_encoder
 from dinov2.models.weights import load_backbone
 from dinov2.streams import Kind, torch_seed
 
@@ -75,3 +76,30 @@ def build_model_for_eval(
             backbone = build_backbone(cfg, teacher=True, attention=attention)
         load_backbone(backbone.to_empty(device="cpu"), teacher.weights, teacher.source)
     return backbone.to(runtime.device).eval().requires_grad_(False)
+
+
+def build_named(name: str, teacher: Teacher, runtime: Runtime, seed: int) -> BackboneModule:
+    """Somebody's network (`module:function`) in evaluation mode, frozen, on the device.
+
+    Raises:
+        BadInput: As `build_encoder`, or the weights are a network of this package by name.
+    """
+    if teacher.is_untrained and teacher.source != RANDOM:
+        raise BadInput(f"weights {teacher.source}: a network of this package, not {name}'s: give a file, or random")
+    torch.manual_seed(torch_seed(seed, Kind.INIT, 0))
+    backbone = build_encoder(name, teacher.state, teacher.source)
+    backbone.to(runtime.device)
+    backbone.eval()
+    backbone.requires_grad_(False)
+    return backbone
+
+
+def ours_alone(name: str | None, path: str | Path) -> str | None:
+    """The encoder that a file names, where its code is this package's: what a file says runs no other.
+
+    Raises:
+        BadInput: It is somebody's.
+    """
+    if name is None or (name.startswith(f"{foreign.MODULE}:") and name.count(":") == 1):
+        return name
+    raise BadInput(f"{path}: was made with the encoder {name}, whose code is not run because a file names it: use load_encoder")

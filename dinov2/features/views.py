@@ -33,6 +33,7 @@ class View:
         overlap: Of neighbouring windows, within [0, 1); the step is a whole number of patches.
         layers: Of how many of the last layers the patch tokens are given, side by side.
         batch_size: Volumes or windows per pass; does not change results beyond rounding.
+        spacing_mm: What a scan is brought to before it is shown (`features.spacing`), not by `look`; None: it stays as it is.
     """
 
     mode: str = "full_image"
@@ -40,6 +41,7 @@ class View:
     overlap: float = 0.5
     layers: int = 1
     batch_size: int = 8
+    spacing_mm: Spacing | None = None
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:

@@ -3,9 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor, nn
+
+
+class Preparation(NamedTuple):
+    """How scans in files are prepared for a network, which names it in an attribute `preparation` where it is not as ours.
+
+    Attributes:
+        window: Stored values (HU of CT) that become -1 and 1; None: percentiles.
+        orientation: Where H, W and D point (`LPS`), whichever axis is across slices; None: as stored, slice axis last.
+        modality: The only one that it was trained on.
+    """
+
+    window: tuple[float, float] | None = None
+    orientation: str | None = None
+    modality: str | None = None
 
 
 @runtime_checkable

@@ -46,6 +46,8 @@ def build_encoder(name: str, state: StateDict, source: str | Path) -> BackboneMo
         raise BadInput(f"{name}: {module_name} has no function {function_name}{nearest(function_name, vars(module))}")
     try:
         encoder = function(dict(state))
+    except BadInput as err:
+        raise BadInput(f"{name}: does not take weights {source}: {err}") from err
     except (RuntimeError, ValueError, KeyError, TypeError) as err:
         reason = " ".join(str(err).split())[:160]
         raise BadInput(f"{name}: does not take weights {source} ({type(err).__name__}: {reason})") from err

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dinov2.errors import BadInput
+from dinov2.models.backbone import Preparation
 from dinov2.models.weights import StateDict, refuse_non_finite
 
 DEPTHS, NUM_HEADS, WINDOW, PATCH = (2, 2, 2, 2), (3, 6, 12, 24), 7, 2  # of the published network
@@ -22,7 +23,7 @@ SMALLEST = 32  # voxels of a cell of the last stage
 CONTRASTIVE_DIM = 512
 _HEAD = "contrastive_head."
 _EMBEDDING = "swinViT.patch_embed.proj.weight"
-_ENCODER = re.compile(r"(swinViT\.|swin_vit\.|encoder\.)?(?=(patch_embed|layers[1-4])\.)")
+_ENCODER = re.compile(r"(swinViT\.|swin_vit\.|encoder\.)?(?=(patch_embed|layers[1-4]c?)\.)")
 
 
 class Used(NamedTuple):
@@ -52,12 +53,15 @@ class SwinEncoder3d(nn.Module):
         unit_range: Intensities are brought from [-1, 1] to [0, 1] first, as the published weights saw them.
         checkpointing: Blocks are computed again in the backward pass.
         window: Cells along an edge of its attention windows.
+        v2: With a residual convolution before each stage, as MONAI's `use_v2`.
 
     Source: Tang et al. (2022); 3DINO paper, "SOTA segmentation comparisons" and "3DINO classification".
     """
 
     num_layers, num_prefix_tokens, patch_size, input_size = 1, 1, SMALLEST, 96
     used: Used | None = None  # of weights that it was filled from
+    preparation = Preparation()  # of files; whoever takes it for published weights sets it
+    licence: str | None = None
 
     def __init__(
         self,
@@ -66,13 +70,14 @@ class SwinEncoder3d(nn.Module):
         unit_range: bool = False,
         checkpointing: bool = False,
         window: int = WINDOW,
+        v2: bool = False,
     ) -> None:
         super().__init__()
         from monai.networks.nets.swin_unetr import SwinTransformer
 
-        self.width, self.window, self.unit_range = width, window, unit_range
+        self.width, self.window, self.unit_range, self.v2 = width, window, unit_range, v2
         self.swinViT = SwinTransformer(
-            1, width, (window,) * 3, (PATCH,) * 3, DEPTHS, NUM_HEADS, use_checkpoint=checkpointing, spatial_dims=3
+            1, width, (window,) * 3, (PATCH,) * 3, DEPTHS, NUM_HEADS, use_checkpoint=checkpointing, spatial_dims=3, use_v2=v2
         )
         last = width * 2 ** len(DEPTHS)
         self.contrastive_head = nn.Linear(last, CONTRASTIVE_DIM) if contrastive else nn.Identity()
@@ -91,10 +96,12 @@ class SwinEncoder3d(nn.Module):
             x: Edges multiples of 32.
             normalize: Each map over its channels, without parameters.
         """
-        x = self.swinViT.patch_embed(x)
+        swin = self.swinViT
+        x = swin.patch_embed(x)
         maps = [x]
-        for layers in (self.swinViT.layers1, self.swinViT.layers2, self.swinViT.layers3, self.swinViT.layers4):
-            x = _stage(layers[0], x)
+        for stage in range(1, 1 + len(DEPTHS)):
+            x = getattr(swin, f"layers{stage}c")[0](x) if self.v2 else x
+            x = _stage(getattr(swin, f"layers{stage}")[0], x)
             maps.append(x)
         return [_over_channels(m) for m in maps] if normalize else maps
 
@@ -165,8 +172,19 @@ def swin_width(state: StateDict, source: str | Path) -> int:
     return width
 
 
-def load_swin(encoder: SwinEncoder3d, state: StateDict, source: str | Path) -> None:
+def load_swin(
+    encoder: SwinEncoder3d,
+    state: StateDict,
+    source: str | Path,
+    advice: str = "give the whole file, such as MONAI's model_swinvit.pt",
+) -> None:
     """Fill an encoder by key; its `used` says what was taken, and what the file holds beside it.
+
+    Args:
+        encoder: Filled in place.
+        state: By the names that they were saved under.
+        source: Named in messages.
+        advice: What to do where they do not fit.
 
     Raises:
         BadInput: Nothing fits, or not all of it.
@@ -187,10 +205,7 @@ def load_swin(encoder: SwinEncoder3d, state: StateDict, source: str | Path) -> N
         if names
     ]
     if problems:
-        raise BadInput(
-            f"weights {source}: fit this Swin transformer only in part: {'; '.join(problems)}: give the whole file, such as "
-            "MONAI's model_swinvit.pt"
-        )
+        raise BadInput(f"weights {source}: fit this Swin transformer only in part: {'; '.join(problems)}: {advice}")
     taken = {k: state[saved[k]] for k in own}
     other = [k for k in own if k.endswith("relative_position_index") and not bool((taken[k] == own[k]).all())]
     if other:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,9 @@ from omegaconf import DictConfig
 from torch.optim import AdamW
 
 from dinov2.checkpointer.checkpointer import Checkpointer
-from dinov2.checkpointer.teacher import read_weights
+from dinov2.checkpointer.domain import DOMAIN, Domain
+from dinov2.checkpointer.teacher import open_teacher, read_weights
+from dinov2.data.corpus.domain import domain_of
 from dinov2.data.corpus.overlap import TRAINED_ON, Seen, seen_by_weights, seen_in
 from dinov2.data.datalist import Datalist
 from dinov2.distributed import is_main_process
@@ -66,17 +69,19 @@ def load_start_weights(model: MetaArch, cfg: DictConfig) -> None:
 
 
 def data_record(datalist: Datalist, cfg: DictConfig) -> dict[str, Any]:
-    """What weights say of their data: the list's hash, and the scans and patients seen, by the start weights too."""
-    seen, path = seen_in(datalist.entries), start_weights(cfg)
+    """What weights say of their data, the start weights' too: the list's hash, scans and patients seen, what they are like."""
+    seen, domain, path = seen_in(datalist.entries), domain_of(datalist.entries), start_weights(cfg)
     if path and is_main_process():
-        try:
-            before = seen_by_weights(path)
-        except BadInput:
-            before = None
+        before = None
+        with suppress(BadInput):
+            start = open_teacher(path)
+            before = seen_by_weights(start)
+            known = Domain.of_meta(start.meta.get(DOMAIN), path)
+            domain = domain if known is None else domain | known
         if before is None:
             logger.warning("%s does not say what it was trained on; these weights will count that as unknown", path)
         seen = seen | (before or Seen(frozenset(), frozenset(), 1))
-    return {"datalist_sha256": datalist.sha256, TRAINED_ON: seen.as_meta()}
+    return {"datalist_sha256": datalist.sha256, TRAINED_ON: seen.as_meta(), DOMAIN: domain.as_meta()}
 
 
 def build_checkpointer(cfg: DictConfig, output_dir: Path) -> Checkpointer:

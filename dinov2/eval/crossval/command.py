@@ -294,7 +294,7 @@ def save(path: Path, embeddings: Embeddings, target: Target, parts: str, weight:
         "view": embeddings.view,
         "network": embeddings.network,
         "weights": weights,
-        **{name: about.get(name) for name in ("untrained", "dtype", "config", "licence")},
+        **{name: about.get(name) for name in ("untrained", "dtype", "config", "licence", "encoder")},
     }
     save_embedding_probe(path, weight, bias, meta)
 

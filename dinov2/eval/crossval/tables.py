@@ -49,7 +49,8 @@ class Embeddings:
 
     @property
     def view(self) -> dict[str, Any]:
-        return {name: self.about["key"].get(name) for name in _VIEW}
+        key = self.about["key"]
+        return {**{name: key.get(name) for name in _VIEW}, **({"spacing": key["spacing"]} if key.get("spacing") else {})}
 
     @property
     def network(self) -> str:

@@ -14,6 +14,8 @@ from dinov2.checkpointer.saving import save_atomically
 from dinov2.configs.loader import saved_config
 from dinov2.errors import BadInput
 from dinov2.features.encoder import load_encoder
+from dinov2.features.setup import ours_alone
+from dinov2.features.spacing import spacing_of
 from dinov2.features.views import View
 from dinov2.files import user_path
 from dinov2.models.weights import refuse_non_finite
@@ -56,8 +58,8 @@ class EmbeddingProbe:
             raise BadInput(f"{path}: does not say where the weights are that it was made with: give --pretrained-weights")
         source = weights or weights_beside(path, meta["weights"])
         config = None if meta["config"] is None else saved_config(meta["config"], str(path))
-        seed = meta.get("untrained") or 0
-        self.encoder = load_encoder(source, config=config, dtype=meta["dtype"] or _LIKELY_DTYPE, seed=seed)
+        seed, named = meta.get("untrained") or 0, ours_alone(meta.get("encoder"), path)
+        self.encoder = load_encoder(source, config=config, dtype=meta["dtype"] or _LIKELY_DTYPE, seed=seed, encoder=named)
         if self.encoder.fingerprint() != meta["network"]:
             raise BadInput(
                 f"{source}: not the weights that {path} was made with, or in another dtype: give them as --pretrained-weights"
@@ -66,7 +68,7 @@ class EmbeddingProbe:
         self.target: str = meta["target"]
         self.parts: list[str] = meta["parts"]
         view = meta["view"]
-        self.view = View(view["mode"], view["size"], view["overlap"])
+        self.view = View(view["mode"], view["size"], view["overlap"], spacing_mm=spacing_of(view.get("spacing")))
         self.weight, self.bias = content["weight"], content["bias"]
 
     def __call__(self, images: Sequence[str | Path]) -> torch.Tensor:

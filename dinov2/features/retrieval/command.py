@@ -184,10 +184,13 @@ def embedded(table: FeatureTable, request: RetrieveRequest) -> tuple[Entry, Feat
             "make the table again with `dinov2 embed`, or ask by a row"
         )
     from dinov2.features.encoder import load_encoder
+    from dinov2.features.setup import ours_alone
+    from dinov2.features.spacing import spacing_of
     from dinov2.features.views import View
 
     dtype, seed = table.about.get("dtype", "auto"), table.about.get("untrained") or 0
-    encoder = load_encoder(source, request.device, request.config_file, dtype, seed)
+    named = ours_alone(table.about.get("encoder"), table.path)
+    encoder = load_encoder(source, request.device, request.config_file, dtype, seed, encoder=named)
     if encoder.fingerprint() != table.key[NETWORK]:
         raise BadInput(
             f"{table.path}: was made with other weights (or another dtype) than {source}, whose features mean something else: "
@@ -195,5 +198,5 @@ def embedded(table: FeatureTable, request: RetrieveRequest) -> tuple[Entry, Feat
         )
     entry = Entry(path, ())
     key = table.key
-    view = View(key["mode"], key["size"], key["overlap"], key.get("layers", 1))
+    view = View(key["mode"], key["size"], key["overlap"], key.get("layers", 1), spacing_mm=spacing_of(key.get("spacing")))
     return entry, encoder.encode_scan(encoder.load([entry]), view)

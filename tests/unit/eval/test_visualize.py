@@ -216,7 +216,7 @@ def test_the_command_and_3dinos_program_hand_over_their_flags(tmp_path: Path, mo
         ((Path("a.nii"), Path("b.nii")), (Path("c.nii"),)), "attention", Path("o"), "resize", 16,
         block=1, at_mm=(1.0, -2.0, 3.5), smooth=False, axes="xyzc",
     )  # fmt: skip
-    assert given.pop() == (wanted, ("demo", None, (), "auto", "auto"))
+    assert given.pop() == (wanted, ("demo", None, (), "auto", "auto", None))
     flags = ["--config-file", "c.yaml", "--pretrained-weights", "w.pth", "--output-dir", "o", "--image-path", "a.nii"]
     assert vis_pca.main([*flags, "--cache-dir", "d", "--vis-type", "mhsa", "--input-type", "resize", "--opts", "k=v"]) == 0
     assert given.pop() == (Request(((Path("a.nii"),),), "attention", Path("o"), "resize"), ("w.pth", "c.yaml", ["k=v"]))

@@ -125,7 +125,7 @@ def test_a_run_continues_after_the_parts_that_are_there(
     (tmp_path / "f.parts" / "000001.parquet").unlink()
     loaded: list[int] = []
     load = embed_module._load
-    monkeypatch.setattr(embed_module, "_load", lambda p, item: (loaded.append(item[0]), load(p, item))[1])
+    monkeypatch.setattr(embed_module, "_load", lambda *args: (loaded.append(args[-1][0]), load(*args))[1])
     assert run(scans, encoder, tmp_path / "f.parquet")[0] == 0
     assert loaded == list(range(16, 32))
     assert pq.read_metadata(tmp_path / "f.parquet").num_rows == NUM_SCANS - 3
