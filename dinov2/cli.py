@@ -323,11 +323,30 @@ def checkpoint_inspect(args: argparse.Namespace) -> int:
 
 def checkpoint_export(args: argparse.Namespace) -> int:
     """Write the teacher of a training checkpoint or weights file in another form."""
+    forms = [form for form in (args.output, args.hf) if form]
+    if len(forms) != 1:
+        raise BadInput("checkpoint export: give one of OUTPUT (.pth, .safetensors) and --hf DIR")
+    if args.push and not args.hf:
+        raise BadInput(f"--push {args.push}: is of the folder that --hf DIR writes: give both")
+    if args.hf:
+        return _export_for_transformers(args)
     from dinov2.checkpointer.export import export
 
     refuse_output(args.output, "output")
     count = export(args.path, args.output, args.chunks, not args.no_heads, args.licence)
     say(f"{args.output}: {count} tensors")
+    return EXIT_OK
+
+
+def _export_for_transformers(args: argparse.Namespace) -> int:
+    from dinov2.sharing.transformers_folder import push, require_repository, write_folder
+
+    if args.push:
+        require_repository(args.push)
+    names = write_folder(args.path, args.hf, args.licence)
+    say(f"{args.hf}: {', '.join(names)}")
+    if args.push:
+        say(push(args.hf, args.push, names))
     return EXIT_OK
 
 
@@ -423,7 +442,9 @@ def _add_checkpoint(commands: Commands) -> None:
         action = checkpoint.add_parser(name, help=_first_line(function))
         action.add_argument("path", type=Path, help="a file, a checkpoint's or run's folder, owner/name on the hub, or demo")
         if name == "export":
-            action.add_argument("output", type=Path, help=".pth or .safetensors")
+            action.add_argument("output", type=Path, nargs="?", help=".pth or .safetensors")
+            action.add_argument("--hf", type=Path, metavar="DIR", help="a folder that transformers opens without this package")
+            action.add_argument("--push", metavar="OWNER/NAME", help="put that folder on the Hugging Face hub")
             action.add_argument("--chunks", type=int, help="groups in the names of the blocks, 0: flat; default: as they are")
             action.add_argument("--no-heads", action="store_true", help="the backbone alone")
             action.add_argument(
