@@ -323,13 +323,15 @@ def checkpoint_inspect(args: argparse.Namespace) -> int:
 
 def checkpoint_export(args: argparse.Namespace) -> int:
     """Write the teacher of a training checkpoint or weights file in another form."""
-    forms = [form for form in (args.output, args.hf) if form]
+    forms = [form for form in (args.output, args.hf, args.onnx) if form]
     if len(forms) != 1:
-        raise BadInput("checkpoint export: give one of OUTPUT (.pth, .safetensors) and --hf DIR")
+        raise BadInput("checkpoint export: give one of OUTPUT (.pth, .safetensors), --hf DIR and --onnx FILE")
     if args.push and not args.hf:
         raise BadInput(f"--push {args.push}: is of the folder that --hf DIR writes: give both")
     if args.hf:
         return _export_for_transformers(args)
+    if args.onnx:
+        return _export_for_onnx(args)
     from dinov2.checkpointer.export import export
 
     refuse_output(args.output, "output")
@@ -347,6 +349,17 @@ def _export_for_transformers(args: argparse.Namespace) -> int:
     say(f"{args.hf}: {', '.join(names)}")
     if args.push:
         say(push(args.hf, args.push, names))
+    return EXIT_OK
+
+
+def _export_for_onnx(args: argparse.Namespace) -> int:
+    from dinov2.sharing.onnx_file import write_onnx
+
+    if args.size and len(args.size) not in (1, 3):
+        raise BadInput("--size: give one number for a cube, or three (H W D, slice axis last)")
+    size = triple(args.size if len(args.size) == 3 else args.size * 3) if args.size else None
+    h, w, d = write_onnx(args.path, args.onnx, size, args.licence)
+    say(f"{args.onnx}: pixel_values [batch, 1, {h}, {w}, {d}] -> pooler_output, patch_tokens")
     return EXIT_OK
 
 
@@ -444,6 +457,10 @@ def _add_checkpoint(commands: Commands) -> None:
         if name == "export":
             action.add_argument("output", type=Path, nargs="?", help=".pth or .safetensors")
             action.add_argument("--hf", type=Path, metavar="DIR", help="a folder that transformers opens without this package")
+            action.add_argument(
+                "--onnx", type=Path, metavar="FILE", help="a file for ONNX runtimes: any batch, one size of volumes"
+            )
+            action.add_argument("--size", type=int, nargs="+", metavar="N", help="of these volumes: N, or H W D (voxels)")
             action.add_argument("--push", metavar="OWNER/NAME", help="put that folder on the Hugging Face hub")
             action.add_argument("--chunks", type=int, help="groups in the names of the blocks, 0: flat; default: as they are")
             action.add_argument("--no-heads", action="store_true", help="the backbone alone")
