@@ -323,15 +323,22 @@ def checkpoint_inspect(args: argparse.Namespace) -> int:
 
 def checkpoint_export(args: argparse.Namespace) -> int:
     """Write the teacher of a training checkpoint or weights file in another form."""
-    forms = [form for form in (args.output, args.hf, args.onnx) if form]
+    forms = [form for form in (args.output, args.hf, args.onnx, args.monai_bundle) if form]
     if len(forms) != 1:
-        raise BadInput("checkpoint export: give one of OUTPUT (.pth, .safetensors), --hf DIR and --onnx FILE")
+        raise BadInput(
+            "checkpoint export: give one of OUTPUT (.pth, .safetensors), --hf DIR, --onnx FILE and --monai-bundle DIR"
+        )
     if args.push and not args.hf:
         raise BadInput(f"--push {args.push}: is of the folder that --hf DIR writes: give both")
     if args.hf:
         return _export_for_transformers(args)
     if args.onnx:
         return _export_for_onnx(args)
+    if args.monai_bundle:
+        from dinov2.sharing.monai_bundle import write_bundle
+
+        say(f"{args.monai_bundle}: {', '.join(write_bundle(args.path, args.monai_bundle, args.licence))}")
+        return EXIT_OK
     from dinov2.checkpointer.export import export
 
     refuse_output(args.output, "output")
@@ -461,6 +468,8 @@ def _add_checkpoint(commands: Commands) -> None:
                 "--onnx", type=Path, metavar="FILE", help="a file for ONNX runtimes: any batch, one size of volumes"
             )
             action.add_argument("--size", type=int, nargs="+", metavar="N", help="of these volumes: N, or H W D (voxels)")
+            bundle = "a bundle of a trained segmentation (its best_model.pth), which MONAI runs"
+            action.add_argument("--monai-bundle", type=Path, metavar="DIR", help=bundle)
             action.add_argument("--push", metavar="OWNER/NAME", help="put that folder on the Hugging Face hub")
             action.add_argument("--chunks", type=int, help="groups in the names of the blocks, 0: flat; default: as they are")
             action.add_argument("--no-heads", action="store_true", help="the backbone alone")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 _HUB_LICENCES = re.compile(
@@ -107,3 +107,47 @@ def _data(meta: Mapping[str, Any]) -> str:
 def _software(meta: Mapping[str, Any]) -> str:
     versions = meta.get("versions")
     return ", ".join(f"{k} {v}" for k, v in versions.items()) if isinstance(versions, Mapping) else "not said"
+
+
+def segmentation_card(name: str, classes: Sequence[str], window: Sequence[int], method: str, licence: str) -> str:
+    """Of a MONAI bundle: `docs/README.md`.
+
+    Args:
+        name: Of the data set's recipe.
+        classes: Of the outputs.
+        window: Edges (voxels).
+        method: And head.
+        licence: Under which the weights are written.
+    """
+    tags = ["medical-imaging", "3d", "segmentation", "monai"]
+    return front_matter(licence, "monai", tags, "image-segmentation") + (
+        f"""
+# Segmentation of {name}
+
+    from monai.bundle import run                # in this folder, where MONAI and dinov2-3d are installed
+
+    files = dict(meta_file="configs/metadata.json", config_file="configs/inference.json")
+    run(**files, inputs="scan.nii.gz", output="labels.nii.gz")      # several channels: a list of files
+
+`python -m monai.bundle run --meta_file ... --inputs ...` is the same, with `fire` installed. `inputs` may be a folder of
+cases, named as nnU-Net's; `output` is a folder then. Configurations of bundles run code: use those of people you trust.
+
+The label map lies on the scan's own grid, and is that of `dinov2 predict --weights models/model.pt`.
+
+| | |
+| --- | --- |
+| outputs | {", ".join(classes)} |
+| network | {method} |
+| windows | {", ".join(map(str, window))} voxels |
+| licence | {licence} |
+
+## Numbers
+
+{_NUMBERS}
+
+## Limits
+
+- Expect little of scanners, people and voxel sizes that are not among the training data.
+- {NOT_MEDICAL}
+"""
+    )
