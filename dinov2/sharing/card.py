@@ -15,6 +15,15 @@ _NUMBERS = (
     "and write\nhere what you find."
 )
 NOT_MEDICAL = "**Not a medical device.** Research software, not for diagnosis or treatment."
+_NOTHING_MEASURED = f"""## Numbers
+
+{_NUMBERS}
+
+## Limits
+
+- Expect little of modalities, organs and voxel sizes that are not among the training data.
+- The network sees what lies within the percentiles above; absolute intensities (Hounsfield units) are lost.
+- {NOT_MEDICAL}"""
 
 
 def front_matter(licence: str, library: str, tags: list[str], pipeline: str) -> str:
@@ -27,7 +36,9 @@ def front_matter(licence: str, library: str, tags: list[str], pipeline: str) -> 
     return "\n".join(["---", *lines, "---", ""])
 
 
-def encoder_card(config: Mapping[str, Any], processing: Mapping[str, Any], meta: Mapping[str, Any], licence: str) -> str:
+def encoder_card(
+    config: Mapping[str, Any], processing: Mapping[str, Any], meta: Mapping[str, Any], licence: str, sections: str = ""
+) -> str:
     """Of a folder for transformers.
 
     Args:
@@ -35,10 +46,10 @@ def encoder_card(config: Mapping[str, Any], processing: Mapping[str, Any], meta:
         processing: `preprocessor_config.json`.
         meta: What the weights say of themselves.
         licence: Under which they are written.
+        sections: Numbers and limits that are known of them; empty: none are.
     """
-    return front_matter(
-        licence, "transformers", ["medical-imaging", "3d", "vision-transformer"], "image-feature-extraction"
-    ) + (
+    tags = ["medical-imaging", "3d", "vision-transformer"]
+    return front_matter(licence, "transformers", tags, "image-feature-extraction") + (
         f"""
 # A 3D vision transformer of medical volumes
 
@@ -66,17 +77,15 @@ become -1 and 1; slice axis last; cropped to the foreground; padded with -1 to w
 | software | {_software(meta)} |
 | licence | {licence} |
 
-## Numbers
-
-{_NUMBERS}
-
-## Limits
-
-- Expect little of modalities, organs and voxel sizes that are not among the training data.
-- The network sees what lies within the percentiles above; absolute intensities (Hounsfield units) are lost.
-- {NOT_MEDICAL}
+{sections.strip() or _NOTHING_MEASURED}
 """
     )
+
+
+def known_sections(card: str) -> str:
+    """What an earlier card says from its first section on; links into its own place are plain words."""
+    _, mark, rest = card.partition("\n## ")
+    return re.sub(r"\[([^\]]+)\]\((?!https?:)[^)]*\)", r"\1", f"## {rest}") if mark else ""
 
 
 def _section(meta: Mapping[str, Any], name: str) -> Mapping[str, Any]:

@@ -14,17 +14,17 @@ from omegaconf import DictConfig
 from dinov2 import errors, geometry
 from dinov2.checkpointer.export import without_paths
 from dinov2.checkpointer.sealed import write_safetensors
-from dinov2.checkpointer.teacher import FOLDER_WEIGHTS, Teacher, open_trained
+from dinov2.checkpointer.teacher import DEMO, FOLDER_WEIGHTS, Teacher, open_trained
 from dinov2.configs.loader import without_path_keys
 from dinov2.data import preprocess
 from dinov2.distributed.runtime import Runtime
 from dinov2.errors import BadInput
 from dinov2.features.setup import build_model_for_eval, config_for
-from dinov2.files import write_text, writing
+from dinov2.files import read_text, write_text, writing
 from dinov2.models.architecture import saved_network
 from dinov2.models.vision_transformer import DinoVisionTransformer3d
 from dinov2.models.weights import plain_names
-from dinov2.sharing.card import encoder_card
+from dinov2.sharing.card import encoder_card, known_sections
 from dinov2.sharing.licence import licence_to_share
 
 logger = logging.getLogger(__name__)
@@ -84,7 +84,7 @@ def write_folder(source: str | Path, folder: Path, licence: str | None = None) -
     texts = {
         **code_files(),
         "preprocessor_config.json": json.dumps(processing, indent=2) + "\n",
-        "README.md": encoder_card(config, processing, opened.meta, opened.licence),
+        "README.md": encoder_card(config, processing, opened.meta, opened.licence, _measured(opened.teacher)),
     }
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -93,6 +93,14 @@ def write_folder(source: str | Path, folder: Path, licence: str | None = None) -
             write_text(folder / name, text)
         write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")  # last: what tells a whole folder
     return sorted([*texts, "config.json", FOLDER_WEIGHTS])
+
+
+def _measured(teacher: Teacher) -> str:
+    """Numbers and limits of the card that came with weights: of the demo encoder, or of a folder for transformers."""
+    path = teacher.path
+    if path is None or path.name not in (DEMO.name, FOLDER_WEIGHTS) or not (card := path.parent / "README.md").is_file():
+        return ""
+    return known_sections(read_text(card))
 
 
 def refuse_foreign(folder: Path, flag: str, own: str) -> None:

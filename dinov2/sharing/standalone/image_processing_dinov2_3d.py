@@ -6,7 +6,7 @@ C channels, H W D as prepared (slice axis last), X Y Z as stored.
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 from transformers import BatchFeature, ImageProcessingMixin
@@ -15,6 +15,15 @@ from dinov2.data.preprocess import INT16_SCALE, foreground_box, normalise, slice
 
 Paths = (str, os.PathLike)
 Scan = Any  # a path, an array or tensor, a list of paths
+
+
+class Options(TypedDict, total=False):
+    """What `from_pretrained` may set otherwise than the folder says."""
+
+    percentiles: list[float]
+    patch_size: int
+    do_normalize: bool
+    do_crop: bool
 
 
 class Dinov2Vit3dImageProcessor(ImageProcessingMixin):
@@ -27,6 +36,7 @@ class Dinov2Vit3dImageProcessor(ImageProcessingMixin):
         do_crop: Cut what is -1 in all channels off the borders.
     """
 
+    valid_kwargs = Options
     model_input_names = ["pixel_values"]  # noqa: RUF012 - transformers' own way
 
     def __init__(

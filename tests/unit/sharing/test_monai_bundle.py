@@ -40,10 +40,10 @@ def weights(tmp_path: Path, small_config: Callable[..., DictConfig]) -> Path:
 
 @pytest.fixture
 def scans(tmp_path: Path) -> list[Path]:
-    """Two channels, stored from right to left, of another spacing than the recipe's."""
+    """Two channels, stored from right to left, of another spacing than the recipe's, fewer slices than a window."""
     rng, paths = np.random.default_rng(2), []
     for channel in range(2):
-        smooth = np.kron(rng.normal(size=(6, 7, 5)), np.ones((4, 4, 4))).astype(np.float32)
+        smooth = np.kron(rng.normal(size=(6, 7, 2)), np.ones((4, 4, 4))).astype(np.float32)
         paths.append(tmp_path / f"scan{channel}.nii.gz")
         nib.save(
             nib.Nifti1Image(smooth, np.array([[-1.25, 0, 0, 9], [0, 1.0, 0, 3], [0, 0, 2.0, -7], [0, 0, 0, 1.0]])), paths[-1]

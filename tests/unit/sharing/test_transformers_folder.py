@@ -45,9 +45,14 @@ for name in ("rope", "learned"):
     batch = processor([[scan, scan]], return_affine=True)
     of_array = processor(voxels, spacing_mm=(3.0, 1.0, 1.0))["pixel_values"]
     assert torch.equal(of_array[:, 0], batch["pixel_values"][:, 0])
+    unpadded = AutoImageProcessor.from_pretrained(f"{folder}/{name}", trust_remote_code=True, patch_size=1)
+    unpadded = unpadded(voxels, spacing_mm=(3.0, 1.0, 1.0))["pixel_values"]
+    assert unpadded.shape != of_array.shape
     assert torch.equal(processor(torch.from_numpy(voxels), spacing_mm=(3, 1, 1))["pixel_values"], of_array)
     with torch.no_grad():
         one, two = model.eval()(of_array, output_hidden_states=True), model(batch["pixel_values"])
+        padded = model(unpadded)
+    torch.testing.assert_close(padded.last_hidden_state, one.last_hidden_state)
     assert torch.equal(one.last_hidden_state[:, 0], one.pooler_output) and len(one.hidden_states) == 3
     torch.testing.assert_close(two.last_hidden_state, one.last_hidden_state)
     found[f"{name}_tokens"], found[f"{name}_affine"] = one.last_hidden_state.numpy(), batch["affine"].numpy()
@@ -119,6 +124,15 @@ def test_the_card_says_what_the_weights_say(tmp_path: Path, small_config: SmallC
     card = (tmp_path / "hf" / "README.md").read_text()
     assert card.startswith("---\nlicense: cc-by-nc-4.0\nlibrary_name: transformers\n")
     assert "3 scans" in card and "ab12" in card and "10 steps" in card and "Not a medical device" in card
+
+
+def test_what_is_measured_of_weights_goes_along_from_card_to_card(tmp_path: Path) -> None:
+    write_folder("demo", tmp_path / "one")
+    card = (tmp_path / "one" / "README.md").read_text()
+    assert "hippocampus labels from frozen patches" in card and card.count("Not a medical device") == 1 and "](../" not in card
+    (tmp_path / "one" / "README.md").write_text(card + "\nMeasured here: 0.75.\n")
+    write_folder(tmp_path / "one", tmp_path / "two")
+    assert "\nMeasured here: 0.75.\n" in (tmp_path / "two" / "README.md").read_text()
 
 
 @pytest.mark.parametrize("said", ["Apache-2.0", "MIT", "cc-by-4.0", "CC BY-NC-SA 4.0", "CC0-1.0", "GPL-3.0-or-later"])
