@@ -159,9 +159,9 @@ def test_wrong_words_and_foreign_folders_are_refused_in_a_line(
         (["--hf", str(tmp_path / "mine"), "--licence", "MIT"], "holds other files"),
         (["--hf", str(tmp_path / "new")], "do not say their licence"),
         (["--hf", str(tmp_path / "new"), "--push", "nobody", "--licence", "MIT"], "owner/name"),
-        (["a.pth", "--push", "a/b"], "--push a/b: is of the folder that --hf DIR writes"),
+        ([str(tmp_path / "a.pth"), "--push", "a/b"], "--push a/b: is of the folder that --hf DIR writes"),
         ([], "give one of"),
-        (["a.pth", "--hf", str(tmp_path / "new")], "give one of"),
+        ([str(tmp_path / "a.pth"), "--hf", str(tmp_path / "new")], "give one of"),
     ):
         assert main(["checkpoint", "export", weights, *words]) == 2
         assert said in capsys.readouterr().err and not (tmp_path / "new").exists()
