@@ -330,6 +330,12 @@ def checkpoint_export(args: argparse.Namespace) -> int:
         )
     if args.push and not args.hf:
         raise BadInput(f"--push {args.push}: is of the folder that --hf DIR writes: give both")
+    if args.size and not args.onnx:
+        raise BadInput("--size: is of the volumes of --onnx FILE: give both")
+    if (args.chunks is not None or args.no_heads) and not args.output:
+        raise BadInput(
+            "--chunks, --no-heads: are of OUTPUT (.pth, .safetensors); other forms hold the backbone alone: leave them out"
+        )
     if args.hf:
         return _export_for_transformers(args)
     if args.onnx:

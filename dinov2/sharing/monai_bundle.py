@@ -22,6 +22,7 @@ from dinov2.data.downstream.crops import BACKGROUND
 from dinov2.data.downstream.lists import Item
 from dinov2.distributed.precision import autocast, evaluation_dtype
 from dinov2.distributed.runtime import Runtime
+from dinov2.errors import BadInput
 from dinov2.eval.segmentation_3d.build import load_segmentation
 from dinov2.eval.segmentation_3d.inference import TEST_OVERLAP, masks_of
 from dinov2.eval.segmentation_3d.predict import plan_jobs, write_label_map
@@ -138,8 +139,9 @@ def write_bundle(source: str | Path, folder: Path, licence: str | None = None) -
     refuse_foreign(folder, "--monai-bundle", "configs/metadata.json")
     path = Path(user_path(source))
     path = path / BEST if path.is_dir() else path
-    network, cfg, task = load_segmentation(path, Runtime(torch.device("cpu")))
     content = open_weights(path)
+    _refuse_foreign_code(content, path)
+    network, cfg, task = load_segmentation(path, Runtime(torch.device("cpu")))
     name = licence_to_share(content["meta"].get("licence"), licence, source)
     window, recipe = edges(task.image_size), task.recipe
     method = f"{task.method}, head {task.head}, {sum(p.numel() for p in network.parameters()) / 1e6:.2f} M parameters"
@@ -157,6 +159,15 @@ def write_bundle(source: str | Path, folder: Path, licence: str | None = None) -
             (folder / file).parent.mkdir(parents=True, exist_ok=True)
             write_text(folder / file, text)
     return sorted([*texts, "models/model.pt"])
+
+
+def _refuse_foreign_code(content: Any, path: Path) -> None:
+    meta = content.get("meta") if isinstance(content, dict) else None
+    method = str(meta.get("method", "")) if isinstance(meta, dict) else ""
+    if ":" in method:
+        raise BadInput(
+            f"weights {path}: around the encoder {method}, whose code is not this package's: a bundle cannot hold it"
+        )
 
 
 def _inference(window: list[int], window_batch: int) -> dict[str, Any]:

@@ -79,6 +79,10 @@ def test_what_makes_no_bundle_is_said_in_a_line(weights: Path, tmp_path: Path) -
     torch.save({"teacher": {"a": torch.zeros(1)}}, tmp_path / "teacher.pth")
     with pytest.raises(BadInput, match="not a segmentation network"):
         write_bundle(tmp_path / "teacher.pth", tmp_path / "bundle", "MIT")
+    content = torch.load(weights, weights_only=True)
+    torch.save({**content, "meta": {**content["meta"], "method": "theirs:encoder"}}, tmp_path / "theirs.pth")
+    with pytest.raises(BadInput, match="around the encoder theirs:encoder, whose code is not this package's"):
+        write_bundle(tmp_path / "theirs.pth", tmp_path / "bundle", "MIT")
     assert not (tmp_path / "bundle").exists()
     (tmp_path / "mine" / "configs").mkdir(parents=True)
     with pytest.raises(BadInput, match="holds other files"):

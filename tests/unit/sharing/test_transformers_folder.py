@@ -161,6 +161,8 @@ def test_wrong_words_and_foreign_folders_are_refused_in_a_line(
         (["--hf", str(tmp_path / "new"), "--push", "nobody", "--licence", "MIT"], "owner/name"),
         ([str(tmp_path / "a.pth"), "--push", "a/b"], "--push a/b: is of the folder that --hf DIR writes"),
         ([], "give one of"),
+        (["--hf", str(tmp_path / "new"), "--size", "16", "--licence", "MIT"], "--size: is of the volumes of --onnx FILE"),
+        (["--hf", str(tmp_path / "new"), "--no-heads", "--licence", "MIT"], "--chunks, --no-heads: are of OUTPUT"),
         ([str(tmp_path / "a.pth"), "--hf", str(tmp_path / "new")], "give one of"),
     ):
         assert main(["checkpoint", "export", weights, *words]) == 2
