@@ -127,6 +127,7 @@ setup(
     package_dir={"dinov2.recipes": "configs"},
     package_data={
         "dinov2": ["weights/*"],
+        "dinov2.sharing": ["standalone/*.py"],
         "dinov2.visual": ["assets/*"],
         "dinov2.demo": ["scans/*"],
         "dinov2.configs": ["*.yaml", "train/*.yaml"],

@@ -324,11 +324,56 @@ def checkpoint_inspect(args: argparse.Namespace) -> int:
 
 def checkpoint_export(args: argparse.Namespace) -> int:
     """Write the teacher of a training checkpoint or weights file in another form."""
+    forms = [form for form in (args.output, args.hf, args.onnx, args.monai_bundle) if form]
+    if len(forms) != 1:
+        raise BadInput(
+            "checkpoint export: give one of OUTPUT (.pth, .safetensors), --hf DIR, --onnx FILE and --monai-bundle DIR"
+        )
+    if args.push and not args.hf:
+        raise BadInput(f"--push {args.push}: is of the folder that --hf DIR writes: give both")
+    if args.size and not args.onnx:
+        raise BadInput("--size: is of the volumes of --onnx FILE: give both")
+    if (args.chunks is not None or args.no_heads) and not args.output:
+        raise BadInput(
+            "--chunks, --no-heads: are of OUTPUT (.pth, .safetensors); other forms hold the backbone alone: leave them out"
+        )
+    if args.hf:
+        return _export_for_transformers(args)
+    if args.onnx:
+        return _export_for_onnx(args)
+    if args.monai_bundle:
+        from dinov2.sharing.monai_bundle import write_bundle
+
+        say(f"{args.monai_bundle}: {', '.join(write_bundle(args.path, args.monai_bundle, args.licence))}")
+        return EXIT_OK
     from dinov2.checkpointer.export import export
 
     refuse_output(args.output, "output")
     count = export(args.path, args.output, args.chunks, not args.no_heads, args.licence)
     say(f"{args.output}: {count} tensors")
+    return EXIT_OK
+
+
+def _export_for_transformers(args: argparse.Namespace) -> int:
+    from dinov2.sharing.transformers_folder import push, require_repository, write_folder
+
+    if args.push:
+        require_repository(args.push)
+    names = write_folder(args.path, args.hf, args.licence)
+    say(f"{args.hf}: {', '.join(names)}")
+    if args.push:
+        say(push(args.hf, args.push, names))
+    return EXIT_OK
+
+
+def _export_for_onnx(args: argparse.Namespace) -> int:
+    from dinov2.sharing.onnx_file import write_onnx
+
+    if args.size and len(args.size) not in (1, 3):
+        raise BadInput("--size: give one number for a cube, or three (H W D, slice axis last)")
+    size = triple(args.size if len(args.size) == 3 else args.size * 3) if args.size else None
+    h, w, d = write_onnx(args.path, args.onnx, size, args.licence)
+    say(f"{args.onnx}: pixel_values [batch, 1, {h}, {w}, {d}] -> pooler_output, patch_tokens")
     return EXIT_OK
 
 
@@ -424,7 +469,15 @@ def _add_checkpoint(commands: Commands) -> None:
         action = checkpoint.add_parser(name, help=_first_line(function))
         action.add_argument("path", type=Path, help="a file, a checkpoint's or run's folder, owner/name on the hub, or demo")
         if name == "export":
-            action.add_argument("output", type=Path, help=".pth or .safetensors")
+            action.add_argument("output", type=Path, nargs="?", help=".pth or .safetensors")
+            action.add_argument("--hf", type=Path, metavar="DIR", help="a folder that transformers opens without this package")
+            action.add_argument(
+                "--onnx", type=Path, metavar="FILE", help="a file for ONNX runtimes: any batch, one size of volumes"
+            )
+            action.add_argument("--size", type=int, nargs="+", metavar="N", help="of these volumes: N, or H W D (voxels)")
+            bundle = "a bundle of a trained segmentation (its best_model.pth), which MONAI runs"
+            action.add_argument("--monai-bundle", type=Path, metavar="DIR", help=bundle)
+            action.add_argument("--push", metavar="OWNER/NAME", help="put that folder on the Hugging Face hub")
             action.add_argument("--chunks", type=int, help="groups in the names of the blocks, 0: flat; default: as they are")
             action.add_argument("--no-heads", action="store_true", help="the backbone alone")
             action.add_argument(

@@ -29,7 +29,8 @@ def write_safetensors(path: Path, state: StateDict, meta: dict[str, Any]) -> Non
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as temporary:
-            temporary.write_bytes(save(state, {_META: text, _CHECKSUM: _checksum(state, text)}))
+            said = {"format": "pt", _META: text, _CHECKSUM: _checksum(state, text)}  # the first is for transformers
+            temporary.write_bytes(save(state, said))
 
 
 def read_safetensors(path: Path) -> tuple[StateDict, dict[str, Any]]:

@@ -38,6 +38,7 @@ DEMO = Path(__file__).resolve().parents[1] / "weights" / "demo.safetensors"
 DEMO_SHA256 = "de8e15c40c26072ccd0e5f8696c8115adba549b0f3ccdac302b97dd8f973826d"
 RANDOM = "random"
 TEACHER_FILE = "teacher_checkpoint.pth"
+FOLDER_WEIGHTS = "model.safetensors"  # of a folder for transformers
 _PREFIX = "model.teacher."
 _RANK_FILE = re.compile(r"\.rank_\d+\.pth$")
 _ESCAPES = re.compile("\x1b\\[[0-9;]*m")  # torch's bold type
@@ -152,15 +153,16 @@ def _find(source: str | Path, cache_dir: str | Path | None) -> tuple[Path, str |
 
 
 def _in_folder(folder: Path) -> Path:
-    """The checkpoint that a folder is, or the newest teacher or checkpoint of a run's output folder.
+    """The checkpoint that a folder is, its shared weights, or the newest teacher or checkpoint of a run's output folder.
 
     Raises:
         BadInput: Neither.
     """
     if (folder / ".metadata").is_file():
         return folder
-    if (folder / TEACHER_FILE).is_file():
-        return folder / TEACHER_FILE
+    for name in (TEACHER_FILE, FOLDER_WEIGHTS):
+        if (folder / name).is_file():
+            return folder / name
     checkpoints = [p.parent for p in folder.glob("checkpoints/*/.metadata") if p.parent.name.isdigit()]
     teachers = list(folder.glob(f"eval/training_*/{TEACHER_FILE}"))
     numbered = [(int(p.name), 0, p) for p in checkpoints]  # of the same iteration the teacher: it says more

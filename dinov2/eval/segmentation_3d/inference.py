@@ -64,6 +64,11 @@ def predict_masks(
         sw_device=device,
         device=torch.device("cpu"),
     )[0]  # [R, H, W, D]
+    return masks_of(logits, recipe)
+
+
+def masks_of(logits: Tensor, recipe: Recipe) -> Tensor:
+    """One mask per output, [R, H, W, D] -> the same, bool: overlapping regions each alone, of classes the likeliest."""
     if recipe.overlapping:
         return logits > 0
     return torch.zeros_like(logits, dtype=torch.bool).scatter_(0, logits.argmax(0, keepdim=True), True)

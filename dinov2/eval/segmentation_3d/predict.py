@@ -69,7 +69,7 @@ def predict(
             logger.error("%s", err)
             continue
         masks = predict_masks(model, case, task.recipe, task.image_size, overlap, cfg.segmentation.window_batch, dtype)
-        _write(restore_prediction(task.recipe.compose(masks), case), target)
+        write_label_map(restore_prediction(task.recipe.compose(masks), case), target)
         say(f"{target}: " + _volumes(masks, case, task.recipe))
     if failed:
         logger.error("%d of %d cases could not be used; they are named above", failed, len(jobs))
@@ -184,7 +184,12 @@ def _volumes(masks: Tensor, case: Case, recipe: Recipe) -> str:
     return ", ".join(f"{n} {v:.1f} ml" for n, v in zip(recipe.output_names[first:], ml[first:].tolist(), strict=True))
 
 
-def _write(image: nib.Nifti1Image, target: Path) -> None:
+def write_label_map(image: nib.Nifti1Image, target: Path) -> None:
+    """Write a result, whole or not at all.
+
+    Raises:
+        BadInput: It cannot be written.
+    """
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with replacing(target) as temporary:
