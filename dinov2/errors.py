@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import re
 from collections.abc import Callable
 from typing import NoReturn
 
@@ -32,6 +34,16 @@ class BadVolume(BadInput):
     def __init__(self, message: str, reason: str = "unreadable") -> None:
         super().__init__(message)
         self.reason = reason
+
+
+_NO_MEMORY = re.compile(r"allocate memory|bad_alloc")  # torch's and ITK's words, in errors of no class of their own
+
+
+def is_out_of_memory(err: BaseException) -> bool:
+    """Whether the machine had no memory left, however Python, numpy, torch or a system call says so; a GPU's is another."""
+    if isinstance(err, OSError):
+        return err.errno == errno.ENOMEM
+    return isinstance(err, MemoryError) or (isinstance(err, RuntimeError) and bool(_NO_MEMORY.search(str(err))))
 
 
 class LostRank(RuntimeError):

@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.state_dict_saver import AsyncSaveResponse
 from dinov2.checkpointer.index import SafeReader, saved_tensors
 from dinov2.checkpointer.saving import CHECKSUMS
 from dinov2.distributed import barrier, gather_objects, get_global_rank, get_global_size, is_enabled, is_main_process
-from dinov2.errors import BadInput
+from dinov2.errors import BadInput, is_out_of_memory
 from dinov2.files import cannot_write, read_json, write_json, writing
 
 logger = logging.getLogger(__name__)
@@ -209,12 +209,15 @@ def _writing_shares(path: Path) -> Iterator[None]:
 
     Raises:
         BadInput: Something could not be written.
+        MemoryError: There was no memory for it.
     """
     try:
         with writing(path):
             yield
     except CheckpointException as err:  # torch's wrapper: per rank, the error and its trace
         causes = [cause for cause, _trace in err.failures.values()]
+        if any(map(is_out_of_memory, causes)):
+            raise MemoryError(f"writing {path}") from err
         failed = [cause for cause in causes if isinstance(cause, OSError)]
         if not failed or len(failed) < len(causes):
             raise
