@@ -36,7 +36,9 @@ class BadVolume(BadInput):
         self.reason = reason
 
 
-_NO_MEMORY = re.compile(r"allocate memory|bad_alloc")  # torch's and ITK's words, in errors of no class of their own
+_NO_MEMORY = re.compile(  # torch's, ITK's and oneDNN's words, in errors of no class of their own
+    r"allocate memory|bad_alloc|could not (create|execute) a (primitive|memory object)"
+)
 
 
 def is_out_of_memory(err: BaseException) -> bool:

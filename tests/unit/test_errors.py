@@ -39,10 +39,12 @@ def _asks_for_too_much(kind: str) -> None:
         torch.empty(2**60, dtype=torch.uint8)
     elif kind == "python":
         bytearray(2**62)
+    elif kind == "oneDNN":
+        raise RuntimeError("could not create a primitive")
     raise OSError(errno.ENOMEM, "Cannot allocate memory")
 
 
-@pytest.mark.parametrize("kind", ["torch", "python", "system"])
+@pytest.mark.parametrize("kind", ["torch", "python", "oneDNN", "system"])
 def test_a_machine_without_memory_is_one_line(kind: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_program(lambda _: _asks_for_too_much(kind) or 0, argparse.ArgumentParser(), []) == EXIT_BAD_INPUT
     said = capsys.readouterr().err
