@@ -218,10 +218,17 @@ def _writing_shares(path: Path) -> Iterator[None]:
         causes = [cause for cause, _trace in err.failures.values()]
         if any(map(is_out_of_memory, causes)):
             raise MemoryError(f"writing {path}") from err
-        failed = [cause for cause in causes if isinstance(cause, OSError)]
+        failed = [found for cause in causes if (found := _failed_write(cause))]
         if not failed or len(failed) < len(causes):
             raise
         raise cannot_write(path, failed[0]) from err
+
+
+def _failed_write(cause: BaseException) -> OSError | None:
+    """The error of a write; torch's own writer hides a full disk behind a RuntimeError about a file's length."""
+    if isinstance(cause, RuntimeError) and ("unexpected pos" in str(cause) or "PytorchStreamWriter failed" in str(cause)):
+        return OSError("not all of it was taken, as by a full disk")
+    return cause if isinstance(cause, OSError) else None
 
 
 def _flat_shapes(state: StateDict, prefix: str = "") -> Iterator[tuple[str, tuple[int, ...]]]:

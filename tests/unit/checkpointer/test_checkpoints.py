@@ -53,6 +53,10 @@ def test_only_a_failed_write_is_reported_as_one(tmp_path: Path, monkeypatch: pyt
 
     with pytest.raises(BadInput, match="No space left on device"):
         fail(OSError(28, "No space left on device"))
+    with pytest.raises(BadInput, match="not all of it was taken, as by a full disk"):  # torch's words on a full file system
+        fail(RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598"))
+    with pytest.raises(MemoryError, match=".incomplete-0000001"):
+        fail(RuntimeError("[enforce fail at alloc_cpu.cpp:124] . DefaultCPUAllocator: can't allocate memory"))
     with pytest.raises(CheckpointException):  # a bug of ours keeps its trace
         fail(KeyError("moments"))
     with pytest.raises(BadInput, match="teacher.pth: cannot be written"):
