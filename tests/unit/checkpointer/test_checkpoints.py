@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import pickle
 from pathlib import Path
@@ -41,6 +42,20 @@ def test_a_half_written_checkpoint_is_never_picked_up(tmp_path: Path) -> None:
     assert checkpointer.iterations() == [1]
     checkpointer.save(state(4.0), 4)
     assert not list(tmp_path.glob(".incomplete*")) and checkpointer.iterations() == [1, 4]
+
+
+def test_saves_leave_no_garbage(tmp_path: Path) -> None:
+    """Each left some thousand objects in cycles; memory grew by 2 MiB a 1,000 steps until the next collection."""
+    checkpointer = Checkpointer(tmp_path, keep=1)
+    checkpointer.save(state(1.0), 1)
+    gc.collect()
+    gc.disable()
+    try:
+        for iteration in range(2, 7):
+            checkpointer.save(state(1.0), iteration)
+        assert gc.collect() < 100
+    finally:
+        gc.enable()
 
 
 def test_only_a_failed_write_is_reported_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
