@@ -21,7 +21,7 @@ LOG_PERIOD = 10  # steps a line of metrics
 SAMPLE_S = 0.1
 WARM_UP = 0.2  # of the steps: libraries make what they keep, the allocator finds its size
 BLOCKS = 16  # that samples are averaged over, because neighbouring ones are nearly the same
-BOUND_KIB = 64.0  # a 1,000 steps: 65 bytes a step, 8 MiB over the 125,000 steps of the paper's run
+BOUND_KIB = 256.0  # a 1,000 steps: half of what one small tensor kept a step comes to; 32 MiB over the paper's 125,000 steps
 TINIEST = [
     "student.embed_dim=12", "student.depth=1", "crops.global_crops_size=8", "crops.local_crops_size=8",
     "crops.local_crops_number=1", "train.batch_size_per_gpu=2", "train.num_workers=1", "optim.epochs=10",
