@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import re
 from collections.abc import Callable
 from typing import NoReturn
 
@@ -32,6 +34,18 @@ class BadVolume(BadInput):
     def __init__(self, message: str, reason: str = "unreadable") -> None:
         super().__init__(message)
         self.reason = reason
+
+
+_NO_MEMORY = re.compile(  # torch's, ITK's and oneDNN's words, in errors of no class of their own
+    r"allocate memory|bad_alloc|could not (create|execute) a (primitive|memory object)"
+)
+
+
+def is_out_of_memory(err: BaseException) -> bool:
+    """Whether the machine had no memory left, however Python, numpy, torch or a system call says so; a GPU's is another."""
+    if isinstance(err, OSError):
+        return err.errno == errno.ENOMEM
+    return isinstance(err, MemoryError) or (isinstance(err, RuntimeError) and bool(_NO_MEMORY.search(str(err))))
 
 
 class LostRank(RuntimeError):

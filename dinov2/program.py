@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable, Sequence
 
 from dinov2.distributed.runtime import stop_runtime
-from dinov2.errors import EXIT_BAD_INPUT, EXIT_LOST_RANK, BadInput, LostRank
+from dinov2.errors import EXIT_BAD_INPUT, EXIT_LOST_RANK, BadInput, LostRank, is_out_of_memory
 from dinov2.files import words
 from dinov2.logging import setup_logging
 
@@ -28,7 +28,20 @@ def run_program(
         return EXIT_LOST_RANK
     except BadInput as err:
         logger.error("%s", err)
-    except OSError as err:  # a full disk, a folder that went away, a read-only file system
-        where, why = err.filename or "a file of the run", err.strerror or err
-        logger.error("%s: %s: make room or choose another --output-dir; the last complete checkpoint is intact", where, why)
+    except (OSError, MemoryError, RuntimeError) as err:
+        if not (isinstance(err, OSError) or is_out_of_memory(err)):
+            raise
+        logger.error("%s", _line(err))
     return EXIT_BAD_INPUT
+
+
+def _line(err: OSError | MemoryError | RuntimeError) -> str:
+    """What the system refused: memory, or a full disk, a folder that went away, a read-only file system."""
+    if is_out_of_memory(err) or not isinstance(err, OSError):
+        what = " ".join(str(err).split())[:120] or type(err).__name__
+        return (
+            f"no memory is left on this machine, or of what this process may use ({what}): end other programs, use fewer "
+            "loader processes or a smaller batch; the last complete checkpoint is intact"
+        )
+    where, why = err.filename or "a file of the run", err.strerror or err
+    return f"{where}: {why}: make room or choose another --output-dir; the last complete checkpoint is intact"

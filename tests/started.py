@@ -33,12 +33,19 @@ class Started:
         words: Its command line.
         module: The program.
         environment: What its environment has beside this process's.
+        log: Where its output goes, after what is there; default: a file of its own.
     """
 
-    def __init__(self, words: Sequence[str], module: str = TRAIN, environment: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        words: Sequence[str],
+        module: str = TRAIN,
+        environment: Mapping[str, str] | None = None,
+        log: Path | None = None,
+    ) -> None:
         self.args = [module, *words]
         self._folder = TemporaryDirectory()
-        self._log = Path(self._folder.name, "log")
+        self._log = log or Path(self._folder.name, "log")
         self._process = _context.Process(target=_run, args=(self.args, {**os.environ, **(environment or {})}, self._log))
         self._process.start()
         self.pid = self._process.pid or 0
@@ -80,7 +87,7 @@ def _run(args: list[str], environment: dict[str, str], log: Path) -> None:
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(ROOT)
-    with log.open("wb") as file:
+    with log.open("ab") as file:
         for stream in (sys.stdout, sys.stderr):
             os.dup2(file.fileno(), stream.fileno())
     program: Callable[[list[str]], int] = import_module(args[0]).main

@@ -6,6 +6,7 @@ checkpoint loads on any number of ranks and with any strategy.
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import shutil
@@ -28,7 +29,7 @@ from torch.distributed.checkpoint.state_dict_saver import AsyncSaveResponse
 from dinov2.checkpointer.index import SafeReader, saved_tensors
 from dinov2.checkpointer.saving import CHECKSUMS
 from dinov2.distributed import barrier, gather_objects, get_global_rank, get_global_size, is_enabled, is_main_process
-from dinov2.errors import BadInput
+from dinov2.errors import BadInput, is_out_of_memory
 from dinov2.files import cannot_write, read_json, write_json, writing
 
 logger = logging.getLogger(__name__)
@@ -87,6 +88,7 @@ class Checkpointer:
             else:
                 dcp.save(state, checkpoint_id=temporary)
                 self._complete(iteration)
+                _drop_cycles()
 
     def finish(self, wait: bool = True) -> None:
         """Complete what is being written: rename it into place and drop the ones that are no longer kept.
@@ -99,6 +101,7 @@ class Checkpointer:
             self._writing = None
             with _writing_shares(self.folder / f".incomplete-{iteration:07d}"), _quiet():
                 future.result()
+            _drop_cycles()
             if is_main_process():  # its part ends after all others': it writes the index
                 self._complete(iteration)
         if wait:
@@ -209,16 +212,34 @@ def _writing_shares(path: Path) -> Iterator[None]:
 
     Raises:
         BadInput: Something could not be written.
+        MemoryError: There was no memory for it.
     """
     try:
         with writing(path):
             yield
     except CheckpointException as err:  # torch's wrapper: per rank, the error and its trace
         causes = [cause for cause, _trace in err.failures.values()]
-        failed = [cause for cause in causes if isinstance(cause, OSError)]
+        if any(map(is_out_of_memory, causes)):
+            raise MemoryError(f"writing {path}") from err
+        failed = [found for cause in causes if (found := _failed_write(cause))]
         if not failed or len(failed) < len(causes):
             raise
         raise cannot_write(path, failed[0]) from err
+
+
+def _drop_cycles() -> None:
+    """Free what torch's writer leaves in reference cycles: thousands of objects a save, while a program collects rarely.
+
+    The young ones alone: a full collection would go through torch's million objects.
+    """
+    gc.collect(0)
+
+
+def _failed_write(cause: BaseException) -> OSError | None:
+    """The error of a write; torch's own writer hides a full disk behind a RuntimeError about a file's length."""
+    if isinstance(cause, RuntimeError) and ("unexpected pos" in str(cause) or "PytorchStreamWriter failed" in str(cause)):
+        return OSError("not all of it was taken, as by a full disk")
+    return cause if isinstance(cause, OSError) else None
 
 
 def _flat_shapes(state: StateDict, prefix: str = "") -> Iterator[tuple[str, tuple[int, ...]]]:

@@ -124,7 +124,7 @@ def _serve(compute: Compute, connection: Connection, inherited: list[Connection]
     die_with_parent()
     torch.set_num_threads(1)
     keep_freed_memory()
-    with suppress(EOFError, ConnectionError):  # closed by the main process
+    with suppress(EOFError, ConnectionError, MemoryError):  # closed by the main process; or no room even for an answer
         while True:
             # plain pickle: multiprocessing's hands tensors over by a socket in a temporary folder, which a kill leaves there
             connection.send_bytes(pickle.dumps(attempt(compute, connection.recv(), "loader")))
@@ -137,6 +137,8 @@ def _died(process: BaseProcess) -> BadInput:
     if code is not None and code < 0:
         how = f"was ended by {signal.Signals(-code).name}"
     why = "most likely memory ran out: use fewer train.num_workers or volumes"
+    if code == -signal.SIGBUS:  # of a mapped file
+        why = "a file of the cache folder was cut short while it was read, or its disk failed: start the same command again"
     return BadInput(f"loader process {process.pid} {how}: {why}")
 
 

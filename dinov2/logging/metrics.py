@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, TextIO
@@ -99,9 +100,22 @@ class MetricWriter:
             self._out[1].add_image(name, imread(path)[..., :3], iteration, dataformats="HWC")
 
     def __enter__(self) -> MetricWriter:
+        self._thread_hook = threading.excepthook
+        threading.excepthook = self._thread_ended
         return self
 
+    def _thread_ended(self, args: threading.ExceptHookArgs) -> None:
+        """Keep TensorBoard's thread, which a full disk ends, from printing a trace: its error is raised at the next value."""
+        if not type(args.thread).__module__.startswith("tensorboard"):
+            self._thread_hook(args)
+
     def __exit__(self, kind: type[BaseException] | None, err: BaseException | None, tb: TracebackType | None) -> None:
+        try:
+            self._close()
+        finally:
+            threading.excepthook = self._thread_hook
+
+    def _close(self) -> None:
         if self._out is not None:
             file, board = self._out
             file.close()

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 from tests.conftest import ROOT
 from tests.processes import environment, left_after
@@ -30,7 +31,7 @@ VARIES = re.compile(r"events\.out\.tfevents\..*")  # one a start, with the time 
 class Count:
     """What became of one program's rounds; of what should not be, the words."""
 
-    kills: int = 0
+    kills: int = 0  # or other hardships
     ended: int = 0  # jobs that were compared
     differences: list[str] = field(default_factory=list)
     orphans: list[str] = field(default_factory=list)
@@ -42,8 +43,18 @@ class Count:
         return not (self.differences or self.orphans or self.leftovers)
 
 
+class Process(Protocol):
+    """A program that runs, as `subprocess` has it."""
+
+    @property
+    def pid(self) -> int: ...
+    def poll(self) -> int | None: ...
+    def wait(self, timeout: float | None = None) -> int: ...
+    def kill(self) -> None: ...
+
+
 class Soak:
-    """The rounds of one program, a job after the other.
+    """The rounds of one program, a job after the other: killed, and started again.
 
     Args:
         job: What is run.
@@ -57,6 +68,7 @@ class Soak:
         self.count = Count()
         self._random = random.Random(f"{seed} {job.name}")
         self._mark = uuid.uuid4().hex
+        self._outputs = folder
         self._temporary = folder / "tmp"
         self._temporary.mkdir(parents=True)
         self._log = folder / "log.txt"
@@ -73,30 +85,27 @@ class Soak:
 
     def _run_job(self, has_time: Callable[[], bool]) -> None:
         if self._whole is None:
-            out = self.folder / "whole"
+            out = self._outputs / "whole"
             if not self._finish(out):
                 return
             self._whole = self.job.result(out), _names(out), self.job.units(out)
             self._known = _names(self._temporary)
         self._num_jobs += 1
-        out = self.folder / f"job{self._num_jobs}"
+        out = self._outputs / f"job{self._num_jobs}"
         for _ in range(min(self.job.kills, self.wanted - self.count.kills)):
-            if not has_time() or not self._kill_one(out, self._whole[2]):
+            if not has_time() or not self._disturb(out, self._whole[2]):
                 break
         if self._finish(out):
-            self._compare(out, *self._whole[:2])
+            self.count.ended += 1
+            self._compare(out, self._whole[0])
+            self._look_for_leftovers(out, self._whole[1])
 
-    def _kill_one(self, out: Path, units_of_all: int) -> bool:
+    def _disturb(self, out: Path, units_of_all: int) -> bool:
         """Whether it could be killed before its end."""
-        before = self.job.units(out)
-        if before >= units_of_all:
-            return False
-        wanted = min(before + self._random.randint(1, self.job.stride), units_of_all)
         shared = _shared_memory()
-        process = self._start(out)
-        while process.poll() is None and self.job.units(out) < wanted:
-            time.sleep(POLL_S)
-        time.sleep(self._random.uniform(0, self.job.spread_s))
+        process = self._start_until(out, units_of_all)
+        if process is None:
+            return False
         process.kill()  # the main process alone; the others are to end by themselves
         if process.wait() != -9:
             return False  # it had ended before
@@ -106,7 +115,19 @@ class Soak:
         self.count.leftovers += [f"kill {self.count.kills}: {path}" for path in _abandoned(_shared_memory() - shared)]
         return True
 
-    def _start(self, out: Path) -> subprocess.Popen[bytes]:
+    def _start_until(self, out: Path, units_of_all: int) -> Process | None:
+        """Start it and wait until it has done some more of its work; None where there is none left."""
+        before = self.job.units(out)
+        if before >= units_of_all:
+            return None
+        wanted = min(before + self._random.randint(1, self.job.stride), units_of_all)
+        process = self._start(out)
+        while process.poll() is None and self.job.units(out) < wanted:
+            time.sleep(POLL_S)
+        time.sleep(self._random.uniform(0, self.job.spread_s))
+        return process
+
+    def _start(self, out: Path) -> Process:
         words = [sys.executable, "-m", "dinov2", *self.job.words(out)]
         env = environment(self._mark, TMPDIR=str(self._temporary))
         with self._log.open("ab") as log:
@@ -114,13 +135,7 @@ class Soak:
 
     def _finish(self, out: Path) -> bool:
         """Run it to its end; whether that was a good one."""
-        process = self._start(out)
-        try:
-            code: int | str = process.wait(STUCK_S)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-            code = f"none within {STUCK_S:g} s"
+        code = self._wait(self._start(out))
         if code != 0:
             lines = self._log.read_text(errors="replace").splitlines()[-1:]
             self.count.differences.append(f"{out.name}: exit code {code}: {' '.join(lines)}")
@@ -128,11 +143,21 @@ class Soak:
         self.count.orphans += [f"{out.name}: {len(left)} processes after its end"] if left else []
         return code == 0
 
-    def _compare(self, out: Path, whole: Content, names: set[str]) -> None:
-        self.count.ended += 1
+    def _wait(self, process: Process) -> int | str:
+        """Its exit code."""
+        try:
+            return process.wait(STUCK_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            return f"none within {STUCK_S:g} s"
+
+    def _compare(self, out: Path, whole: Content) -> None:
         result = self.job.result(out)
         other = sorted(key for key in whole.keys() | result.keys() if whole.get(key) != result.get(key))
         self.count.differences += [f"{out.name}: {key}" for key in other]
+
+    def _look_for_leftovers(self, out: Path, names: set[str]) -> None:
         found = _names(out)
         stray = (found - names) | {name for name in found if TELLTALE.search(name)}
         self.count.leftovers += [f"{out.name}: {name}" for name in sorted(stray)]

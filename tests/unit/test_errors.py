@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import argparse
+import errno
 import pickle
 from pathlib import Path
 
 import pytest
+import torch
 
 from dinov2.configs import load_and_merge_config_3d
 from dinov2.configs.errors import ConfigError
 from dinov2.data import read_datalist
-from dinov2.errors import BadInput, BadVolume
+from dinov2.errors import EXIT_BAD_INPUT, BadInput, BadVolume
+from dinov2.program import run_program
 
 
 def test_what_would_break_a_line_or_a_terminal_is_an_escape() -> None:
@@ -28,3 +32,25 @@ def test_what_is_nested_thousands_deep_is_refused_in_a_line(tmp_path: Path) -> N
         load_and_merge_config_3d(tmp_path / "deep.yaml")
     with pytest.raises(ConfigError, match="overrides"):
         load_and_merge_config_3d(None, ["train.seed=" + "[" * 3000 + "]" * 3000])
+
+
+def _asks_for_too_much(kind: str) -> None:
+    if kind == "torch":
+        torch.empty(2**60, dtype=torch.uint8)
+    elif kind == "python":
+        bytearray(2**62)
+    elif kind == "oneDNN":
+        raise RuntimeError("could not create a primitive")
+    raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+
+@pytest.mark.parametrize("kind", ["torch", "python", "oneDNN", "system"])
+def test_a_machine_without_memory_is_one_line(kind: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_program(lambda _: _asks_for_too_much(kind) or 0, argparse.ArgumentParser(), []) == EXIT_BAD_INPUT
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "no memory is left on this machine" in said and "make room" not in said
+
+
+def test_another_error_of_torch_keeps_its_trace() -> None:
+    with pytest.raises(RuntimeError, match="size of tensor"):
+        run_program(lambda _: len(torch.ones(2) + torch.ones(3)), argparse.ArgumentParser(), [])

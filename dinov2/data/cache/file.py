@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import mmap
+import os
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,12 +37,16 @@ class DamagedItem(ValueError):
     """A cache file that is not what was written; the message says how."""
 
 
+FileState = tuple[int, int, int]  # inode, size and time of change: another one is another content
+
+
 @dataclass(frozen=True)
 class Item:
     """An opened cache file whose checksum holds."""
 
     header: dict[str, Any]
     payload: memoryview
+    state: FileState
 
     def volume(self) -> Volume:
         """The volume; compressed voxels are decompressed, others mapped copy-on-write.
@@ -85,21 +90,28 @@ def encode(volume: Volume, source: dict[str, Any]) -> bytes:
     return body + zlib.crc32(body).to_bytes(_CRC, "little")
 
 
-def open_item(path: Path, check: bool = True) -> Item:
+def open_item(path: Path, check: bool = True, checked: FileState | None = None) -> Item:
     """Open a file, by default reading all of it against its checksum.
+
+    Args:
+        path: Of the file.
+        check: False leaves the checksum alone.
+        checked: State of the file when its checksum was found to hold: it is not looked at again while that is the same.
 
     Raises:
         FileNotFoundError: There is none.
         DamagedItem: Truncated, changed, or not such a file.
     """
     with path.open("rb") as file:
+        found = os.fstat(file.fileno())
+        state = found.st_ino, found.st_size, found.st_mtime_ns
         try:
             buffer = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))
         except ValueError as err:
             raise DamagedItem("is empty") from err
     if bytes(buffer[: len(MAGIC)]) != MAGIC:
         raise DamagedItem("is not a cached volume of this version")
-    if check and zlib.crc32(buffer[:-_CRC]) != int.from_bytes(buffer[-_CRC:], "little"):
+    if check and state != checked and zlib.crc32(buffer[:-_CRC]) != int.from_bytes(buffer[-_CRC:], "little"):
         raise DamagedItem("does not match its checksum (truncated or changed)")
     start = len(MAGIC) + _LENGTH
     stop = start + int.from_bytes(buffer[len(MAGIC) : start], "little")
@@ -107,7 +119,7 @@ def open_item(path: Path, check: bool = True) -> Item:
         header = json.loads(bytes(buffer[start:stop]))
     except ValueError as err:
         raise DamagedItem("has no readable header") from err
-    return Item(header, buffer[stop:-_CRC])
+    return Item(header, buffer[stop:-_CRC], state)
 
 
 def _blosc2() -> ModuleType | None:

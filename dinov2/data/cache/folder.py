@@ -19,7 +19,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from dinov2.data.cache.file import DamagedItem, Item, encode, open_item
+from dinov2.data.cache.file import DamagedItem, FileState, Item, encode, open_item
 from dinov2.data.datalist import Entry
 from dinov2.data.preprocess import PREPROCESSING, Volume
 from dinov2.data.volumes.bounded import open_regular
@@ -53,7 +53,7 @@ class VolumeCache:
         self.max_bytes = None if max_gb is None else int(max_gb * 2**30)
         self._why_not_written: str | None = None
         self._fingerprints: dict[str, dict[str, Any] | None] = {}
-        self._checked: set[str] = set()  # keys whose checksum this process has verified
+        self._checked: dict[str, FileState] = {}  # by key, as they were when this process verified their checksums
         self._check_manifest()
         self._bytes, self._counted_at = 0, -math.inf
 
@@ -124,8 +124,8 @@ class VolumeCache:
             return None
         path = self.path(key)
         try:
-            item = open_item(path, check=key not in self._checked)
-            self._checked.add(key)
+            item = open_item(path, checked=self._checked.get(key))
+            self._checked[key] = item.state
             return item
         except FileNotFoundError:
             return None
@@ -165,7 +165,6 @@ class VolumeCache:
         except OSError as err:
             self._stop_writing(f"cannot be written ({err.strerror})")
             return 0
-        self._checked.discard(key)
         self._bytes += len(data)
         return len(data)
 

@@ -11,7 +11,7 @@ from dinov2.data.datalist import Entry
 from dinov2.data.preprocess import Volume, preprocess
 from dinov2.data.volumes.grids import GridMap
 from dinov2.data.volumes.opening import open_volume
-from dinov2.errors import BadVolume
+from dinov2.errors import BadInput, BadVolume
 from dinov2.geometry import triple
 
 
@@ -71,6 +71,7 @@ class VolumeStore:
 
         Raises:
             BadVolume: It cannot be used; remembered, so that the file is read once.
+            BadInput: There was no memory for it, which says nothing of the volume: with another one the run would be another.
         """
         times = self._count_times(index)
         key = (index, int(rng.integers(times)) if times > 1 else 0)
@@ -82,7 +83,7 @@ class VolumeStore:
         try:
             volume = load_volume(self.entries[index], key[1], self.cache)
         except BadVolume as err:
-            self._bad[key] = str(err)
+            self._bad[key] = _of_the_volume(err)
             raise
         self._keep(key, volume)
         return volume
@@ -95,7 +96,7 @@ class VolumeStore:
             try:
                 self._num_times[index] = count_times(self.entries[index], self.cache)
             except BadVolume as err:
-                self._bad[index, None] = str(err)
+                self._bad[index, None] = _of_the_volume(err)
                 raise
         return self._num_times[index]
 
@@ -107,3 +108,17 @@ class VolumeStore:
         while self._bytes > self.max_bytes:
             _, oldest = self._kept.popitem(last=False)
             self._bytes -= oldest.voxels.nbytes
+
+
+def _of_the_volume(err: BadVolume) -> str:
+    """What is wrong with a volume.
+
+    Raises:
+        BadInput: Nothing: memory had run out.
+    """
+    if err.reason != "memory":
+        return str(err)
+    raise BadInput(
+        f"{err}: use fewer train.num_workers or a smaller train.memory_store_mb; the same command continues. Where it is the "
+        "volume itself that is too large, take it off the list (--allow-changed-data)"
+    ) from err

@@ -35,6 +35,7 @@ _GREYS = {_UNKNOWN: "#8d96a0", _LABEL_MAP: "#c3c9d0"}
 _MEANINGS = {
     "unreadable": "not an image, or damaged",
     "truncated": "shorter than its header says",
+    "memory": "there was no memory to read it",
     "damaged": "its checksum does not match, or it expands to more than its header needs",
     "not_a_file": "a pipe, a socket or a device",
     "non_finite": "NaN or infinite voxels",

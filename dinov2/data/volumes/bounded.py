@@ -18,7 +18,7 @@ from typing import BinaryIO
 
 from nibabel.openers import Opener
 
-from dinov2.errors import BadVolume
+from dinov2.errors import BadVolume, is_out_of_memory
 
 MAX_TEXT_BYTES = 16 * 2**20  # of a sidecar, a data set's description, a header
 MAX_TRAILING_BYTES = 16 * 2**20  # after the voxels of a compressed stream: MGH's tags, padding
@@ -77,7 +77,7 @@ def foreign(path: str, doing: str) -> Iterator[None]:
     except Exception as err:  # all of them: what a parser raises on bytes it does not expect is in no list
         if "CRC" in str(err):  # the gzip module's words, and the zipfile module's
             raise BadVolume(f"{path}: damaged: its gzip checksum does not match", "damaged") from err
-        reason = "truncated" if isinstance(err, EOFError) else "unreadable"
+        reason = "truncated" if isinstance(err, EOFError) else "memory" if is_out_of_memory(err) else "unreadable"
         raise BadVolume(f"{path}: cannot be {doing}: {describe_error(err)}", reason) from err
 
 

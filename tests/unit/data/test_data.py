@@ -425,6 +425,26 @@ def test_a_killed_loader_process_ends_the_run_with_its_reason(
     assert not multiprocessing.active_children(), "the other one goes with it"
 
 
+def test_a_mapped_file_that_is_cut_short_is_the_reason_given(real_list: Path, small_config: SmallConfig) -> None:
+    batches = iter(TrainLoader(small_config("train.num_workers=1"), read_datalist(real_list)))
+    next(batches)
+    os.kill(multiprocessing.active_children()[0].pid, signal.SIGBUS)
+    with pytest.raises(BadInput, match="was ended by SIGBUS: a file of the cache folder was cut short"):
+        for _ in range(50):
+            next(batches)
+
+
+class _TooLarge:
+    def __reduce__(self) -> str:
+        raise MemoryError
+
+
+def test_a_loader_process_without_memory_for_an_answer_ends_without_a_trace(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(BadInput, match="loader process .* ended with code 0: most likely memory ran out"):
+        next(compute_in_order(lambda _: _TooLarge(), itertools.repeat(0), 1))
+    assert capfd.readouterr().err == ""
+
+
 def _third_fails(request: int) -> int:
     if request == 3:
         raise KeyError("the third")

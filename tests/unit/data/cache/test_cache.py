@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import nibabel as nib
@@ -20,14 +21,17 @@ import pytest
 import torch
 
 from dinov2.data import read_datalist, write_datalist
+from dinov2.data.cache import file as file_module
 from dinov2.data.cache import folder as cache_module
+from dinov2.data.cache import store as store_module
 from dinov2.data.cache.commands import build, stats, verify
 from dinov2.data.cache.file import DamagedItem, encode, open_item
 from dinov2.data.cache.folder import MANIFEST, VolumeCache
 from dinov2.data.cache.store import VolumeStore, load_volume
 from dinov2.data.datalist import Datalist, Entry
 from dinov2.data.preprocess import Volume
-from dinov2.errors import BadInput
+from dinov2.data.volumes.opening import RawVolume, open_volume
+from dinov2.errors import BadInput, BadVolume
 from dinov2.streams import Kind, stream
 from tests.conftest import ROOT
 
@@ -174,6 +178,25 @@ def test_a_file_that_its_writer_has_just_finished_is_not_written_into(
     assert final.read_bytes() == b"whole"
 
 
+def test_a_volume_that_there_is_no_memory_for_is_not_replaced(volumes: Datalist, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was set aside as unreadable: a busy machine decided what a run learns from."""
+
+    def without_memory(_: int) -> np.ndarray:
+        raise MemoryError
+
+    def opened(entry: Entry) -> RawVolume:
+        raw = open_volume(entry)
+        return replace(raw, image=replace(raw.image, read=without_memory))
+
+    store = VolumeStore(volumes.entries, 0)
+    with monkeypatch.context() as patch:
+        patch.setattr(store_module, "open_volume", opened)
+        with pytest.raises(BadInput, match=r"more memory than there is: use fewer train.num_workers") as caught:
+            store.get(0, stream(0, Kind.SAMPLE, 0))
+    assert not isinstance(caught.value, BadVolume)
+    assert store.get(0, stream(0, Kind.SAMPLE, 0)).voxels.numel() > 0
+
+
 def test_what_the_list_says_of_a_file_is_part_of_what_is_cached(volumes: Datalist, tmp_path: Path) -> None:
     built(volumes, tmp_path / "cache")
     cache, entry = VolumeCache(tmp_path / "cache"), volumes.entries[0]
@@ -221,6 +244,28 @@ def test_a_damaged_item_is_named_and_made_anew(
     assert str(path) in caplog.text and entry.image in caplog.text
     assert path.read_bytes() == whole
     assert same(cache.load(entry, 0), load_volume(entry, 0))
+
+
+@pytest.mark.parametrize("how", DAMAGES)
+@pytest.mark.parametrize("name", ["a", "noise"])
+def test_what_is_damaged_after_it_was_read_is_noticed_too(
+    volumes: Datalist, tmp_path: Path, how: str, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Once a process had read a file it trusted whatever stood there later: it ended with a trace, or used wrong voxels."""
+    built(volumes, tmp_path / "cache")
+    cache, entry = VolumeCache(tmp_path / "cache"), next(e for e in volumes.entries if name in Path(e.image).name)
+    assert cache.load(entry, 0) is not None
+    damage(cache.path(cache.key(entry, 0)), how)
+    assert same(load_volume(entry, 0, cache), load_volume(entry, 0))
+    assert "made anew from its source" in caplog.text
+
+
+def test_a_file_is_held_against_its_checksum_once(volumes: Datalist, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    built(volumes, tmp_path / "cache")
+    cache = VolumeCache(tmp_path / "cache")
+    cache.load(volumes.entries[0], 0)
+    monkeypatch.setattr(file_module.zlib, "crc32", None)
+    assert cache.load(volumes.entries[0], 0) is not None
 
 
 def test_verify_removes_what_is_damaged_and_build_makes_it_again(volumes: Datalist, tmp_path: Path) -> None:
