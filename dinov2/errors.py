@@ -9,6 +9,7 @@ from typing import NoReturn
 
 EXIT_OK = 0
 EXIT_LOST_RANK = 1
+EXIT_NOT_SHOWN = 1  # of the quick start: what it promises to show was not seen
 EXIT_BAD_INPUT = 2
 EXIT_COLLAPSED = 3  # train.stop_on_collapse: saved, and not worth continuing as it is
 EXIT_RESUMABLE = 75  # stopped on request, start the same command again to continue

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 import pickle
-from pathlib import Path
+from enum import Enum
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 import torch
@@ -28,12 +29,28 @@ _ALLOWED = {  # whole names: what a module's name begins with says nothing of wh
     ),
     ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
     ("torch.serialization", "_get_layout"),
-    *(("pathlib", name) for name in ("PosixPath", "PurePosixPath")),  # of the machine that wrote it; not used
 }  # fmt: skip
+_PATHS = {  # of the machine that wrote it; not used. Python 3.13 names another module than those before and after it.
+    (module, kind + name): path
+    for module in ("pathlib", "pathlib._local")
+    for kind in ("", "Pure")
+    for name, path in (("PosixPath", PurePosixPath), ("WindowsPath", PureWindowsPath))
+}
+
+
+def _member(cls: type, name: str) -> Enum:
+    """What Python up to 3.11.3 writes a member of an enumeration as: `getattr` of its class and its name."""
+    if not (isinstance(cls, type) and issubclass(cls, Enum) and name in cls.__members__):
+        raise pickle.UnpicklingError(f"its index names an attribute of {cls!r}, which no checkpoint needs")
+    return cls.__members__[name]
 
 
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("builtins", "getattr"):
+            return _member
+        if (module, name) in _PATHS:
+            return _PATHS[module, name]
         if (module, name) not in _ALLOWED:
             raise pickle.UnpicklingError(f"its index names {module}.{name}, which no checkpoint needs")
         return super().find_class(module, name)

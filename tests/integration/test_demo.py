@@ -42,7 +42,9 @@ def tiny_demo(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("tiny_demo")
-def test_the_quick_start_shows_what_it_says_and_can_be_repeated(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_quick_start_shows_what_it_says_and_can_be_repeated(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("nilearn")
     out = tmp_path / "out"
     assert main(["demo", "--output", str(out), *SHORT]) == 0
@@ -59,7 +61,8 @@ def test_the_quick_start_shows_what_it_says_and_can_be_repeated(tmp_path: Path, 
         assert f"{name:>22}{np.median(errors):>15.1f}" in said, name
     assert set(results["quarters_dice"]["2"]) == {"demo encoder", "untrained", "voxels around", "voxels"}
     assert results["killed_run_is_the_same"] is True
-    assert main(["demo", "--output", str(out), *SHORT]) == 0
+    monkeypatch.setattr(run, "same_weights", lambda *_: False)
+    assert main(["demo", "--output", str(out), *SHORT]) == 1, "to its end, and no success"
     numbers = [line for line in said.splitlines() if "labelled" in line or line.endswith("%")]
     again = capsys.readouterr().out.splitlines()
     assert len(numbers) > 4 and [line for line in again if "labelled" in line or line.endswith("%")] == numbers

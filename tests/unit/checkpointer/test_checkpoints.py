@@ -5,12 +5,15 @@ from __future__ import annotations
 import gc
 import json
 import pickle
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, Metadata
 
 from dinov2 import load_encoder
 from dinov2.checkpointer.checkpointer import Checkpointer, _checksums
@@ -129,6 +132,37 @@ def test_nothing_that_a_checkpoints_index_names_is_run(tmp_path: Path, module: s
     assert not (tmp_path / "ran").exists()
     pickle.loads((folder / ".metadata").read_bytes())
     assert (tmp_path / "ran").exists(), "it would have run"
+
+
+def test_an_index_that_another_python_wrote_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    state = {"model": {"teacher": {"w": torch.arange(2.0)}}}
+    Checkpointer(tmp_path, keep=3).save(state, 1)
+    written = tmp_path / "0000001" / ".metadata"
+    index = pickle.loads(written.read_bytes())
+    # Debian 12's 3.11.2: a member of an enumeration is an attribute of its class; 3.13: paths are of another module
+    other = type("PosixPath", (), {"__module__": "pathlib._local", "__reduce__": lambda self: (type(self), ("/", "x"))})
+    index.storage_meta.checkpoint_id = other()
+    with monkeypatch.context() as m:
+        m.setattr(_MEM_FORMAT_ENCODING, "__reduce_ex__", lambda self, protocol: (getattr, (type(self), self.name)))
+        m.setitem(sys.modules, "pathlib._local", SimpleNamespace(PosixPath=other))
+        written.write_bytes(pickle.dumps(index))
+    assert b"getattr" in written.read_bytes() and b"pathlib._local" in written.read_bytes()
+    write_checksums(written.parent)
+    read = {"model": {"teacher": {"w": torch.zeros(2)}}}
+    Checkpointer(tmp_path, keep=3).load(read, 1)
+    assert torch.equal(read["model"]["teacher"]["w"], state["model"]["teacher"]["w"])
+
+
+@pytest.mark.parametrize(
+    "thing, name", [(Metadata, "__init__"), (_MEM_FORMAT_ENCODING, "__class__"), (torch.float32, "to_real")]
+)
+def test_an_index_reaches_no_attribute_but_a_member_of_an_enumeration(tmp_path: Path, thing: object, name: str) -> None:
+    Checkpointer(tmp_path, keep=3).save({"model": {"teacher": {"w": torch.zeros(2)}}}, 1)
+    reached = type("Reached", (), {"__reduce__": lambda self: (getattr, (thing, name))})
+    (tmp_path / "0000001" / ".metadata").write_bytes(pickle.dumps(reached()))
+    write_checksums(tmp_path / "0000001")
+    with pytest.raises(BadInput, match="damaged checkpoint .its index names an attribute of .*, which no checkpoint needs"):
+        open_teacher(tmp_path / "0000001")
 
 
 def test_an_index_that_claims_more_than_its_files_hold_builds_nothing(tmp_path: Path) -> None:
