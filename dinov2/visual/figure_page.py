@@ -18,6 +18,7 @@ figure,.table,details{margin:14px 0 0;padding:20px;background:#fff;border:1px so
 img{display:block;max-width:100%;height:auto;margin:0 auto}figcaption{margin-top:12px}table{border-collapse:collapse;width:100%}
 th{text-align:left;font-weight:600;vertical-align:bottom}td,th{padding:5px 14px 5px 0;border-bottom:1px solid #e3e7ec}
 td{font-variant-numeric:tabular-nums;vertical-align:top;min-width:4.2em;overflow-wrap:anywhere}.best{font-weight:700}
+@media(min-width:600px){td:not(:last-child){overflow-wrap:break-word;max-width:22em}}
 code{font-size:13px;color:#66717f}nav{display:flex;flex-wrap:wrap;gap:2px 16px;margin-top:8px}
 .tiles{display:grid;grid-template-columns:repeat(auto-fill,minmax(130px,1fr));gap:12px;margin-top:16px}
 .tiles div{padding:12px 14px;background:#fff;border:1px solid #e3e7ec;border-radius:10px;line-height:1.3}
