@@ -190,10 +190,16 @@ def test_layers_heads_opacity_and_views_change_by_keys(opened: Any) -> None:
         press(opened, "h")
     press(opened, "-")
     assert state(opened)["opacity"] == pytest.approx(0.55) and opacities()[1] == pytest.approx(0.55)
+    press(opened, "+")
+    assert state(opened)["opacity"] == pytest.approx(0.65)
     press(opened, "0")
     assert opacities() == [1, 0, 0]
-    press(opened, "v")
-    assert state(opened)["view"] == "axial"
+    drawn = []
+    for view in ("axial", "coronal", "sagittal", "render", "all"):
+        press(opened, "v")
+        assert state(opened)["view"] == view
+        drawn.append(opened.execute_script("return viewer.scans.map(({nv}) => nv.opts.sliceType)"))
+    assert drawn == [[kind, kind] for kind in (0, 1, 2, 4, 3)]  # niivue's SLICE_TYPE
     press(opened, "3")
     before = state(opened)["cell"]
     press(opened, "\ue014")  # the right arrow: the next patch towards the patient's right
