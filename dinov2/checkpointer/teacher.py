@@ -30,7 +30,7 @@ from dinov2.errors import BadInput
 from dinov2.files import user_path
 from dinov2.models.hub import WEIGHTS_SUFFIXES, fetch, is_repository
 from dinov2.models.vision_transformer import FACTORIES
-from dinov2.models.weights import StateDict, plain_names, unwrapped
+from dinov2.models.weights import StateDict, plain_names, refuse_2d, unwrapped
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +81,9 @@ class Teacher:
         Raises:
             BadInput: Several networks, or a 2D one.
         """
-        return unwrapped(plain_names(self.state), self.source)
+        weights = unwrapped(plain_names(self.state), self.source)
+        refuse_2d(weights, self.source)
+        return weights
 
     def identity(self) -> str:
         """What tells these weights from others: SHA-256 of the file, or of a checkpoint's list of checksums.

@@ -295,6 +295,9 @@ class StudentConfig:
     layerscale: float | None = key(1e-05, "initial value of LayerScale; null leaves LayerScale out")
     drop_path_uniform: bool = key(True, "the same rate in every block; false rises linearly from 0")
     pretrained_weights: str = key("", "teacher checkpoint to start the backbone from", is_path=True)
+    pretrained_weights_inflation: str | None = key(
+        None, "the start weights are a 2D ViT's (DINOv2), inflated along slices: central or mean; null: they are 3D"
+    )
     full_pretrained_weights: str = key(
         "", "teacher checkpoint to start backbone and heads from, student and teacher", is_path=True
     )
@@ -321,6 +324,8 @@ class StudentConfig:
         require(0 <= self.drop_path_rate < 1, f"student.drop_path_rate={self.drop_path_rate} must lie in [0, 1)")
         require(self.patch_size >= 1, f"student.patch_size={self.patch_size} must be at least 1")
         require(self.num_register_tokens >= 0, "student.num_register_tokens must not be negative")
+        how, ways = self.pretrained_weights_inflation, " is not central, mean or null"
+        require(how in (None, "central", "mean"), f"student.pretrained_weights_inflation={how!r}{ways}")
         one_start = not (self.pretrained_weights and self.full_pretrained_weights)
         require(one_start, "student.pretrained_weights and student.full_pretrained_weights are both set: keep one")
 
@@ -497,6 +502,12 @@ class Config:
         require(is_power, f"student.patch_size={p} is no power of 2, which train.objective=swin needs to fill views in again")
         starts = [self.MODEL.WEIGHTS, self.student.pretrained_weights or self.student.full_pretrained_weights]
         require(not all(starts), "MODEL.WEIGHTS and student.[full_]pretrained_weights are both set: keep one")
+        is_backbone = bool(self.MODEL.WEIGHTS or self.student.pretrained_weights)
+        require(
+            is_backbone or self.student.pretrained_weights_inflation is None,
+            "student.pretrained_weights_inflation needs student.pretrained_weights, the 2D network's file (it has no heads for "
+            "full_pretrained_weights)",
+        )
         dtypes = {m.mixed_precision.param_dtype for m in self.precision_modules()}
         require("fp64" not in dtypes or dtypes == {"fp64"}, "param_dtype fp64 must be set for all six modules or for none")
 

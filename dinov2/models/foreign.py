@@ -45,7 +45,7 @@ def ct_fm(state: StateDict) -> SegResFeatures:
     Raises:
         BadInput: Weights of another family.
     """
-    first = _tensor_of(state, SEGRES)
+    first = tensor_of_family(state, SEGRES)
     encoder = SegResFeatures(32 if first is None else len(state[first]))
     if first is not None:
         prefix = first.removesuffix("conv_init.weight")
@@ -62,7 +62,7 @@ def voco(state: StateDict) -> SwinEncoder3d:
     Raises:
         BadInput: Weights of another family, or a part of them.
     """
-    first = _tensor_of(state, SWIN)
+    first = tensor_of_family(state, SWIN)
     is_v2 = first is None or any(".layers1c." in f".{k}" for k in state)
     width = 48 if first is None else swin_width(state, "of VoCo")
     encoder = SwinEncoder3d(width, unit_range=True, v2=is_v2)
@@ -80,7 +80,7 @@ def dinov2_slices(state: StateDict) -> SliceViT:
     Raises:
         BadInput: Weights of another family.
     """
-    first = _tensor_of(state, VIT_2D)
+    first = tensor_of_family(state, VIT_2D)
     if first is None:
         return SliceViT(384, 12, 16, 0, is_gated=False)
     prefix = first.removesuffix("patch_embed.proj.weight")
@@ -153,7 +153,7 @@ class SegResFeatures(_LastMap):
 PATCH = 14  # pixels of DINOv2's patches
 CELL = 8  # voxels of a slice that a patch shows, and slices whose tokens make one cell
 _EMBEDDING = "patch_embed.proj.weight"
-_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's colours, which DINOv2 takes
+COLOUR_MEAN, COLOUR_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's colours, which DINOv2 takes
 _SLICES = 4 * CELL  # in one pass
 
 
@@ -188,8 +188,8 @@ class SliceViT(nn.Module):
         ffn: Callable[..., nn.Module] = SwiGLUFFN if is_gated else Mlp
         self.blocks = nn.ModuleList(Block(embed_dim, embed_dim // 64, init_values=1.0, ffn_layer=ffn) for _ in range(depth))
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
-        self.register_buffer("mean", torch.tensor(_MEAN).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(_STD).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("mean", torch.tensor(COLOUR_MEAN).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(COLOUR_STD).view(1, 3, 1, 1), persistent=False)
 
     def get_intermediate_layers(
         self,
@@ -253,8 +253,8 @@ class SliceViT(nn.Module):
         return torch.cat([self.pos_embed[:, :1], grid.flatten(2).transpose(1, 2).to(self.pos_embed.dtype)], 1)
 
 
-def _tensor_of(state: StateDict, wanted: str) -> str | None:
-    """The tensor that tells a family; None of an untrained network.
+def tensor_of_family(state: StateDict, wanted: str) -> str | None:
+    """The name of the tensor that tells a family (`VIT_2D`, ...); None of an untrained network.
 
     Raises:
         BadInput: The weights are of another family, which is named.
@@ -265,7 +265,7 @@ def _tensor_of(state: StateDict, wanted: str) -> str | None:
         found = next((k for k, v in state.items() if re.search(pattern, k) and (not ndim or v.ndim == ndim)), None)
         if found is not None:
             if family != wanted:
-                raise BadInput(f"they are of {family}, this adapter takes {wanted}")
+                raise BadInput(f"they are of {family}, not of {wanted}")
             return found
     raise BadInput(f"none of their {len(state)} tensors is one of {wanted}")
 

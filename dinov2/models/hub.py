@@ -14,6 +14,7 @@ logger = logging.getLogger(__name__)
 
 WEIGHTS_SUFFIXES = (".safetensors", ".pth", ".pt")
 _REPOSITORY = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?(:(?P<file>[\w./-]+))?")
+_TIMEOUT_S = 15  # for the hub's first answer
 _PREFERRED = ("model.safetensors", "teacher_checkpoint.pth")
 
 
@@ -74,7 +75,9 @@ def fetch(source: str, cache_dir: str | Path | None = None) -> Fetched:
         return Path(hub.hf_hub_download(repo_id=named.repo, revision=named.revision, filename=name, cache_dir=cache_dir))
 
     try:
-        names = hub.HfApi().list_repo_files(repo_id=named.repo, revision=named.revision)
+        # asked first, because it is asked once: all else of the library repeats itself for minutes where nothing answers
+        found = hub.HfApi().model_info(named.repo, revision=named.revision, timeout=_TIMEOUT_S)
+        names = [file.rfilename for file in found.siblings or ()]
         path = download(named.file or _choose(names, source))
         card = download("README.md") if "README.md" in names else None
     except (OSError, HTTPError, ValueError) as err:

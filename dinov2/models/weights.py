@@ -41,7 +41,7 @@ def unwrapped(weights: StateDict, source: str | Path) -> StateDict:
         source: Named in messages.
 
     Raises:
-        BadInput: There are several such names, or the network is a 2D one.
+        BadInput: There are several such names.
     """
     found = sorted({k.removesuffix(_EMBEDDING).removesuffix("backbone.") for k in weights if k.endswith(_EMBEDDING)})
     if len(found) > 1 and "" not in found:
@@ -50,13 +50,22 @@ def unwrapped(weights: StateDict, source: str | Path) -> StateDict:
     if prefix:
         logger.info("weights %s: those of its entries whose names begin with %s", source, prefix)
         weights = {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
+    return weights
+
+
+def refuse_2d(weights: StateDict, source: str | Path) -> None:
+    """Tell the tensors of a 2D network, which fit nothing here, from those of a 3D one.
+
+    Raises:
+        BadInput: They are a 2D one's.
+    """
     embedding = weights.get(_EMBEDDING, weights.get(f"backbone.{_EMBEDDING}"))
     if embedding is not None and embedding.ndim == 4:
         raise BadInput(
             f"weights {source}: of a 2D network (its patches are {tuple(embedding.shape[2:])} pixels of "
-            f"{embedding.shape[1]} channels): this package's networks are 3D, 2D weights cannot start them"
+            f"{embedding.shape[1]} channels), and this package's are 3D: student.pretrained_weights_inflation=central starts a "
+            "training from them, --encoder dinov2.models.foreign:dinov2_slices takes DINOv2's slice by slice"
         )
-    return weights
 
 
 def load_backbone(backbone: DinoVisionTransformer3d, weights: StateDict, source: str | Path) -> None:

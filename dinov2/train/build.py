@@ -13,7 +13,7 @@ from torch.optim import AdamW
 
 from dinov2.checkpointer.checkpointer import Checkpointer
 from dinov2.checkpointer.domain import DOMAIN, Domain
-from dinov2.checkpointer.teacher import open_teacher, read_weights
+from dinov2.checkpointer.teacher import open_teacher, open_trained
 from dinov2.data.corpus.domain import domain_of
 from dinov2.data.corpus.overlap import TRAINED_ON, Seen, seen_by_weights, seen_in
 from dinov2.data.datalist import Datalist
@@ -23,6 +23,7 @@ from dinov2.distributed.runtime import Runtime
 from dinov2.errors import BadInput
 from dinov2.fsdp.parallel import parallelise
 from dinov2.layers.attention import resolve_attention
+from dinov2.models.inflation import inflated
 from dinov2.models.weights import load_backbone, load_heads
 from dinov2.streams import Kind, torch_seed
 from dinov2.train.compiling import compile_as_configured
@@ -60,7 +61,8 @@ def load_start_weights(model: MetaArch, cfg: DictConfig) -> None:
     path = start_weights(cfg)
     if not path:
         return
-    weights = read_weights(path)
+    start, how = open_trained(path), cfg.student.pretrained_weights_inflation
+    weights = inflated(start.state, model.student.backbone, how, path) if how else start.weights
     load_backbone(model.student.backbone, weights, path)
     if cfg.student.full_pretrained_weights:
         load_heads({k: v for k, v in model.student.items() if k != "backbone"}, weights, path)

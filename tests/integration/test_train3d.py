@@ -20,6 +20,7 @@ import pytest
 import torch
 from omegaconf import DictConfig, OmegaConf
 
+from dinov2.configs import load_and_merge_config_3d
 from dinov2.data import TrainLoader, read_datalist
 from dinov2.data.cache.commands import verify
 from dinov2.demo.run import run_demo
@@ -33,6 +34,7 @@ from dinov2.train.state import TrainState
 from dinov2.train.train3d import main, train_step
 from tests.conftest import ROOT, SMALL, TIMING, Trainer, read_json_lines
 from tests.started import Started
+from tests.unit.models.test_foreign import dinov2_layout, drawn
 
 
 def teacher(output_dir: Path, iteration: int) -> dict[str, torch.Tensor]:
@@ -378,6 +380,28 @@ def test_the_high_resolution_stage_starts_from_the_first_stages_teacher(trainer:
     assert "positions of a grid of 4 cubed interpolated to (5, 5, 5)" in result.stderr
     saved = torch.load(tmp_path / "two" / "eval" / "training_5" / "teacher_checkpoint.pth", weights_only=True)
     assert saved["meta"]["trained_on"]["num_unknown"] == 4  # two volumes without a hash, in each of the two runs
+
+
+@pytest.mark.slow
+def test_a_run_starts_from_2d_weights_says_so_and_goes_on_without_them(trainer: Trainer, tmp_path: Path) -> None:
+    weights, out = tmp_path / "dinov2_vits14_pretrain.pth", tmp_path / "run"
+    torch.save(drawn(dinov2_layout(embed_dim=24)), weights)
+    start = [
+        f"student.pretrained_weights={weights}",
+        "student.pretrained_weights_inflation=mean",
+        "train.OFFICIAL_EPOCH_LENGTH=2",
+    ]
+    first = trainer.call(out, "optim.epochs=1", *start)
+    assert first.returncode == 0 and f"started from {weights}" in first.stderr, first.stderr
+    for words in ("a 2D network, inflated along depth (mean)", "heads have 64 channels, this network's 12"):
+        assert words in first.stderr
+    kept = load_and_merge_config_3d(out / "config.yaml", [])
+    assert (kept.student.pretrained_weights, kept.student.pretrained_weights_inflation) == (str(weights), "mean")
+    weights.unlink()
+    second = trainer.call(out, *start)
+    assert second.returncode == 0 and "iterations 6 to 11" in second.stderr and "started from" not in second.stderr, (
+        second.stderr
+    )
 
 
 @pytest.mark.slow

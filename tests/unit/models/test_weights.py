@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import pickle
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -181,15 +182,15 @@ class FakeHub:
             (self.snapshot / name).symlink_to(blob)
 
     def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(huggingface_hub, "HfApi", lambda: SimpleNamespace(list_repo_files=self.list_repo_files))
+        monkeypatch.setattr(huggingface_hub, "HfApi", lambda: SimpleNamespace(model_info=self.model_info))
         monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda filename, **_: str(self.snapshot / filename))
         monkeypatch.setattr(huggingface_hub, "snapshot_download", self.snapshot_download)
 
-    def list_repo_files(self, repo_id: str, revision: str | None) -> list[str]:
-        assert repo_id == "group/vit" and revision in (None, "v1")
+    def model_info(self, repo_id: str, revision: str | None, timeout: float) -> SimpleNamespace:
+        assert repo_id == "group/vit" and revision in (None, "v1") and 0 < timeout < 60
         if not self.is_reachable:
             raise OfflineModeIsEnabled("cannot reach the hub\nwith details")
-        return self.names
+        return SimpleNamespace(siblings=[SimpleNamespace(rfilename=name) for name in self.names])
 
     def snapshot_download(self, local_files_only: bool, **_: object) -> str:
         assert local_files_only
@@ -233,6 +234,26 @@ def test_an_unreachable_hub_a_damaged_file_and_a_choice_are_one_line(hub: FakeHu
     with pytest.raises(BadInput, match="neither a file here nor to be had from the Hugging Face hub .cannot reach") as caught:
         load_encoder("group/vit", "cpu")
     assert "\n" not in str(caught.value)
+
+
+def test_the_library_asks_a_hub_that_cannot_be_reached_once_and_finds_its_cached_copy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def never(_: float) -> None:
+        raise AssertionError("waits to ask again")
+
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")  # nothing listens there
+    monkeypatch.setattr(time, "sleep", never)
+    with pytest.raises(BadInput, match="group/vit: neither a file here nor to be had from the Hugging Face hub") as caught:
+        fetch("group/vit", tmp_path)
+    assert "\n" not in str(caught.value)
+    folder = tmp_path / "models--group--vit"
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs" / "main").write_text("0" * 40)
+    (folder / "snapshots" / ("0" * 40)).mkdir(parents=True)
+    (folder / "snapshots" / ("0" * 40) / "weights.pth").write_bytes(b"")
+    assert fetch("group/vit", tmp_path).path.name == "weights.pth"
+    assert "group/vit: from the cache, the Hugging Face hub gave nothing" in caplog.text
 
 
 @pytest.mark.parametrize("source", ["vit", "group/vit/file", "group/vit@", ""])
