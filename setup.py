@@ -1,13 +1,14 @@
-"""Installation: distribution `dinov2-3d`, package `dinov2`; the YAML recipes of `configs/` go along as `dinov2.recipes`.
+"""The compiled operators of `csrc/`; what else an installation is (names, packages needed, extras) pyproject.toml says.
 
 Where a C++ compiler and torch are at hand, `csrc/` becomes the compiled operators, with nvcc and a CUDA torch the CUDA kernels
 too; where not, installation succeeds without them and the same operations run in plain PyTorch, slower (`dinov2 doctor` says
-which). FORCE_CUDA=1 fails rather than leave the CUDA kernels out, FORCE_CUDA=0 leaves them out; TORCH_CUDA_ARCH_LIST chooses
-GPU architectures.
+which). The torch is that of the environment that is installed into: none is fetched to compile with. FORCE_CUDA=1 fails rather
+than leave the CUDA kernels out, FORCE_CUDA=0 leaves them out; TORCH_CUDA_ARCH_LIST chooses GPU architectures.
 """
 
 import os
 import sys
+import sysconfig
 from pathlib import Path
 from subprocess import SubprocessError
 
@@ -15,10 +16,9 @@ from setuptools import Extension, find_packages, setup
 from setuptools.errors import BaseError
 
 HERE = Path(__file__).parent
-VERSION: dict[str, str] = {}
-exec((HERE / "dinov2" / "version.py").read_text(), VERSION)
 FORCE_CUDA = os.environ.get("FORCE_CUDA") == "1"
 CUDA_ARCHITECTURES = "7.5;8.0;9.0+PTX"  # what every toolkit of CUDA 12 and 13 knows; newer GPUs compile the PTX when first used
+PYTHON_ABI = "cp311"  # a module holds one function of Python's stable interface: it serves every Python from this one on
 CXX_FLAGS = [] if sys.platform == "win32" else ["-O3", "-Wno-psabi", "-fvisibility=hidden"]
 
 
@@ -29,11 +29,12 @@ def compiled_operators() -> dict:
     visible is not asked. A module carries the torch release it was compiled for in its name, so that it is never loaded into
     another.
     """
+    show_environment()
     try:
         import torch
         from torch.utils.cpp_extension import BuildExtension
     except ImportError:
-        sys.stderr.write("dinov2-3d: torch is not installed, the compiled operators are left out\n")
+        sys.stderr.write("dinov2-3d: torch is not installed here, the compiled operators are left out\n")
         return {}
 
     class Optional(BuildExtension):
@@ -63,7 +64,17 @@ def compiled_operators() -> dict:
         extensions.append(cuda_module(release))
     elif FORCE_CUDA:
         raise SystemExit(f"dinov2-3d: FORCE_CUDA=1, but {obstacle}")
-    return {"ext_modules": extensions, "cmdclass": {"build_ext": Optional}}
+    options = {"bdist_wheel": {"py_limited_api": PYTHON_ABI}}
+    return {"ext_modules": extensions, "cmdclass": {"build_ext": Optional}, "options": options}
+
+
+def show_environment() -> None:
+    """Let Python see the packages of the environment that is installed into, which pip hides from a build, after its own.
+
+    They are where this interpreter's own paths say; another front end (uv, build) has a separate environment with another
+    interpreter, where there is no torch to be seen.
+    """
+    sys.path.extend(path for path in {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")} if path not in sys.path)
 
 
 def sources(*suffixes: str, cuda: bool) -> list[str]:
@@ -83,6 +94,7 @@ def cpu_module(release: str) -> Extension:
         depends=sources(".h", ".inc", cuda=False),
         extra_compile_args={"cxx": CXX_FLAGS + threads},
         extra_link_args=["-s", *threads],
+        py_limited_api=True,
     )
 
 
@@ -111,53 +123,11 @@ def cuda_module(release: str) -> Extension:
         depends=sources(".h", ".inc", cuda=False) + sources(".h", cuda=True),
         extra_compile_args={"cxx": CXX_FLAGS, "nvcc": ["-O3", "-Xcompiler", "-fvisibility=hidden"]},
         extra_link_args=["-s"],
+        py_limited_api=True,
     )
 
 
 setup(
-    name="dinov2-3d",
-    version=VERSION["__version__"],
-    description="Self-supervised pretraining of 3D vision transformers on medical volumes (3DINO)",
-    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
-    long_description_content_type="text/markdown",
-    license="Apache-2.0",
-    license_files=["LICENSE", "NOTICE"],
-    python_requires=">=3.11",
     packages=[*find_packages(include=["dinov2", "dinov2.*"]), "dinov2.recipes"],
-    package_dir={"dinov2.recipes": "configs"},
-    package_data={
-        "dinov2": ["weights/*"],
-        "dinov2.sharing": ["standalone/*.py"],
-        "dinov2.visual": ["assets/*"],
-        "dinov2.demo": ["scans/*"],
-        "dinov2.configs": ["*.yaml", "train/*.yaml"],
-        "dinov2.recipes": ["**/*.yaml"],
-    },
-    py_modules=["dinov2_3d"],
-    install_requires=[
-        "torch>=2.11,<3",
-        "monai>=1.5,<2",
-        "omegaconf>=2.3,<3",
-        "numpy>=1.26",
-        "nibabel>=5.2",
-        "pydicom>=3,<4",
-        "SimpleITK>=2.3,<3",
-        "blosc2>=3",
-        "safetensors>=0.4",
-        "huggingface-hub>=1,<3",
-        "pyarrow>=15",
-        "submitit>=1.5",
-        "tensorboard>=2.16",
-        "tqdm>=4.60",
-        "scikit-learn>=1.4",
-        "scipy>=1.11",
-        "matplotlib>=3.8",
-        "seaborn>=0.13",
-        "statannotations>=0.7.2",
-        "jinja2>=3.1",
-        "nilearn>=0.11",
-    ],
-    extras_require={"cuda": ["xformers"], "test": ["pytest>=8", "hypothesis>=6", "ruff>=0.9", "selenium>=4.20", "build"]},
-    entry_points={"console_scripts": ["dinov2=dinov2_3d:main"]},
     **compiled_operators(),
 )

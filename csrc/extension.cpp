@@ -1,5 +1,8 @@
 // The compiled module of dinov2.ops: importing it registers the operators (torch.ops.dinov2.*); it holds nothing else.
 
+#ifndef Py_LIMITED_API
+#define Py_LIMITED_API 0x030B0000  // one module for every Python from 3.11 on
+#endif
 #include <Python.h>
 
 #define JOIN(a, b) a##b

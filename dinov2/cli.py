@@ -16,6 +16,7 @@ from dinov2.errors import EXIT_BAD_INPUT, EXIT_OK, EXIT_RESUMABLE, BadInput
 from dinov2.files import refuse_output, shown, words, write_text
 from dinov2.geometry import triple
 from dinov2.logging import setup_logging
+from dinov2.optional import DRAWING, missing_line, require
 from dinov2.version import __version__
 
 if TYPE_CHECKING:
@@ -72,6 +73,8 @@ def config_check(args: argparse.Namespace) -> int:
 
 def demo(args: argparse.Namespace) -> int:
     """What the encoder that comes along sees, what that is good for, and a training of your own: four minutes."""
+    if args.data is None:
+        require("the quick start without --data", "nilearn")
     from dinov2.demo.run import run_demo
 
     return run_demo(args.output, args.data, args.seed, args.overrides, say)
@@ -168,6 +171,8 @@ def index(args: argparse.Namespace) -> int:
         num_workers=default_workers() if args.workers is None else args.workers,
     )
     refuse_outputs(request, args.report)
+    if args.report:
+        require("--report", "matplotlib")
     code = merge(args.folders, request, say) if args.merge else run_index(args.folders, request, say)
     if code != EXIT_RESUMABLE and args.report:
         from dinov2.data.corpus.report import write_report
@@ -197,6 +202,8 @@ def compare(args: argparse.Namespace) -> int:
     from dinov2.eval.study.compare import compare as run_compare
     from dinov2.eval.study.figures import draw_comparison
 
+    if args.output is not None and not args.no_figures:
+        require("--output with figures (without: --no-figures)", *DRAWING)
     return run_compare(args.runs, args.output, say, None if args.no_figures else draw_comparison)
 
 
@@ -287,6 +294,7 @@ def visualize(args: argparse.Namespace) -> int:
 
 def retrieve(args: argparse.Namespace) -> int:
     """Show the scans of a table that are most similar to one, or the same place in them."""
+    require("the page of `dinov2 retrieve`", "matplotlib")
     from dinov2.features.retrieval.command import RetrieveRequest
     from dinov2.features.retrieval.command import retrieve as run_retrieve
 
@@ -701,6 +709,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_PIPE
     except BadInput as err:
         logger.error("%s", err)
+    except ImportError as err:  # of what a command's modules begin with
+        line = missing_line(err, "this command")
+        if line is None:
+            raise
+        logger.error("%s", line)
     except OSError as err:  # a full disk, a folder that went away, a name that a system cannot have
         logger.error("%s: %s", shown(err.filename or "a file"), err.strerror or err)
     return EXIT_BAD_INPUT

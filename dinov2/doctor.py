@@ -14,6 +14,7 @@ import torch
 from dinov2.data.volumes.formats import FORMATS
 from dinov2.logging.provenance import git_state, versions
 from dinov2.ops import compiled_operators, cuda_kernels
+from dinov2.optional import EXTRAS, install_words
 from dinov2.version import __version__
 
 _OPTIONAL = {
@@ -21,7 +22,10 @@ _OPTIONAL = {
     "blosc2": "compressed cache files; without it they take twice the space",
     "monai": "the reference augmentation (train.augmentation=monai)",
     "nilearn": "the quick start's built-in template; without it use `dinov2 demo --data FOLDER`",
-    "matplotlib": "pictures of the quick start",
+    "matplotlib": "pictures and pages",
+    "statannotations": "marks of significance in figures",
+    "submitit": "SLURM jobs",
+    "onnx": "ONNX files of weights",
     "tensorboard": "curves while training",
     **{
         package: "reads " + ", ".join(f.name for f in FORMATS if package in f.needs)
@@ -53,7 +57,8 @@ def report() -> str:
     for name, meaning in _OPTIONAL.items():
         present = importlib.util.find_spec(name) is not None
         state = importlib.metadata.version(name) if present else "missing"
-        lines.append(f"  {name:14} {state:10} {meaning}")
+        cure = f" ({install_words(name)})" if name in EXTRAS and not present else ""
+        lines.append(f"  {name:15} {state:10} {meaning}{cure}")
     return "\n".join(lines)
 
 

@@ -10,6 +10,7 @@ from dinov2.distributed.runtime import stop_runtime
 from dinov2.errors import EXIT_BAD_INPUT, EXIT_LOST_RANK, BadInput, LostRank, is_out_of_memory
 from dinov2.files import words
 from dinov2.logging import setup_logging
+from dinov2.optional import missing_line
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +29,11 @@ def run_program(
         return EXIT_LOST_RANK
     except BadInput as err:
         logger.error("%s", err)
+    except ImportError as err:
+        line = missing_line(err, parser.prog)
+        if line is None:
+            raise
+        logger.error("%s", line)
     except (OSError, MemoryError, RuntimeError) as err:
         if not (isinstance(err, OSError) or is_out_of_memory(err)):
             raise

@@ -24,7 +24,6 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict_saver import AsyncSaveResponse
 
 from dinov2.checkpointer.index import SafeReader, saved_tensors
 from dinov2.checkpointer.saving import CHECKSUMS
@@ -83,7 +82,7 @@ class Checkpointer:
         with _writing_shares(temporary), _quiet():
             if is_enabled():
                 saving = dcp.async_save(state, checkpoint_id=temporary, process_group=self._group)
-                written = saving.upload_completion if isinstance(saving, AsyncSaveResponse) else saving
+                written = saving if isinstance(saving, Future) else saving.upload_completion
                 self._writing = iteration, written
             else:
                 dcp.save(state, checkpoint_id=temporary)

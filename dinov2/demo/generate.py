@@ -19,6 +19,7 @@ from scipy import ndimage
 
 from dinov2.data.datalist import write_datalist
 from dinov2.files import replacing
+from dinov2.optional import needed_for
 
 SPACING_MM = 1.5
 QUARTERS = {1: "lower back", 2: "lower front", 3: "upper back", 4: "upper front"}
@@ -45,7 +46,8 @@ class Template:
 
 def load_template() -> Template:
     """The template of nilearn; CSF is what the brain mask holds beside grey and white matter."""
-    from nilearn import datasets  # heavy, and only the quick start needs it
+    with needed_for("the quick start without --data"):
+        from nilearn import datasets  # heavy, and only the quick start needs it
 
     maps = (datasets.load_mni152_template, datasets.load_mni152_gm_template, datasets.load_mni152_wm_template)
     t1, gm, wm = (np.asarray(load(resolution=1).get_fdata(), dtype=np.float32) for load in maps)

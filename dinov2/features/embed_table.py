@@ -25,6 +25,7 @@ import numpy as np
 from dinov2.errors import BadInput
 from dinov2.features.embed_rows import FACTS
 from dinov2.files import read_json, replacing, to_json, write_json
+from dinov2.optional import needed_for
 
 logger = logging.getLogger(__name__)
 
@@ -41,11 +42,9 @@ def arrow() -> tuple[Any, Any]:
     Raises:
         BadInput: They are not installed.
     """
-    try:
+    with needed_for("a Parquet file"):
         import pyarrow
         import pyarrow.parquet
-    except ImportError as err:
-        raise BadInput("Parquet files need pyarrow: pip install pyarrow") from err
     return pyarrow, pyarrow.parquet
 
 

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dinov2.layers.rope import RotaryTable, rotate
+from dinov2.optional import install_words
 
 
 class Segment(NamedTuple):
@@ -36,7 +37,7 @@ def resolve_attention(kind: str, device_type: str) -> str:
     """
     can_xformers = device_type == "cuda" and importlib.util.find_spec("xformers") is not None
     if kind == "xformers" and not can_xformers:
-        raise ValueError("student.attention=xformers needs CUDA and `pip install xformers`: use sdpa or auto")
+        raise ValueError(f"student.attention=xformers needs CUDA and xformers ({install_words('xformers')}): use sdpa or auto")
     return "xformers" if kind != "sdpa" and can_xformers else "sdpa"
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dinov2.errors import BadInput
+from dinov2.optional import needed_for
 
 logger = logging.getLogger(__name__)
 
@@ -64,11 +65,9 @@ def fetch(source: str, cache_dir: str | Path | None = None) -> Fetched:
         BadInput: No huggingface-hub, no such repository or file, several to choose from, damaged, or neither
             reachable nor cached.
     """
-    try:
+    with needed_for(f"{source}: the hub"):
         import huggingface_hub as hub
         from huggingface_hub.errors import HTTPError
-    except ImportError as err:
-        raise BadInput(f"{source}: weights from the hub need huggingface-hub: pip install 'huggingface-hub>=1'") from err
     named = _parse(source)
 
     def download(name: str) -> Path:

@@ -15,12 +15,16 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-
-import submitit
+from typing import TYPE_CHECKING
 
 from dinov2.errors import EXIT_BAD_INPUT, EXIT_OK, EXIT_RESUMABLE, BadInput
 from dinov2.files import words
 from dinov2.logging import setup_logging
+from dinov2.optional import needed_for
+
+if TYPE_CHECKING:
+    from submitit import AutoExecutor
+    from submitit.helpers import DelayedSubmission
 
 logger = logging.getLogger(__name__)
 
@@ -125,7 +129,9 @@ class Program:
         self.argv = argv
 
     def __call__(self) -> int:
-        submitit.helpers.TorchDistributedEnvironment().export(set_cuda_visible_devices=False)
+        from submitit.helpers import TorchDistributedEnvironment
+
+        TorchDistributedEnvironment().export(set_cuda_visible_devices=False)
         os.environ.setdefault("OMP_NUM_THREADS", "1")
         code = importlib.import_module(self.module).main(self.argv)
         if code == EXIT_RESUMABLE:
@@ -142,9 +148,11 @@ class Program:
             subprocess.run(["scontrol", "requeue", job], check=True)
         time.sleep(REQUEUE_WAIT_S)
 
-    def checkpoint(self) -> submitit.helpers.DelayedSubmission:
+    def checkpoint(self) -> DelayedSubmission:
         """What submitit calls for a signal outside the training loop: start over."""
-        return submitit.helpers.DelayedSubmission(self)
+        from submitit.helpers import DelayedSubmission
+
+        return DelayedSubmission(self)
 
 
 def submit(program: Program, job: Job, folder: Path, num_nodes: int, ranks_per_node: int, on_cpus: bool) -> str:
@@ -182,10 +190,12 @@ def submit_array(programs: list[Program], last: Program, job: Job, folder: Path,
         return [*(one.job_id for one in submitted), executor.submit(last).job_id]
 
 
-def _executor(job: Job, folder: Path) -> submitit.AutoExecutor:
+def _executor(job: Job, folder: Path) -> AutoExecutor:
+    with needed_for("a SLURM job"):
+        from submitit import AutoExecutor
     if shutil.which("sbatch") is None:
         raise BadInput("sbatch was not found: start this on a machine of the cluster, or use the program without SLURM")
-    executor = submitit.AutoExecutor(folder, cluster="slurm", slurm_max_num_timeout=10_000)
+    executor = AutoExecutor(folder, cluster="slurm", slurm_max_num_timeout=10_000)
     optional = {"slurm_partition": job.partition, "slurm_exclude": job.exclude, "slurm_comment": job.comment}
     optional |= {"slurm_mem": job.mem}
     executor.update_parameters(
@@ -201,8 +211,10 @@ def _executor(job: Job, folder: Path) -> submitit.AutoExecutor:
 @contextmanager
 def _refusals() -> Iterator[None]:
     """SLURM's refusal of a job as one line."""
+    from submitit.core.utils import FailedJobError
+
     try:
         yield
-    except (submitit.core.utils.FailedJobError, subprocess.CalledProcessError) as err:
+    except (FailedJobError, subprocess.CalledProcessError) as err:
         reason = next((line for line in str(err).splitlines() if "error" in line), str(err).splitlines()[0])
         raise BadInput(f"SLURM refused the job: {reason.strip()}") from err

@@ -18,6 +18,7 @@ from dinov2.errors import BadInput
 from dinov2.files import refuse_output, replacing, writing
 from dinov2.geometry import Size3
 from dinov2.models.vision_transformer import DinoVisionTransformer3d
+from dinov2.optional import needed_for
 from dinov2.sharing.transformers_folder import open_to_share
 
 MOST_BYTES = 2**31 - 2**24  # of a file in one piece; protobuf's limit, less the graph
@@ -98,11 +99,9 @@ def _onnx() -> Any:
     Raises:
         BadInput: It, or torch's translator, is not installed.
     """
-    try:
+    with needed_for("--onnx"):
         import onnx
         import onnxscript  # noqa: F401 - what torch translates with
-    except ImportError as err:
-        raise BadInput(f"--onnx: needs {err.name}: pip install onnx onnxscript") from err
     return onnx
 
 

@@ -24,6 +24,7 @@ from dinov2.files import read_text, write_text, writing
 from dinov2.models.architecture import saved_network
 from dinov2.models.vision_transformer import DinoVisionTransformer3d
 from dinov2.models.weights import plain_names
+from dinov2.optional import needed_for
 from dinov2.sharing.card import encoder_card, known_sections
 from dinov2.sharing.licence import licence_to_share
 
@@ -173,11 +174,9 @@ def push(folder: Path, repository: str, names: list[str]) -> str:
         BadInput: Not such a name, no huggingface-hub, or the hub cannot be reached or refuses.
     """
     require_repository(repository)
-    try:
+    with needed_for(f"--push {repository}"):
         import huggingface_hub as hub
         from huggingface_hub.errors import HTTPError
-    except ImportError as err:
-        raise BadInput(f"--push {repository}: needs huggingface-hub: pip install 'huggingface-hub>=1'") from err
     try:
         api = hub.HfApi()
         address = api.create_repo(repository, exist_ok=True)

@@ -16,7 +16,7 @@ from dinov2.data.downstream.lists import Item, read_downstream_datalist
 from dinov2.data.downstream.recipes import Recipe, load_recipe
 from dinov2.errors import EXIT_OK, BadInput
 from dinov2.logging import Say
-from dinov2.visual.cases import busiest, draw_case
+from dinov2.optional import require
 
 CLIPPED = 0.5  # share of the foreground at either end of the range above which the intensities look wrong
 OUTSIDE = 0.1  # share of the labelled voxels in the background above which image and label look apart
@@ -54,6 +54,7 @@ def check_recipe(name_or_path: str | Path, base_data_dir: Path, output_dir: Path
     Raises:
         BadInput: The recipe, the list or a case cannot be used.
     """
+    require("dinov2 recipe check", "matplotlib")
     recipe = load_recipe(name_or_path)
     parts = read_downstream_datalist(base_data_dir, recipe)
     items = [item for part in parts.values() for item in part]
@@ -143,6 +144,8 @@ def draw_prepared(case: Case, recipe: Recipe, path: Path, title: str = "", besid
         title: Above it.
         beside: The same case with another label map, through whose planes this one is drawn.
     """
+    from dinov2.visual.cases import busiest, draw_case  # here: numbers need no matplotlib
+
     masks = _masks(case, recipe)
     centre = busiest(list(_masks(beside, recipe).values()), tuple(case.image.shape[1:])) if beside is not None else None
     draw_case(case.image.numpy(), masks, case.spacing_mm, path, title, centre)

@@ -22,8 +22,9 @@ import numpy as np
 
 from dinov2.data.volumes.bounded import check_expansion, foreign, open_regular
 from dinov2.data.volumes.places import SAME, check_positive, column_spacing
-from dinov2.data.volumes.readers import ImageFile, check_size, lps_affine, simpleitk
+from dinov2.data.volumes.readers import READER_MISSING, ImageFile, check_size, lps_affine, simpleitk
 from dinov2.errors import BadVolume
+from dinov2.optional import needed_for
 
 DICOM_SUFFIXES = (".dcm", ".dicom", ".ima")
 GAP_TOLERANCE = 0.1  # share of the usual distance, or of a pixel, by which a slice may lie off its place on a straight line
@@ -140,11 +141,9 @@ def read_slice(path: str) -> Slice | None:
     Raises:
         BadVolume: Not DICOM, no image, several frames, colour, no place in space; no pydicom.
     """
-    try:
+    with needed_for(f"{path}: DICOM", READER_MISSING):
         import pydicom
         from pydicom.errors import InvalidDicomError
-    except ImportError as err:
-        raise BadVolume("DICOM needs pydicom: pip install pydicom", "reader_missing") from err
     with foreign(path, "read as DICOM"), open_regular(path) as file:
         is_bare = _is_bare(file.read(132))
         is_deflated = _check_deflated(path)

@@ -34,6 +34,9 @@ from dinov2.data.volumes.bounded import (
 from dinov2.data.volumes.nifti import PAIR, compression, load_nifti, nifti_place, open_content
 from dinov2.data.volumes.places import check_positive, column_spacing, differs, header_text, of_text_header, shown_mm
 from dinov2.errors import BadVolume
+from dinov2.optional import needed_for
+
+READER_MISSING = partial(BadVolume, reason="reader_missing")
 
 _PLAIN_SUFFIXES = (".nii", ".img", ".hdr", ".mgh", ".gz", ".bz2", ".zst", ".mgz")  # of content that is not compressed
 _DEFLATE_RATIO = 1032  # the most that deflate shrinks anything
@@ -230,10 +233,8 @@ def simpleitk() -> Any:
     Raises:
         BadVolume: It is not installed.
     """
-    try:
+    with needed_for("reading NRRD, MetaImage or DICOM", READER_MISSING):
         import SimpleITK
-    except ImportError as err:
-        raise BadVolume("NRRD, MetaImage and DICOM need SimpleITK: pip install SimpleITK", "reader_missing") from err
     return SimpleITK
 
 

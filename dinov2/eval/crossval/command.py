@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
+import logging
 import os
 from collections import Counter
 from collections.abc import Sequence
@@ -40,6 +41,9 @@ from dinov2.logging import Say
 from dinov2.logging.folder import locked_folder, refuse_another_programs_run
 from dinov2.logging.progress import Progress
 from dinov2.logging.provenance import RUN_FILE, run_record
+from dinov2.optional import left_out
+
+logger = logging.getLogger(__name__)
 
 FEATURES = "features"
 VOLUME = "volume"  # a covariate that is measured where the table has no such column
@@ -125,12 +129,11 @@ def probe(request: ProbeRequest, say: Say) -> int:
         model = linear_model(target, inner_splits(target, everyone, request.seed)).fit(inputs[FEATURES][0], target.values)
         save(folder / PROBE, question.embeddings, target, request.parts, *as_linear_map(model, inputs[FEATURES][0].shape[1]))
         write_text(folder / PREDICTIONS, predictions_csv(question, found))
-        draw(folder, question, found, summary, request)
+        drawn = draw(folder, question, found, summary, request)
         write_json(folder / RESULTS, {**_about(request, question), **summary})  # last: where it is, all is there
         for line in lines_of(summary, target):
             say(line)
-        figure = "roc" if target.classes else "scatter"
-        say(f"{folder}: {RESULTS}, {PREDICTIONS}, {figure}.png, {figure}.pdf, {PROBE} (`dinov2 classify --probe`)")
+        say(f"{folder}: {', '.join([RESULTS, PREDICTIONS, *drawn, PROBE])} (`dinov2 classify --probe`)")
     return EXIT_OK
 
 
@@ -313,8 +316,14 @@ def predictions_csv(question: Question, found: dict[str, OutOfFold]) -> str:
     return text.getvalue()
 
 
-def draw(folder: Path, question: Question, found: dict[str, OutOfFold], summary: dict[str, Any], request: ProbeRequest) -> None:
-    """`roc.png` or `scatter.png`, with a PDF beside it."""
+def draw(
+    folder: Path, question: Question, found: dict[str, OutOfFold], summary: dict[str, Any], request: ProbeRequest
+) -> list[str]:
+    """`roc.png` or `scatter.png`, with a PDF beside it; their names, none where there is nothing to draw with."""
+    note = left_out("pictures", "matplotlib")
+    if note is not None:
+        logger.warning("%s", note)
+        return []
     from dinov2.visual.probe import draw_roc, draw_scatter  # here: matplotlib takes a second
 
     target = question.target
@@ -328,7 +337,7 @@ def draw(folder: Path, question: Question, found: dict[str, OutOfFold], summary:
         draw_scatter(
             target.values, predicted, scores, median, f"{target.name} by {FEATURES}: {how}", target.name, folder / "scatter.png"
         )
-        return
+        return ["scatter.png", "scatter.pdf"]
     grid = np.linspace(0, 1, _ROC_POINTS)
     shown = range(1, 2) if len(target.classes) == 2 else range(len(target.classes))
     curves = {
@@ -338,6 +347,7 @@ def draw(folder: Path, question: Question, found: dict[str, OutOfFold], summary:
         for k in shown
     }
     draw_roc(grid, curves, scores, CHANCE["auc"], f"{target.name} by {FEATURES}: {how}", folder / "roc.png")
+    return ["roc.png", "roc.pdf"]
 
 
 def lines_of(summary: dict[str, Any], target: Target) -> list[str]:

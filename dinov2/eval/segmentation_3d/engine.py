@@ -37,6 +37,7 @@ from dinov2.files import write_json
 from dinov2.logging import MetricWriter
 from dinov2.logging.progress import Progress
 from dinov2.models import DinoVisionTransformer3d
+from dinov2.optional import left_out
 from dinov2.signals import stop_requests
 from dinov2.streams import Kind, torch_seed
 from dinov2.train.schedules import CosineSchedule
@@ -71,6 +72,7 @@ class Run:
     optimizer: AdamW
     scaler: torch.amp.GradScaler
     output_dir: Path
+    draws: bool = True  # pictures of cases
     iteration: int = -1  # the last finished one
     skipped_in_row: int = 0
     best: float = NONE_YET
@@ -138,6 +140,10 @@ def start_run(model: SegmentationNetwork, cfg: DictConfig, plan: Plan, output_di
     """A run at its beginning, or where its folder's checkpoint left it."""
     scaler = grad_scaler(runtime.device.type, evaluation_dtype(cfg, runtime.device.type))
     run = Run(model, build_optimizer(model, plan, cfg.segmentation.layerwise_decay), scaler, output_dir)
+    note = left_out("pictures of cases", "matplotlib")
+    if note is not None:
+        run.draws = False
+        logger.warning("%s", note)
     run.resume()
     return run
 
@@ -231,6 +237,8 @@ def validate(run: Run, cfg: DictConfig, task: Task, cases: Cases, loss: float, m
     if mean > run.best or run.best == NONE_YET:
         run.best = mean if math.isfinite(mean) else NONE_YET
         save_segmentation(run.model, cfg, task, run.output_dir / BEST)
+    if not run.draws:
+        return
     case, picture = cases[0], run.output_dir / "validation_case.png"
     masks = predict_masks(run.model, case, task.recipe, *window)
     title = f"{case.name}: prediction after iteration {run.iteration}"
@@ -260,7 +268,8 @@ def test(model: nn.Module, cfg: DictConfig, task: Task, cases: Cases, run: Run, 
     }
     if is_main_process():
         write_per_case_csv(run.output_dir / "per_case.csv", scores)
-        draw_worst(model, cases, scores, window, task, run.output_dir)
+        if run.draws:
+            draw_worst(model, cases, scores, window, task, run.output_dir)
         write_json(run.output_dir / "results.json", results)
     logger.info("test: Dice %.4f without the background, %.2f s a volume", summary["mean"]["dice"], seconds)
     return results

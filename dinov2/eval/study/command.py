@@ -18,6 +18,7 @@ from dinov2.eval.study.runner import run_cells
 from dinov2.eval.study.schema import Study, load_study
 from dinov2.eval.study.table import collect
 from dinov2.logging import Say
+from dinov2.optional import DRAWING, require
 
 logger = logging.getLogger("dinov2.eval.study")
 
@@ -67,6 +68,8 @@ def main(argv: Sequence[str], say: Say) -> int:
         raise BadInput(f"dinov2 study {args.action}: --no-figures and --predictions are of report: leave them out")
     if args.no_figures and args.predictions:
         raise BadInput("dinov2 study report: --predictions draws figures: leave --no-figures out")
+    if args.action == "report" and not args.no_figures:
+        require("a study's figures (without: --no-figures)", *DRAWING)
     code = {"plan": plan, "status": status, "collect": collect, "report": report}[args.action](study, say)
     if args.action == "report" and not args.no_figures:
         draw_study(study, say, _predictions() if args.predictions else None)

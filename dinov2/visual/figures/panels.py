@@ -16,6 +16,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 
+from dinov2.optional import needed_for
 from dinov2.visual.figures.style import (
     DOUBLE_MM,
     INK,
@@ -200,9 +201,10 @@ def _mark(axis: Axes, panel: Panel, series: Sequence[str]) -> None:
         axis.set_yticks(np.linspace(0, panel.largest, 6))  # what is above has room for marks alone
     if not tests:
         return
-    import pandas as pd
-    from matplotlib import pyplot
-    from statannotations.Annotator import Annotator
+    with needed_for("a figure with marks of significance"):
+        import pandas as pd
+        from matplotlib import pyplot
+        from statannotations.Annotator import Annotator
 
     present = [name for name in series if any(v.series == name for v in panel.values)]
     known = [v for v in panel.values if v.mean == v.mean]

@@ -56,6 +56,6 @@ def test_what_cannot_be_written_is_said_before_anything_is_computed(
         return whole(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", without_onnx)
-    with pytest.raises(BadInput, match="--onnx: needs onnx: pip install onnx onnxscript"):
+    with pytest.raises(BadInput, match="--onnx needs onnx, which is not installed: pip install .dinov2-3d\\[share\\]"):
         write_onnx(weights, target, None, "MIT")
     assert not target.exists()
