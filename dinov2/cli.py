@@ -73,6 +73,12 @@ def config_check(args: argparse.Namespace) -> int:
 
 def demo(args: argparse.Namespace) -> int:
     """What the encoder that comes along sees, what that is good for, and a training of your own: four minutes."""
+    if args.practice:
+        from dinov2.demo.practice import write_practice
+
+        write_practice(args.practice)
+        say(f"{args.practice}: made heads to try commands on: scans, people.csv, nnUNet_raw")
+        return EXIT_OK
     if args.data is None:
         require("the quick start without --data", "nilearn")
     from dinov2.demo.run import run_demo
@@ -408,6 +414,7 @@ def build_parser() -> argparse.ArgumentParser:
     action.add_argument("--output", type=Path, default=Path("demo_output"), help="folder of the results")
     action.add_argument("--data", type=Path, help="your own folder of volumes instead of made ones")
     action.add_argument("--seed", type=int, default=0)
+    action.add_argument("--practice", type=Path, metavar="FOLDER", help="instead: write made heads there, to try commands on")
     action.add_argument("overrides", nargs="*", metavar="key=value", help="of the training's configuration")
     action.set_defaults(function=demo)
     action = commands.add_parser("doctor", help=_first_line(doctor))

@@ -23,10 +23,13 @@ class VolumeEncoder(TransformerMixin, BaseEstimator):
     Args:
         weights: As `load_encoder`'s source.
         output: `cls`, `pooled` or `cls+pooled` (side by side).
-        mode, size, overlap: How scans are shown to the network (`eval.views.View`).
+        mode: How a scan is shown to the network, as the encoder's: `full_image`, `resize` or `sliding_window`.
+        size: Edge (voxels) of the resized scan or of a window.
+        overlap: Share of a window that its neighbour covers too.
         raw: Map the intensities of bare values to [-1, 1] first; files always are.
         spacing: `native`, or mm that scans are brought to first, one number or three.
-        device, dtype: As of `load_encoder`.
+        device: As of `load_encoder`.
+        dtype: As of `load_encoder`.
     """
 
     def __init__(

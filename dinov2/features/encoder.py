@@ -144,7 +144,11 @@ class Encoder:
             inputs: A path; a datalist's `Entry`; a tensor or array [B, C, H, W, D], [C, H, W, D] or [H, W, D]; MONAI's
                 item (`{"image": ...}`) or MetaTensor, whose affine is used; a list of these, in which a list of paths is one
                 scan, a file for each channel.
-            mode, size, overlap, layers, batch_size: See `eval.views.View`.
+            mode: How a scan is shown to the network: `full_image`, `resize` or `sliding_window`.
+            size: Edge (voxels) of the resized scan or of a window; default: that of the pretraining crops.
+            overlap: Share of a window that its neighbour covers too.
+            layers: How many of the last layers give patch tokens, side by side.
+            batch_size: Windows a pass.
             raw: Map the intensities of bare values, each scan's channels alone.
             spacing: `native`, or mm that scans are brought to before they are shown: one number, or three (the two axes of a
                 slice, then across slices). Bare values need an affine for it (MetaTensor).

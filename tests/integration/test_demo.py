@@ -17,6 +17,7 @@ from dinov2.data.datalist import Entry
 from dinov2.demo import killed, readout, run
 from dinov2.demo.generate import QUARTERS, SPACING_MM, Case, deform, generate, load_template, spline
 from dinov2.demo.killed import same_weights, train_and_kill
+from dinov2.demo.practice import LABELS, write_practice
 from dinov2.demo.same_place import SCANS, ask, by_tokens, by_voxels, errors_mm
 from dinov2.errors import BadInput
 from dinov2.features.encoder import load_encoder
@@ -145,6 +146,25 @@ def test_generated_volumes_follow_their_seed_and_do_not_share_a_place(tmp_path: 
     assert middle[2][1] > middle[1][1] + 15 and middle[4][1] > middle[3][1] + 15, "front has the larger y"
     assert middle[3][2] > middle[1][2] + 15 and middle[4][2] > middle[2][2] + 15, "upper the larger z"
     assert scan.voxels.ndim == 4
+
+
+def test_practice_heads_have_sizes_and_quarters_and_no_folder_is_written_into(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "practice"
+    write_practice(folder, num_people=6, spacing_mm=6.0)
+    rows = [line.split(",") for line in (folder / "people.csv").read_text().splitlines()[1:]]
+    voxels = {size: [] for _, size in rows}
+    for name, size in rows:
+        voxels[size].append((nib.load(folder / name).get_fdata() > 0).sum())
+    assert min(voxels["large"]) > max(voxels["small"])
+    data_set = folder / "nnUNet_raw" / "Dataset001_Quarters"
+    assert len(list((data_set / "imagesTr").iterdir())) == len(list((data_set / "labelsTr").iterdir())) == 4
+    labels = nib.load(data_set / "labelsTr" / "person00.nii.gz").get_fdata()
+    assert [*np.unique(labels)] == [*LABELS.values()]
+    where = {name: np.argwhere(labels == value).mean(0) for name, value in LABELS.items()}
+    assert where["upper front"][1] > where["upper back"][1] and where["upper front"][2] > where["lower front"][2]
+    assert main(["demo", "--practice", str(folder)]) == 2 and "choose a new folder" in capsys.readouterr().err
 
 
 def test_slices_of_twice_the_thickness_take_even_grids() -> None:

@@ -1,0 +1,92 @@
+"""The pages that people read: links, anchors and the list of pages lead somewhere, and names of the API are there."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import os
+import re
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.conftest import ROOT
+
+DOCS = ROOT / "docs"
+PAGES = sorted([
+    *ROOT.glob("*.md"), *DOCS.rglob("*.md"), *(ROOT / "dinov2").rglob("*.md"), *(ROOT / "tests").rglob("*.md"),
+])  # fmt: skip
+LINK = re.compile(r"\]\(([^()\s]+)\)")
+CODE = re.compile(r"^```.*?^```$|^    .*?$|`[^`\n]*`", re.M | re.S)  # fenced, indented, in a line
+API = re.compile(r"^::: ([\w.]+)$", re.M)
+
+
+@cache
+def text_of(path: Path) -> str:
+    return path.read_text(encoding="utf-8")
+
+
+def anchors(path: Path) -> set[str]:
+    """Of a page's headings, where GitHub and the site make the same of them."""
+    headings = re.findall(r"^#+ (.+?)\s*$", re.sub(r"^```.*?^```$", "", text_of(path), flags=re.M | re.S), re.M)
+    plain = [re.sub(r"[^\w\s-]", "", heading.replace("`", "")).strip().lower() for heading in headings]
+    return {text.replace(" ", "-") for text in plain if text.replace(" ", "-") == re.sub(r"[-\s]+", "-", text)}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_every_link_of_a_page_leads_to_a_file_and_a_heading(page: Path) -> None:
+    broken = []
+    for link in LINK.findall(CODE.sub("", text_of(page))):
+        path, _, anchor = link.partition("#")
+        if "://" in link or link.startswith("mailto:"):
+            continue
+        target = Path(os.path.normpath(page.parent / path)) if path else page
+        if not target.exists() or (anchor and anchor not in anchors(target)):
+            broken.append(link)
+    assert broken == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_every_page_that_is_named_in_words_is_there(page: Path) -> None:
+    named = re.findall(r"(?<![\w/.])docs/[\w/-]+\.(?:md|ipynb|png)", text_of(page))
+    assert [name for name in named if not (ROOT / name).exists() and name not in CARDS] == []
+
+
+CARDS = {"docs/README.md"}  # a MONAI bundle's, in its own folder
+
+
+def entries(nav: Any) -> list[str]:
+    """Pages of mkdocs' list, in order."""
+    if isinstance(nav, str):
+        return [nav]
+    return [page for part in (nav.values() if isinstance(nav, dict) else nav) for page in entries(part)]
+
+
+def test_the_site_lists_every_page_of_docs_once() -> None:
+    listed = entries(yaml.safe_load(text_of(ROOT / "mkdocs.yml"))["nav"])
+    assert len(listed) == len(set(listed))
+    assert {path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md")} <= set(listed)
+
+
+def test_names_of_the_api_page_are_there_and_say_what_they_are() -> None:
+    silent = []
+    for name in API.findall(text_of(DOCS / "api.md")):
+        module, _, last = name.rpartition(".")
+        found = getattr(importlib.import_module(module), last)
+        if not inspect.getdoc(found):
+            silent.append(name)
+    assert silent == []
+
+
+def test_what_the_pages_import_is_on_the_api_page() -> None:
+    listed = set(API.findall(text_of(DOCS / "api.md")))
+    imported = {
+        f"{module}.{name.strip()}"
+        for page in [ROOT / "README.md", *DOCS.rglob("*.md")]
+        for module, names in re.findall(r"^ *from (dinov2[\w.]*) import ([\w, ]+)$", text_of(page), re.M)
+        for name in names.split(",")
+    }
+    assert imported and imported - listed == set()
