@@ -27,6 +27,7 @@ PAGES = {  # a file of the repository -> its page
 HOME, INTRODUCTION_ENDS = "index.md", "\n## "
 INTRODUCTION = "<!-- the introduction of README.md -->"
 LINK = re.compile(r"(?<=\]\()([^()\s#]+)(?=[)#])")
+NAMED = re.compile(r"\[[\w/]+\.md\]\(([^()\s#]+)(?=[)#])")  # a link that shows a path
 
 
 def linked(text: str, source: str) -> Iterator[tuple[str, str]]:
@@ -49,9 +50,16 @@ def place(path: str) -> str:
 
 
 def with_links_of(text: str, source: str, page: str) -> str:
-    """The text with its links as they lead from a page of the site."""
-    places = {link: os.path.relpath(place(path), PurePosixPath(page).parent) for link, path in linked(text, source)}
-    return LINK.sub(lambda found: places.get(found[1], found[1]), text)
+    """The text with its links as they lead from a page of the site; a link that shows a path shows the page's title."""
+    files = dict(linked(text, source))
+    places = {link: os.path.relpath(place(path), PurePosixPath(page).parent) for link, path in files.items()}
+    named = NAMED.sub(lambda found: f"[{title(files[found[1]])}]({found[1]}" if found[1] in files else found[0], text)
+    return LINK.sub(lambda found: places.get(found[1], found[1]), named)
+
+
+def title(path: str) -> str:
+    """A page's first heading."""
+    return read(path).partition("\n")[0].removeprefix("# ")
 
 
 def read(path: str) -> str:

@@ -7,10 +7,10 @@ import inspect
 import os
 import re
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import pytest
 import yaml
 
 from tests.conftest import ROOT
@@ -20,6 +20,7 @@ PAGES = sorted([
     *ROOT.glob("*.md"), *DOCS.rglob("*.md"), *(ROOT / "dinov2").rglob("*.md"), *(ROOT / "tests").rglob("*.md"),
 ])  # fmt: skip
 LINK = re.compile(r"\]\(([^()\s]+)\)")
+FENCED = re.compile(r"^```.*?^```$", re.M | re.S)
 CODE = re.compile(r"^```.*?^```$|^    .*?$|`[^`\n]*`", re.M | re.S)  # fenced, indented, in a line
 API = re.compile(r"^::: ([\w.]+)$", re.M)
 
@@ -31,31 +32,33 @@ def text_of(path: Path) -> str:
 
 def anchors(path: Path) -> set[str]:
     """Of a page's headings, where GitHub and the site make the same of them."""
-    headings = re.findall(r"^#+ (.+?)\s*$", re.sub(r"^```.*?^```$", "", text_of(path), flags=re.M | re.S), re.M)
+    headings = re.findall(r"^#+ (.+?)\s*$", FENCED.sub("", text_of(path)), re.M)
     plain = [re.sub(r"[^\w\s-]", "", heading.replace("`", "")).strip().lower() for heading in headings]
     return {text.replace(" ", "-") for text in plain if text.replace(" ", "-") == re.sub(r"[-\s]+", "-", text)}
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
-def test_every_link_of_a_page_leads_to_a_file_and_a_heading(page: Path) -> None:
+def test_every_link_of_a_page_leads_to_a_file_and_a_heading() -> None:
     broken = []
-    for link in LINK.findall(CODE.sub("", text_of(page))):
+    for page, link in [(p, link) for p in PAGES for link in LINK.findall(CODE.sub("", text_of(p)))]:
         path, _, anchor = link.partition("#")
         if "://" in link or link.startswith("mailto:"):
             continue
         target = Path(os.path.normpath(page.parent / path)) if path else page
         if not target.exists() or (anchor and anchor not in anchors(target)):
-            broken.append(link)
+            broken.append((page.relative_to(ROOT), link))
     assert broken == []
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
-def test_every_page_that_is_named_in_words_is_there(page: Path) -> None:
-    named = re.findall(r"(?<![\w/.])docs/[\w/-]+\.(?:md|ipynb|png)", text_of(page))
-    assert [name for name in named if not (ROOT / name).exists() and name not in CARDS] == []
+def test_every_page_that_is_named_in_words_is_there() -> None:
+    named = re.compile(r"(?<![\w/.])docs/[\w/-]+\.(?:md|ipynb|png)")
+    assert [(page, name) for page in PAGES for name in named.findall(text_of(page)) if not (ROOT / name).exists()] == []
 
 
-CARDS = {"docs/README.md"}  # a MONAI bundle's, in its own folder
+def test_a_list_begins_after_an_empty_line_without_which_the_site_shows_none() -> None:
+    begins, continues = re.compile(r"(-|\d+\.) "), re.compile(r"- |\d+\. |#|\s|$")
+    lines = ((page, pair) for page in PAGES for pair in pairwise(FENCED.sub("", text_of(page)).splitlines()))
+    joined = [(page, line) for page, (above, line) in lines if begins.match(line) and not continues.match(above)]
+    assert joined == []
 
 
 def entries(nav: Any) -> list[str]:
