@@ -87,13 +87,14 @@ def cpu_module(release: str) -> Extension:
     """All operators, for the CPU."""
     from torch.utils.cpp_extension import CppExtension
 
-    threads = ["-fopenmp"] if sys.platform == "linux" else []  # without it at::parallel_for is serial
+    # without it at::parallel_for is serial; not linked with: what is called is torch's own OpenMP, which set_num_threads is of
+    threads = ["-fopenmp"] if sys.platform == "linux" else []
     return CppExtension(
         f"dinov2._C_torch_{release}",
         sources(".cpp", cuda=False),
         depends=sources(".h", ".inc", cuda=False),
         extra_compile_args={"cxx": CXX_FLAGS + threads},
-        extra_link_args=["-s", *threads],
+        extra_link_args=["-s"],
         py_limited_api=True,
     )
 

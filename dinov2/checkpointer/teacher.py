@@ -6,6 +6,7 @@ Reading order: `open_teacher` -> `_find` (which file or folder) -> `read_teacher
 from __future__ import annotations
 
 import hashlib
+import inspect
 import logging
 import re
 import struct
@@ -319,7 +320,10 @@ def _from_folder(path: Path) -> StateDict:
         tensors = {k: torch.empty(m.size, dtype=m.properties.dtype) for k, m in wanted.items()}
         with warnings.catch_warnings():  # torch's remark that there is only one process
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-            dcp.load(tensors, storage_reader=SafeReader(path), no_dist=True)
+            if "no_dist" in inspect.signature(dcp.load).parameters:
+                dcp.load(tensors, storage_reader=SafeReader(path), no_dist=True)
+            else:  # torch 2.6: only its older name reads in one process of several
+                dcp.load_state_dict(tensors, SafeReader(path), no_dist=True)
     except DAMAGED as err:
         reason = " ".join(str(err).split())[:120]
         raise BadInput(f"weights {path}: damaged checkpoint ({reason}): use the one before, or a {TEACHER_FILE}") from err

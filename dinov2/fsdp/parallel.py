@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Protocol
 
+import torch
 from omegaconf import DictConfig
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -22,6 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dinov2.distributed.precision import DTYPES, HALF, module_precision, training_dtype
 from dinov2.distributed.runtime import Runtime
+from dinov2.errors import BadInput
 
 logger = logging.getLogger(__name__)
 
@@ -45,9 +47,15 @@ class TwoSides(Protocol):
 
 
 def resolve_strategy(strategy: str, runtime: Runtime) -> str:
-    """`auto`: single in one process, fsdp on GPUs (as the paper), ddp on CPUs."""
+    """`auto`: single in one process, fsdp on GPUs (as the paper), ddp on CPUs.
+
+    Raises:
+        BadInput: fsdp on CPUs with a torch whose own code for it needs GPUs.
+    """
     if runtime.world_size == 1:
         return "single"
+    if strategy == "fsdp" and runtime.device.type == "cpu" and not hasattr(torch.cpu.Stream, "record_event"):
+        raise BadInput(f"train.strategy=fsdp: on CPUs it needs a newer torch than {torch.__version__}: use ddp, or update it")
     if strategy == "auto":
         return "fsdp" if runtime.device.type == "cuda" else "ddp"
     return strategy

@@ -10,8 +10,8 @@ import torch
 
 PREFIX = "_C_torch_"
 CUDA_PREFIX = "_C_cuda_torch_"
-REINSTALL = "scripts/install, or pip install --no-build-isolation ., compiles them"
-CUDA_REINSTALL = "FORCE_CUDA=1 pip install --no-build-isolation . says what is missing"
+REINSTALL = "scripts/install, or pip install --force-reinstall --no-deps . in the repository, compiles them"
+CUDA_REINSTALL = "FORCE_CUDA=1 pip install . says what is missing"
 
 
 @lru_cache(maxsize=1)

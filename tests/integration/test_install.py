@@ -46,6 +46,7 @@ def test_a_wheel_holds_the_package_its_yaml_files_the_command_and_the_operators(
     recipes = {f"dinov2/recipes/pretrain/{p.name}" for p in (ROOT / "configs" / "pretrain").glob("*.yaml")}
     assert recipes | {"dinov2/configs/ssl3d_default_config.yaml", "dinov2/configs/train/vit3d_highres.yaml"} <= names
     assert "dinov2/sharing/standalone/modeling_dinov2_3d.py" in names  # data, though it is code
+    assert {"LICENSE", "NOTICE", "NIIVUE_LICENSE"} <= {p.name for p in (next(site.glob("*.dist-info")) / "licenses").rglob("*")}
     assert "dinov2_3d.py" in names and not any(n.startswith("tests") for n in names)
     result = python(CHECK, site, cwd=tmp_path)
     assert result.returncode == 0 and "2000 iterations" in result.stdout, result.stderr

@@ -7,6 +7,9 @@ import torch
 from omegaconf import OmegaConf
 
 from dinov2.distributed import precision
+from dinov2.distributed.runtime import Runtime
+from dinov2.errors import BadInput
+from dinov2.fsdp.parallel import resolve_strategy
 
 B16, H16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 
@@ -53,3 +56,12 @@ def test_only_float16_on_a_gpu_has_a_loss_scaler(monkeypatch: pytest.MonkeyPatch
 
 def test_half_precisions_are_summed_in_float32() -> None:
     assert [precision.at_least_fp32(torch.ones(1, dtype=d)).dtype for d in (B16, H16, F32, F64)] == [F32, F32, F32, F64]
+
+
+def test_sharding_on_cpus_is_refused_where_torchs_own_code_for_it_needs_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime = Runtime(device=torch.device("cpu"), world_size=2)
+    assert resolve_strategy("fsdp", runtime) == "fsdp"
+    monkeypatch.delattr(torch.cpu.Stream, "record_event")
+    assert resolve_strategy("auto", runtime) == "ddp"
+    with pytest.raises(BadInput, match="train.strategy=fsdp: on CPUs it needs a newer torch than .*: use ddp"):
+        resolve_strategy("fsdp", runtime)
