@@ -286,12 +286,12 @@ def refuse_pointer(path: str | Path) -> None:
 
 
 def state_of(content: Any, path: str | Path) -> StateDict:
-    """The tensors of what a weights file holds, out of DINOv2's, MONAI's and Lightning's wrappers; names as saved.
+    """The tensors of what a weights file holds, out of DINOv2's, MONAI's, Lightning's and nnU-Net's wrappers; names as saved.
 
     Raises:
         BadInput: No tensor in it.
     """
-    for wrapper in ("teacher", "model", "state_dict"):
+    for wrapper in ("teacher", "model", "state_dict", "network_weights"):
         if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
             content = content[wrapper]
             break

@@ -6,7 +6,7 @@ Not in the paper; a choice for small networks (docs/decisions/001-tiny-recipe.md
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -41,6 +41,30 @@ def rotary_table(grid_hwd: tuple[int, int, int], head_dim: int, num_prefix: int,
     axes = [torch.arange(n, device=like.device, dtype=dtype) for n in grid_hwd]
     places = torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).reshape(-1, 3)
     angles = (places[:, :, None] * freqs).flatten(1)  # [H*W*D, 3 * head_dim // 6]
+    angles = torch.cat([angles.new_zeros(num_prefix, angles.shape[1]), angles])
+    return RotaryTable(angles.cos(), angles.sin())
+
+
+def centred_periods(count: int, base: float) -> Tensor:
+    """Periods of an axis in DINOv3's manner: geometric from 1 up to `base` (left out), an axis being 2 long."""
+    return base ** (torch.arange(count) / count)
+
+
+def centred_table(grid: tuple[int, ...], periods: Tensor, num_prefix: int) -> RotaryTable:
+    """Angles in DINOv3's manner: from the patches' centres, each axis running from -1 to 1 whatever its length.
+
+    Args:
+        grid: Patches along each axis, two or three.
+        periods: [f], the same for every axis; float32 at least is computed in.
+        num_prefix: As of `rotary_table`.
+
+    Returns:
+        Table of `num_prefix` + N rows and axes * f columns, the first axis' first.
+    """
+    like: Any = {"device": periods.device, "dtype": torch.promote_types(periods.dtype, torch.float32)}
+    axes = [(torch.arange(n, **like) + 0.5) * 2 / n - 1 for n in grid]
+    places = torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).flatten(0, -2)  # [N, axes]
+    angles = (2 * math.pi * places[:, :, None] / periods.to(like["dtype"])).flatten(1)
     angles = torch.cat([angles.new_zeros(num_prefix, angles.shape[1]), angles])
     return RotaryTable(angles.cos(), angles.sin())
 

@@ -3,40 +3,47 @@
 Networks are MONAI's classes, or this package's layers put together by published facts; tensors go in by name. docs/encoders.md
 says what is known of each, its licence, and which encoders cannot be had so.
 
-# B batch, H W D voxels, h w d cells, N = h * w, E embedding, S slices
+# B batch, H W D voxels, h w d cells, E embedding
 """
 
 from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dinov2.errors import BadInput
-from dinov2.layers import Block, Mlp, Segment, SwiGLUFFN
 from dinov2.models.backbone import Preparation
+from dinov2.models.residual_encoder import ResidualEncoder
+from dinov2.models.slices import SliceViT, dinov3_tensors
+from dinov2.models.spectre import SpectreViT
 from dinov2.models.swin import SwinEncoder3d, load_swin, swin_width
 from dinov2.models.weights import StateDict, plain_names
 
 logger = logging.getLogger(__name__)
 
 MODULE = __name__
+SEGRES, SWIN, DINO_V3 = "a SegResNet (CT-FM)", "a 3D Swin transformer (VoCo, MONAI's model_swinvit.pt)", "DINOv3"
+SPECTRE, VIT_2D = "SPECTRE's local ViT", "a 2D ViT in Meta's layout (DINOv2)"
+RES_ENC = "an nnU-Net network (ResEnc of nnssl)"
+_EMBEDDING = "patch_embed.proj.weight"
+_DINO_V2_LICENCE = "DINOv2's weights: Apache-2.0 (Meta)"
+_DINO_V3_LICENCE = "DINOv3's weights: DINOv3 License (Meta): read its terms, also for what you make with them"
 _FAMILIES = (  # what a tensor's name and number of axes tell; the first that fits
-    (r"(^|\.)conv_init\.weight$", 5, "a SegResNet (CT-FM)"),
-    (r"(^|\.)layers1\.0\.blocks\.0\.attn\.qkv\.weight$", 2, "a 3D Swin transformer (VoCo, MONAI's model_swinvit.pt)"),
-    (r"(^|\.)(rope_embed\.periods|storage_tokens)$", 0, "DINOv3"),
-    (r"(^|\.)patch_embed\.proj\.weight$", 4, "a 2D ViT in Meta's layout (DINOv2)"),
-    (r"(^|\.)patch_embed\.proj\.weight$", 5, "a 3D ViT (this package, 3DINO, SPECTRE)"),
+    (r"(^|\.)conv_init\.weight$", 5, SEGRES),
+    (r"(^|\.)layers1\.0\.blocks\.0\.attn\.qkv\.weight$", 2, SWIN),
+    (r"(^|\.)(rope_embed\.periods|storage_tokens|embeddings\.patch_embeddings\.weight)$", 0, DINO_V3),
+    (r"(^|\.)blocks\.0\.attn\.kv\.weight$", 2, SPECTRE),
+    (r"(^|\.)patch_embed\.proj\.weight$", 4, VIT_2D),
+    (r"(^|\.)patch_embed\.proj\.weight$", 5, "a 3D ViT (this package, 3DINO)"),
     (r"(^|\.)embeddings\.patch_embeddings\.projection\.weight$", 0, "a ViT in the layout of transformers"),
-    (r"(^|\.)stem\.convs\.0\.conv\.weight$", 0, "an nnU-Net network (ResEnc of nnssl)"),
+    (r"(^|\.)stem\.convs\.0\.conv\.weight$", 5, RES_ENC),
     (r"(^|\.)eva\.blocks\.", 0, "a Primus (nnssl)"),
 )
-SEGRES, SWIN, VIT_2D = (_FAMILIES[i][2] for i in (0, 1, 3))
 
 
 def ct_fm(state: StateDict) -> SegResFeatures:
@@ -82,19 +89,96 @@ def dinov2_slices(state: StateDict) -> SliceViT:
     """
     first = tensor_of_family(state, VIT_2D)
     if first is None:
-        return SliceViT(384, 12, 16, 0, is_gated=False)
-    prefix = first.removesuffix("patch_embed.proj.weight")
-    plain = plain_names({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
+        return _licensed(SliceViT(384, 12, 16, 0, is_gated=False), _DINO_V2_LICENCE)
+    plain = plain_names(_without(state, first.removesuffix(_EMBEDDING)))
     plain = {k: v for k, v in plain.items() if not k.split(".")[0].endswith("head") and k != "mask_token"}
-    blocks = {int(m[1]) for m in (re.match(r"blocks\.(\d+)\.", k) for k in plain) if m}
     registers = plain["register_tokens"].shape[1] if "register_tokens" in plain else 0
-    if "pos_embed" not in plain or plain[_EMBEDDING].shape[1:] != (3, PATCH, PATCH):
-        raise BadInput(
-            f"a 2D ViT on patches of {tuple(plain[_EMBEDDING].shape[1:])}: give one of DINOv2's, with patches of {PATCH}"
-        )
+    if "pos_embed" not in plain or plain[_EMBEDDING].shape[1:] != (3, 14, 14):
+        raise BadInput(f"a 2D ViT on patches of {tuple(plain[_EMBEDDING].shape[1:])}: give one of DINOv2's, with patches of 14")
     edge = round((plain["pos_embed"].shape[1] - 1) ** 0.5)
-    encoder = SliceViT(len(plain[_EMBEDDING]), len(blocks), edge, registers, is_gated="blocks.0.mlp.w12.weight" in plain)
+    is_gated = "blocks.0.mlp.w12.weight" in plain
+    encoder = SliceViT(len(plain[_EMBEDDING]), _num_blocks(plain), edge, registers, is_gated)
     _fill(encoder, plain, len(state))
+    return _licensed(encoder, _DINO_V2_LICENCE)
+
+
+def dinov3_slices(state: StateDict) -> SliceViT:
+    """DINOv3's 2D ViTs (all sizes; Meta's layout or that of transformers), slice by slice.
+
+    Raises:
+        BadInput: Weights of another family, or a part of them.
+    """
+    first = tensor_of_family(state, DINO_V3)
+    if first is None:
+        return _licensed(SliceViT(384, 12, 0, 4, is_gated=False, patch=16, eps=1e-5), _DINO_V3_LICENCE)
+    prefix = re.sub(r"(rope_embed\.periods|storage_tokens|embeddings\.patch_embeddings\.weight)$", "", first)
+    plain = dinov3_tensors(plain_names(_without(state, prefix)))
+    is_gated = "blocks.0.mlp.w12.weight" in plain
+    out = plain.get("blocks.0.mlp.w3.weight" if is_gated else "blocks.0.mlp.fc2.weight")
+    if _EMBEDDING not in plain or out is None:
+        raise BadInput(f"of DINOv3, and without {_EMBEDDING} or the blocks' MLP: give the published file whole")
+    width, hidden = len(plain[_EMBEDDING]), out.shape[1]
+    ratio = (hidden + 0.5) / width * (1.5 if is_gated else 1.0)
+    registers = plain["register_tokens"].shape[1] if "register_tokens" in plain else 0
+    sizes: dict[str, Any] = {"patch": plain[_EMBEDDING].shape[-1], "head_dim": 4 * len(plain["periods"])}
+    encoder = SliceViT(width, _num_blocks(plain), 0, registers, is_gated, mlp_ratio=ratio, eps=1e-5, **sizes)
+    _fill(encoder, plain, len(state))
+    return _licensed(encoder, _DINO_V3_LICENCE)
+
+
+def spectre(state: StateDict) -> SpectreViT:
+    """SPECTRE's local ViT (with or without its vision-language training).
+
+    Raises:
+        BadInput: Weights of another family, or a part of them.
+    """
+    first = tensor_of_family(state, SPECTRE)
+    if first is None:
+        return SpectreViT()
+    plain = _without(state, first.removesuffix("blocks.0.attn.kv.weight"))
+    plain = {k.replace("rope.periods", "periods"): v for k, v in plain.items() if not k.startswith("head.")}
+    for name in [k for k in plain if ".attn.kv." in k]:
+        query = plain.pop(name.replace(".kv.", ".q."), None)
+        if query is not None:
+            plain[name.replace(".kv.", ".qkv.")] = torch.cat([query, plain.pop(name)])
+    if _EMBEDDING not in plain or "periods" not in plain:
+        raise BadInput(f"of SPECTRE, and without {_EMBEDDING} or rope.periods: give the local ViT's file whole")
+    encoder = SpectreViT(len(plain[_EMBEDDING]), _num_blocks(plain), 6 * len(plain["periods"]))
+    _fill(encoder, plain, len(state))
+    return encoder
+
+
+def res_enc(state: StateDict) -> ResEncFeatures:
+    """The encoder of nnssl's ResEnc-L (or of an nnU-Net's of this kind whose stages halve every axis).
+
+    Raises:
+        BadInput: Weights of another family, or of another encoder.
+    """
+    first = tensor_of_family(state, RES_ENC)
+    if first is None:
+        return ResEncFeatures(ResidualEncoder())
+    plain = _without(state, first.removesuffix("stem.convs.0.conv.weight"))
+    plain = {k: v for k, v in plain.items() if k.startswith(("stem.", "stages.")) and ".all_modules." not in k}
+    found = {(int(m[1]), int(m[2])) for m in (re.match(r"stages\.(\d+)\.blocks\.(\d+)\.", k) for k in plain) if m}
+    blocks = [sum(stage == s for stage, _ in found) for s in range(1 + max((stage for stage, _ in found), default=-1))]
+    names = [f"stages.{s}.blocks.0.conv1.conv.weight" for s in range(len(blocks))]
+    if not names or any(name not in plain for name in names):
+        raise BadInput("an nnU-Net network without residual stages: give one of nnssl's ResEnc")
+    encoder = ResEncFeatures(ResidualEncoder([len(plain[name]) for name in names], blocks))
+    _fill(encoder.net, plain, len(state))
+    return encoder
+
+
+def _without(state: StateDict, prefix: str) -> StateDict:
+    return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+
+
+def _num_blocks(plain: StateDict) -> int:
+    return len({m[1] for m in (re.match(r"blocks\.(\d+)\.", k) for k in plain) if m})
+
+
+def _licensed(encoder: SliceViT, licence: str) -> SliceViT:
+    encoder.licence = licence
     return encoder
 
 
@@ -150,107 +234,27 @@ class SegResFeatures(_LastMap):
         return self.net((x.transpose(2, 4) + 1) / 2)[-1].transpose(2, 4)
 
 
-PATCH = 14  # pixels of DINOv2's patches
-CELL = 8  # voxels of a slice that a patch shows, and slices whose tokens make one cell
-_EMBEDDING = "patch_embed.proj.weight"
-COLOUR_MEAN, COLOUR_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's colours, which DINOv2 takes
-_SLICES = 4 * CELL  # in one pass
-
-
-class SliceViT(nn.Module):
-    """DINOv2's 2D ViT on axial slices, frozen: the tokens of eight neighbouring slices are averaged into one cell.
-
-    A slice is enlarged by 14/8 (a patch then shows 8 voxels, and cells are cubes), mapped to [0, 1], given three equal channels
-    and normed by ImageNet's colours. The class token is the mean of the slices'.
+class ResEncFeatures(_LastMap):
+    """The last map of a residual encoder, at a thirty-second of the size.
 
     Args:
-        embed_dim: E; a head has 64.
-        depth: Blocks.
-        edge: Of the grid that positions are learned for (37 published).
-        registers: Tokens between class token and patches.
-        is_gated: SwiGLU in place of an MLP (ViT-g).
+        net: The encoder.
     """
 
-    patch_size, input_size = CELL, 14 * CELL
-    preparation = Preparation(None, "PLS", None)
-    licence = "DINOv2's weights: Apache-2.0 (Meta)"
+    input_size = 160
+    preparation = Preparation(None, "LPS", "MR")
+    licence = "nnssl's weights: CC BY 4.0 (trained on OpenMind)"
 
-    mean: Tensor
-    std: Tensor
-
-    def __init__(self, embed_dim: int, depth: int, edge: int, registers: int, is_gated: bool) -> None:
+    def __init__(self, net: ResidualEncoder) -> None:
         super().__init__()
-        self.embed_dim, self.num_layers, self.num_prefix_tokens = embed_dim, depth, 1 + registers
-        self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, embed_dim, PATCH, PATCH)})
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
-        self.pos_embed = nn.Parameter(torch.randn(1, 1 + edge**2, embed_dim) * 0.02)
-        self.register_tokens = nn.Parameter(torch.zeros(1, registers, embed_dim)) if registers else None
-        ffn: Callable[..., nn.Module] = SwiGLUFFN if is_gated else Mlp
-        self.blocks = nn.ModuleList(Block(embed_dim, embed_dim // 64, init_values=1.0, ffn_layer=ffn) for _ in range(depth))
-        self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
-        self.register_buffer("mean", torch.tensor(COLOUR_MEAN).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(COLOUR_STD).view(1, 3, 1, 1), persistent=False)
+        self.net, self.patch_size = net, 2 ** (len(net.stages) - 1)
+        self.embed_dim = net.widths[-1]
 
-    def get_intermediate_layers(
-        self,
-        x: Tensor,
-        n: int | Sequence[int] = 1,
-        reshape: bool = False,
-        return_class_token: bool = False,
-        norm: bool = True,
-    ) -> tuple[Any, ...]:
-        """As of `Backbone`.
-
-        Raises:
-            ValueError: `n` names blocks that do not exist, or a side is not a multiple of a cell.
-        """
-        take = list(range(self.num_layers - n, self.num_layers)) if isinstance(n, int) else [i % self.num_layers for i in n]
-        b, _, *size = x.shape
-        if not take or min(take) < 0 or any(s % CELL for s in size):
-            raise ValueError(f"layers {n} of {self.num_layers}, volume of {tuple(size)} voxels: sides are multiples of {CELL}")
-        h, w, d = (s // CELL for s in size)
-        slices = x[:, 0].movedim(-1, 1).flatten(0, 1)[:, None]  # [B * D, 1, H, W], whole cells in a pass
-        parts = [self._of_slices(part, take, norm) for part in slices.split(_SLICES)]
-        outputs = []
-        for tokens, cls in (
-            (torch.cat([p[i][0] for p in parts]), torch.cat([p[i][1] for p in parts])) for i in range(len(take))
-        ):
-            maps = tokens.unflatten(1, (h, w)).unflatten(0, (b, d)).permute(0, 4, 2, 3, 1)  # [B, E, h, w, d]
-            patches = maps if reshape else maps.flatten(2).transpose(1, 2)
-            outputs.append((patches, cls.unflatten(0, (b, d)).mean(1)) if return_class_token else patches)
-        return tuple(outputs)
-
-    def _of_slices(self, slices: Tensor, take: list[int], norm: bool) -> list[tuple[Tensor, Tensor]]:
-        """[S, 1, H, W] in [-1, 1] -> for each block taken cells [S / 8, N, E] and class tokens [S / 8, E]."""
-        size = [s // CELL * PATCH for s in slices.shape[2:]]
-        images = F.interpolate((slices + 1) / 2, size, mode="bilinear", align_corners=False)
-        tokens = self.patch_embed["proj"]((images - self.mean) / self.std)  # [S, E, h, w]
-        grid = tokens.shape[2:]
-        tokens = torch.cat([self.cls_token.expand(len(slices), -1, -1), tokens.flatten(2).transpose(1, 2)], 1)
-        tokens = tokens + self._positions(grid[0], grid[1]).to(tokens.dtype)
-        if self.register_tokens is not None:
-            tokens = torch.cat([tokens[:, :1], self.register_tokens.expand(len(slices), -1, -1), tokens[:, 1:]], 1)
-        packed, segment = tokens.flatten(0, 1), [Segment(*tokens.shape[:2])]
-        found = {}
-        for i, block in enumerate(self.blocks):
-            packed = block(packed, segment)
-            if i in take:
-                out = (self.norm(packed) if norm else packed).view(tokens.shape).unflatten(0, (-1, CELL)).mean(1)
-                found[i] = out[:, self.num_prefix_tokens :], out[:, 0]
-        return [found[i] for i in take]
-
-    def _positions(self, h: int, w: int) -> Tensor:
-        """[1, 1 + N, E] brought to another grid as DINOv2 does it: with an offset; of networks with registers anti-aliased."""
-        edge = round((self.pos_embed.shape[1] - 1) ** 0.5)
-        if (h, w) == (edge, edge):
-            return self.pos_embed
-        grid = self.pos_embed[:, 1:].float().unflatten(1, (edge, edge)).permute(0, 3, 1, 2)
-        if self.register_tokens is None:
-            scale = ((h + 0.1) / edge, (w + 0.1) / edge)
-            grid = F.interpolate(grid, scale_factor=scale, mode="bicubic")
-        else:
-            grid = F.interpolate(grid, (h, w), mode="bicubic", antialias=True)
-        return torch.cat([self.pos_embed[:, :1], grid.flatten(2).transpose(1, 2).to(self.pos_embed.dtype)], 1)
+    def last_map(self, x: Tensor) -> Tensor:
+        """Of volumes [L, P, S], shown as nnU-Net reads files: [S, P, L], of mean 0 and deviation 1."""
+        x = x.transpose(2, 4)
+        x = (x - x.mean((2, 3, 4), keepdim=True)) / x.std((2, 3, 4), keepdim=True).clamp_min(1e-8)
+        return self.net(x).transpose(2, 4)
 
 
 def tensor_of_family(state: StateDict, wanted: str) -> str | None:

@@ -23,7 +23,8 @@ from torch import Tensor
 
 from dinov2.errors import BadInput
 from dinov2.geometry import Size3
-from dinov2.models.foreign import COLOUR_MEAN, COLOUR_STD, VIT_2D, tensor_of_family
+from dinov2.models.foreign import VIT_2D, tensor_of_family
+from dinov2.models.slices import COLOUR_MEAN, COLOUR_STD
 from dinov2.models.vision_transformer import DinoVisionTransformer3d
 from dinov2.models.weights import StateDict, plain_names, unwrapped
 
