@@ -708,7 +708,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a sub-command; a user's mistake is one line and exit code 2."""
     setup_logging()
     try:
-        code = _run(argv)
+        try:
+            code = _run(argv)
+        except SystemExit:  # of --help, which may still have to be written
+            sys.stdout.flush()
+            raise
         sys.stdout.flush()  # here, where a reader that has gone can be told from a full disk
         return code
     except BrokenPipeError:  # `dinov2 ... | head` has read enough

@@ -175,5 +175,6 @@ def test_a_reader_that_has_enough_is_no_error(words: list[str], buffered: bool) 
         done = subprocess.run(
             [sys.executable, *flags, "-m", "dinov2", *words], stdout=closed, stderr=subprocess.PIPE, text=True
         )
-    expected = EXIT_OK if words == ["--help"] else EXIT_PIPE  # argparse itself passes over what it cannot print
-    assert (done.returncode, done.stderr) == (expected, "")
+    # argparse itself passes over what it cannot print, not that of Debian 12's Python 3.11.2
+    expected = {EXIT_OK, EXIT_PIPE} if words == ["--help"] else {EXIT_PIPE}
+    assert done.returncode in expected and done.stderr == ""

@@ -96,7 +96,7 @@ def feats(tmp_path: Path) -> Path:
 @pytest.fixture
 def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Most of a small probe's time."""
-    monkeypatch.setattr(command, "draw", lambda *args: None)
+    monkeypatch.setattr(command, "draw", lambda *args: [])
 
 
 @pytest.fixture

@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from dinov2.configs import load_and_merge_config_3d
-from dinov2.data.downstream import check
 from dinov2.data.downstream.cases import Case
 from dinov2.data.downstream.recipes import Recipe
 from dinov2.distributed.runtime import Runtime
 from dinov2.eval.metrics.segmentation import Score
 from dinov2.eval.probing.choice import choose
 from dinov2.eval.segmentation_3d import engine
+from dinov2.visual import cases
 
 NAN = math.nan
 
@@ -63,7 +63,7 @@ def test_the_worst_cases_are_drawn_with_their_dice_in_the_planes_of_the_truth(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     drawn: dict[str, tuple[str, tuple[int, ...] | None]] = {}
-    monkeypatch.setattr(check, "draw_case", lambda _, __, ___, path, title, at: drawn.update({path.name: (title, at)}))
+    monkeypatch.setattr(cases, "draw_case", lambda _, __, ___, path, title, at: drawn.update({path.name: (title, at)}))
     predicted = torch.zeros(2, 5, 4, 3, dtype=torch.bool)
     predicted[1, 0, 0, 0] = True
     monkeypatch.setattr(engine, "predict_masks", lambda *_: predicted)
