@@ -137,4 +137,5 @@ def test_the_notebook_runs_from_top_to_bottom_and_has_no_outputs(capsys: pytest.
         assert cell["outputs"] == [] and cell["execution_count"] is None
         text = "".join(cell["source"]).replace("encoder(path)", "encoder(path, spacing=4)")  # an eighth of the patches
         exec(compile(text, cell["id"], "exec"), names)
+    names["plt"].close("all")
     assert capsys.readouterr().out.count("mm") == 2 and names["colours"].shape[-1] == 3
