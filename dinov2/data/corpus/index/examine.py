@@ -26,7 +26,7 @@ from dinov2.data.volumes.bounded import describe_error, foreign
 from dinov2.data.volumes.dicom import series_of, stack
 from dinov2.data.volumes.opening import RawVolume, as_whole, open_image, open_volume, raw_volume
 from dinov2.data.volumes.readers import ImageFile
-from dinov2.errors import BadVolume
+from dinov2.errors import BadVolume, is_out_of_memory
 from dinov2.geometry import Spacing
 
 logger = logging.getLogger(__name__)
@@ -80,10 +80,13 @@ def examine_unit(unit: Unit, options: ExamineOptions) -> list[Row]:
     # All that there is, MemoryError and RecursionError included: an index of a hundred thousand files ends with none of them.
     # What a reader raises was named there; this is for what nobody foresaw of facts and values that anyone may have written.
     except Exception as err:
+        detail = f"cannot be examined: {describe_error(err)}"
+        logger.debug("%s", unit.path, exc_info=True)
+        if is_out_of_memory(err):  # of this machine, not of the file
+            return [problem(unit.path, "memory", detail)]
         what = "%s: cannot be examined, for a reason that no reader has named (%s): please report it"
         logger.warning(what, unit.path, describe_error(err))
-        logger.debug("%s", unit.path, exc_info=True)
-        return [problem(unit.path, "unreadable", f"cannot be examined: {describe_error(err)}")]
+        return [problem(unit.path, "unreadable", detail)]
 
 
 def _examine_unit(unit: Unit, options: ExamineOptions) -> list[Row]:
