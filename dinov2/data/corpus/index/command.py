@@ -118,7 +118,10 @@ def index(folders: list[Path], request: IndexRequest, say: Say) -> int:
             logger.warning("%s: was made with other options; everything is examined again", journal.path)
         units = [u for u in walk(folders) if _is_of_shard(u, request.shard)]
         todo = [u for u in units if not journal.knows(u.path, u.stamp)]
-        say(f"{len(units)} files and series below {', '.join(shown(f) for f in folders)}; {len(todo)} new or changed")
+        doubted = sum(journal.doubts(u.path) for u in todo)
+        again = f", {doubted} set aside before that are looked at again" if doubted else ""
+        below = ", ".join(shown(f) for f in folders)
+        say(f"{len(units)} files and series below {below}; {len(todo) - doubted} new or changed{again}")
         if not _examine(todo, journal, request):
             say(f"stopped; the same command continues ({shown(journal.path)} has what was seen)")
             return EXIT_RESUMABLE
@@ -173,7 +176,8 @@ def _is_of_shard(unit: Unit, shard: tuple[int, int]) -> bool:
 
 def _examine(todo: list[Unit], journal: Journal, request: IndexRequest) -> bool:
     """Whether all of it was done before a signal; finished units are in the journal either way."""
-    num_workers = 0 if len(todo) <= FEW_UNITS else request.num_workers
+    may_crash = any(journal.doubts(unit.path) for unit in todo)  # the process that reads it
+    num_workers = 0 if len(todo) <= FEW_UNITS and not may_crash else request.num_workers
     work = partial(examine, request.examine)
     batches = (tuple(todo[i : i + UNITS_PER_BATCH]) for i in range(0, len(todo), UNITS_PER_BATCH))
     bad = 0

@@ -34,6 +34,9 @@ logger = logging.getLogger(__name__)
 Row = dict[str, Any]
 
 MAX_LABELS = 64  # a volume of at most so many different whole numbers is taken for a label map
+PASSING = frozenset(  # reasons that may be over while the file stays as it is: looked at again by the next run
+    ("memory", "missing", "permission", "reader_missing", "sidecar", "unreadable")
+)
 _SAMPLED = 4096
 _SHA_CHARS = 32  # 128 bits
 

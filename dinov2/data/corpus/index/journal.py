@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from dinov2.data.corpus.index.examine import Row
+from dinov2.data.corpus.index.examine import PASSING, Row
 from dinov2.errors import BadInput
 from dinov2.files import from_json, lock, replacing, to_json
 
@@ -44,7 +44,7 @@ class Journal:
     def __init__(self, path: Path, options: dict[str, Any]) -> None:
         self.path, self.options = path, options
         self.was_of_other_options = False
-        self._lines: dict[str, tuple[str, int]] = {}  # unit -> stamp, place of its line
+        self._lines: dict[str, tuple[str, int]] = {}  # unit -> stamp (empty: to be looked at again), place of its line
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file = path.open("ab", buffering=0)  # so that a full disk shows at the line that does not fit
@@ -72,7 +72,7 @@ class Journal:
                     what = "%s, line %d: is damaged: what it and the lines after it had is examined again"
                     logger.warning(what, self.path, number)
                 break
-            self._lines[record["unit"]] = (record["stamp"], place)
+            self._lines[record["unit"]] = (_kept_stamp(record["stamp"], record["rows"]), place)
             place += len(line)
         self._file.truncate(place)
 
@@ -101,6 +101,10 @@ class Journal:
     def knows(self, unit: str, stamp: str) -> bool:
         return self._lines.get(unit, ("",))[0] == stamp
 
+    def doubts(self, unit: str) -> bool:
+        """Whether it was set aside for a reason that may be over."""
+        return unit in self._lines and not self._lines[unit][0]
+
     def add(self, unit: str, stamp: str, rows: list[Row]) -> None:
         """Append a unit's rows.
 
@@ -108,7 +112,7 @@ class Journal:
             BadInput: The disk is full.
         """
         place = self._append({"unit": unit, "stamp": stamp, "rows": rows})
-        self._lines[unit] = (stamp, place)
+        self._lines[unit] = (_kept_stamp(stamp, rows), place)
 
     def keep_only(self, units: set[str]) -> None:
         """Forget what is not there any more."""
@@ -146,6 +150,10 @@ def read_journal(path: Path) -> tuple[dict[str, Any], Iterator[tuple[str, str, l
     if options is None:
         raise BadInput(f"{path}: is no journal of `dinov2 index`")
     return options, _records(path)
+
+
+def _kept_stamp(stamp: str, rows: list[Row]) -> str:
+    return "" if any(row.get("reason") in PASSING for row in rows) else stamp
 
 
 def _records(path: Path) -> Iterator[tuple[str, str, list[Row]]]:

@@ -19,16 +19,27 @@ from dinov2.cli import main
 from dinov2.data import read_datalist, write_datalist
 from dinov2.data.cache.folder import VolumeCache
 from dinov2.data.cache.store import load_volume
+from dinov2.data.corpus.index import command as index_command
+from dinov2.data.corpus.index import examine as examine_module
 from dinov2.data.corpus.index import walk as walk_module
-from dinov2.data.corpus.index.examine import canonical_flips, content_sha
+from dinov2.data.corpus.index.examine import (
+    PASSING,
+    ExamineOptions,
+    Row,
+    canonical_flips,
+    content_sha,
+    examine_unit,
+    problem,
+)
 from dinov2.data.corpus.index.journal import Journal, journal_path, read_journal
 from dinov2.data.corpus.index.metadata import hashed_id
-from dinov2.data.corpus.index.walk import walk
+from dinov2.data.corpus.index.walk import Unit, walk
 from dinov2.data.corpus.overlap import seen_in
 from dinov2.data.volumes.opening import open_volume
 from dinov2.errors import BadInput
 from dinov2.run.data.index import shard_commands
 from tests.conftest import BUNDLED
+from tests.unit.data.corpus.deadly import examine_until_a
 
 SPACING = (0.75, 1.25, 3.0)
 
@@ -442,6 +453,49 @@ def test_a_second_run_looks_only_at_what_changed(tmp_path: Path, capsys: pytest.
     assert "2 files and series" in (said := capsys.readouterr().out) and "; 2 new or changed" in said
     assert [Path(e["image"]).name for e in listed] == ["1.nii", "2.nii"] and listed[1]["organ"] == "knee"
     assert listed[0]["sha"] != first[0][1]["sha"]
+
+
+def test_what_ended_a_process_is_tried_again_in_one_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for seed, name in enumerate("ab"):
+        save_nifti(tmp_path / "data" / f"{name}.nii", scan(seed))
+    words = ["index", str(tmp_path / "data"), "--output", str(tmp_path / "list.json"), "--workers", "1"]
+    with monkeypatch.context() as deadly:
+        deadly.setattr(index_command, "FEW_UNITS", 0)
+        deadly.setattr(index_command, "UNITS_PER_BATCH", 1)
+        deadly.setattr(index_command, "examine", examine_until_a)
+        assert main(words) == 0
+        deadly.setattr(index_command, "FEW_UNITS", 16)  # few enough for this process, and it would not survive it
+        assert main(words) == 0
+    assert capsys.readouterr().out.count("1 set aside: 1 unreadable") == 2
+    assert main(words) == 0 and "2 volumes" in capsys.readouterr().out
+
+
+def test_a_file_that_may_be_read_now_is_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """chmod changes neither its size nor its time; nor does the installation of a missing library."""
+    for seed, reason in enumerate(sorted(PASSING - {"memory"})):
+        save_nifti(tmp_path / "data" / f"{reason}.nii", scan(seed))
+    save_nifti(tmp_path / "data" / "constant.nii", np.zeros((16, 16, 16)))
+
+    def refused(unit: Unit, options: ExamineOptions) -> list[Row]:
+        reason = Path(unit.path).stem
+        return [problem(unit.path, reason, "for now")]
+
+    with monkeypatch.context() as before:
+        before.setattr(examine_module, "examine_unit", refused)
+        assert len(run(tmp_path / "data", tmp_path / "list.json")[1]) == 6
+    seen = []
+
+    def noted(unit: Unit, options: ExamineOptions) -> list[Row]:
+        seen.append(Path(unit.path).stem)
+        return examine_unit(unit, options)
+
+    with monkeypatch.context() as watched:
+        watched.setattr(examine_module, "examine_unit", noted)
+        listed, quarantine = run(tmp_path / "data", tmp_path / "list.json")
+    assert sorted(seen) == sorted(PASSING - {"memory"}) and len(listed) == 5
+    assert quarantine == {"constant.nii": ("constant", "for now")}
 
 
 def test_a_series_of_an_earlier_versions_journal_is_examined_anew(

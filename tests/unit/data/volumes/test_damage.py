@@ -388,6 +388,13 @@ def test_whatever_happens_to_one_unit_is_its_row(
     assert "cannot be examined" in quarantine["a.nii"][1]
     asks = "a.nii: cannot be examined, for a reason that no reader has named" in capsys.readouterr().err
     assert asks != lacks_memory, "a machine without memory is no fault to report"
+    monkeypatch.undo()  # memory is back, or a fault of ours is mended; the file is the same
+    listed, quarantine = run(tmp_path / "data", tmp_path / "list.json")
+    said = capsys.readouterr().out
+    assert len(listed) == 2 and not quarantine
+    assert "; 0 new or changed, 1 set aside before that are looked at again" in said
+    run(tmp_path / "data", tmp_path / "list.json")
+    assert "; 0 new or changed\n" in capsys.readouterr().out
 
 
 def test_a_description_of_any_kind_does_not_end_the_index(tmp_path: Path) -> None:
