@@ -103,20 +103,21 @@ def words(out: Path) -> list[str]:
 
 
 def table(rows: list[dict], is_higher_better: dict[str, bool]) -> str:
-    """A row a metric: untrained, at the end, and when half and nine tenths of the gain were there for good."""
-    lines = ["| metric | untrained | at the end | best | half of the gain from | nine tenths from |", "| --- " * 6 + "|"]
+    """A row a metric: untrained, at the end, and when some gain, half and nine tenths of it were there for good."""
+    head = "| metric | untrained | at the end | best | above untrained from | half of the gain from | nine tenths from |"
+    lines = [head, "| --- " * 7 + "|"]
     for name, is_higher in is_higher_better.items():
         values, steps = np.array([row[name] for row in rows]), [row["iteration"] for row in rows]
         sign = 1 if is_higher else -1
         gained = sign * (values - values[0])
         whole = gained[-3:].mean()  # a single measurement is noisy
         since = []
-        for share in (0.5, 0.9):
-            short = np.flatnonzero(gained < share * whole)
+        for share in (0.0, 0.5, 0.9):
+            short = np.flatnonzero(gained <= share * whole)
             at = short[-1] + 1 if len(short) else 0
             since.append(f"step {steps[at] + 1}" if whole > 0 and at < len(steps) else "never")
         best = values.max() if sign > 0 else values.min()
-        lines.append(f"| {name} | {values[0]:.3f} | {values[-1]:.3f} | {best:.3f} | {since[0]} | {since[1]} |")
+        lines.append(f"| {name} | {values[0]:.3f} | {values[-1]:.3f} | {best:.3f} | {' | '.join(since)} |")
     return "\n".join(lines) + "\n"
 
 
