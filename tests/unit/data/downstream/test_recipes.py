@@ -35,7 +35,7 @@ def test_the_papers_outputs() -> None:
     outputs = {name: (r.num_outputs, r.overlapping, r.channels) for name in SEGMENTATIONS if (r := load_recipe(name))}
     assert outputs == {
         "BTCV": (14, False, 1), "BraTS": (3, True, 4), "LA-SEG": (2, False, 1), "TDSC-ABUS": (2, False, 1),
-        "MSD-Hippocampus": (3, False, 1),
+        "MSD-Hippocampus": (3, False, 1), "MSD-Hippocampus-single": (3, False, 1),
     }  # fmt: skip
     assert load_recipe("LA-SEG").label_map == {255: 1}
 
