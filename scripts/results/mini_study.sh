@@ -50,10 +50,12 @@ for step in "$@"; do
     lists) lists ;;
     pretrain) pretrain ;;
     rates)
+      methods=(3DINO MONAI-ViT Random SwinRandom UNet 3DINO-linear MONAI-ViT-linear Random-linear)
       for rate in 1e-3 3e-3; do
-        names=$(printf 'MSD-Hippocampus/%s/13.8/100,' 3DINO MONAI-ViT Random SwinRandom UNet 3DINO-linear MONAI-ViT-linear Random-linear)
+        names=$(printf 'MSD-Hippocampus/%s/13.8/100,' "${methods[@]}")
+        rates=("${methods[@]/#/methods.}")
         study run "$out/rates/$rate" "$out/rates" --jobs 2 --cells "${names%,}" "seeds=[100]" \
-          "datasets.MSD-Hippocampus.budget.learning_rate=$rate" "datasets.brain_t1_sex.base_data_dir=$out/lists" \
+          "${rates[@]/%/.budget.learning_rate=$rate}" "datasets.brain_t1_sex.base_data_dir=$out/lists" \
           "datasets.brain_t1_age_group.base_data_dir=$out/lists" "cache_dir=$out/cases"
       done
       ;;
