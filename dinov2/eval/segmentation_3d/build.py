@@ -104,7 +104,7 @@ def build_segmentation(
 
 
 def placed(model: SegmentationNetwork, runtime: Runtime) -> SegmentationNetwork:
-    """On its device; on a CPU with the channels of 3D kernels last, which convolves in less time there (docs/performance.md)."""
+    """On its device; on a CPU with the channels of 3D kernels last: convolutions take less time there (docs/performance.md)."""
     if runtime.device.type == "cpu":
         return model.to(memory_format=torch.channels_last_3d)
     return model.to(runtime.device)
