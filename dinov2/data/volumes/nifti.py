@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import bz2
 import gzip
+import io
 import math
 import re
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 
+from dinov2.data.volumes.bounded import MAX_TEXT_BYTES
 from dinov2.data.volumes.grids import farthest_corner_mm
 from dinov2.data.volumes.places import SAME, check_affine, check_positive, column_spacing, differs, shown_mm
 from dinov2.errors import BadVolume
@@ -23,7 +26,7 @@ from dinov2.geometry import Spacing, triple
 
 PAIR = re.compile(r"(?P<stem>.+)\.(?P<half>hdr|img)(?P<compression>\.(?:gz|bz2|zst))?", re.IGNORECASE)
 _SPACE_UNITS_MM = {0: 1.0, 1: 1000.0, 2: 1.0, 3: 1e-3}  # unknown counts as mm, metre, mm, micron
-_HEADER_BYTES = 540  # of the longer one, NIfTI-2's
+_HEADER_BYTES = 544  # of the longer one, NIfTI-2's, and the four after it that say whether extensions follow
 _SAME_PLACE = 0.5  # of the smallest voxel edge, by which sform and qform may lie apart
 _COMPRESSED: dict[str, tuple[bytes, Callable[[Path], Any] | None]] = {  # by ending: how it begins, and what reads it
     ".gz": (b"\x1f\x8b", gzip.open),
@@ -57,21 +60,26 @@ def load_nifti(path: str) -> tuple[Any, Any] | None:
     halves = sorted([Path(path), *other_half(Path(path))], key=lambda half: ".img" in half.name.lower())  # the header first
     if not halves[0].is_file():
         return None
-    with open_content(halves[0]) as file:
+    found = compression(halves[0])
+    with open_content(halves[0], found) as file:
         block = file.read(_HEADER_BYTES)
+    if found:
+        check_start(path, block)
     classes = {b"1": (nib.Nifti1Image, nib.Nifti1Pair), b"2": (nib.Nifti2Image, nib.Nifti2Pair)}
     magic = next((m for m in (block[344:348], block[4:8]) if m[:2] in (b"n+", b"ni") and m[2:3] in classes), None)
     if magic is None:
         return None
     kind = classes[magic[2:3]][len(halves) - 1]
+    has_extensions = any(block[kind.header_class.sizeof_hdr :][:1])
     headers = []
     for check in (True, False):
-        with open_content(halves[0]) as file:
+        with open_content(halves[0], found) if has_extensions else io.BytesIO(block) as file:
             headers.append(kind.header_class.from_fileobj(file, check=check))
     header, stored = headers
     _settle_quaternion(header)
     voxels = halves[-1]
-    place = str(voxels) if compression(voxels) == _by_name(voxels) else open_content(voxels)
+    found = found if voxels == halves[0] else compression(voxels)
+    place = str(voxels) if found == _by_name(voxels) else open_content(voxels, found)
     data = kind.ImageArrayProxy(place, header.copy(), keep_file_open=True)
     names = {"image": str(voxels)} | ({"header": str(halves[0])} if len(halves) > 1 else {})
     return kind(data, None, header, file_map=kind.make_file_map(names)), stored
@@ -82,9 +90,39 @@ def _by_name(path: Path) -> str:
     return ".gz" if suffix == ".mgz" else suffix if suffix in _COMPRESSED else ""
 
 
-def open_content(path: Path) -> Any:
-    """The content, decompressed by what it is."""
-    found = compression(path)
+def check_start(path: str, header: bytes) -> None:
+    """Refuse a compressed file whose header says that its voxels come after more bytes than a header has; all are expanded.
+
+    Args:
+        path: For messages.
+        header: Its first bytes, expanded.
+
+    Raises:
+        BadVolume: It does.
+    """
+    start = _first_voxel(header)
+    if start > MAX_TEXT_BYTES:
+        raise BadVolume(f"{path}: its header says that {start:,} bytes come before the voxels: damaged", "damaged")
+
+
+def _first_voxel(header: bytes) -> float:
+    """Where the voxels of a NIfTI file begin, by its first bytes; 0 of anything else."""
+    for order in "<>":
+        if header[:4] == struct.pack(order + "i", 348) and len(header) >= 112:
+            return struct.unpack_from(order + "f", header, 108)[0]
+        if header[:4] == struct.pack(order + "i", 540) and len(header) >= 176:
+            return struct.unpack_from(order + "q", header, 168)[0]
+    return 0
+
+
+def open_content(path: Path, found: str | None = None) -> Any:
+    """The content, decompressed by what it is.
+
+    Args:
+        path: The file.
+        found: As of `compression`, where that is known.
+    """
+    found = compression(path) if found is None else found
     if found == _by_name(path):
         return nib.openers.ImageOpener(str(path))
     if not found:

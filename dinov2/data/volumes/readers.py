@@ -9,7 +9,6 @@ from __future__ import annotations
 import io
 import math
 import re
-import struct
 import zipfile
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -31,7 +30,7 @@ from dinov2.data.volumes.bounded import (
     is_packed,
     open_regular,
 )
-from dinov2.data.volumes.nifti import PAIR, compression, load_nifti, nifti_place, open_content
+from dinov2.data.volumes.nifti import PAIR, check_start, compression, load_nifti, nifti_place, open_content
 from dinov2.data.volumes.places import check_positive, column_spacing, differs, header_text, of_text_header, shown_mm
 from dinov2.errors import BadVolume
 from dinov2.optional import needed_for
@@ -39,6 +38,7 @@ from dinov2.optional import needed_for
 READER_MISSING = partial(BadVolume, reason="reader_missing")
 
 _PLAIN_SUFFIXES = (".nii", ".img", ".hdr", ".mgh", ".gz", ".bz2", ".zst", ".mgz")  # of content that is not compressed
+_SINGLE = re.compile(r"\.nii(\.(gz|bz2|zst))?$", re.IGNORECASE)  # of which nibabel opens the file itself alone
 _DEFLATE_RATIO = 1032  # the most that deflate shrinks anything
 _OTHER_RATIO = 100_000  # bzip2 and zstd shrink zeros further
 _HEADER_BYTES = 65536  # of a text header, more than any has
@@ -127,6 +127,9 @@ def _loaded(path: str) -> tuple[Any, np.ndarray, tuple[str, ...]]:
     found = load_nifti(path)
     if found is not None:
         return found[0], *nifti_place(path, found[1])
+    if is_packed(path):
+        with open_content(Path(path)) as file:
+            check_start(path, file.read(352))
     image = _mgh(path) or nib.load(path, keep_file_open=True)
     affine = getattr(image, "affine", None)
     if not isinstance(image.header, nib.analyze.AnalyzeHeader) or affine is None:
@@ -158,13 +161,14 @@ def _ratio(data: Path) -> int:
 
 
 def _check_files(path: str) -> None:
-    """Look at every file that nibabel would open for a path before it does, and at how much of a stream its header asks for.
+    """Look at every file that nibabel would open for a path before it does.
 
     Raises:
-        BadVolume: A header that says that the voxels come after more bytes than a header has.
         OSError: One is not there, or no regular file.
     """
     check_regular(path)
+    if _SINGLE.search(path):
+        return
     for kind in nib.imageclasses.all_image_classes:
         try:
             beside = kind.filespec_to_file_map(path)
@@ -173,21 +177,6 @@ def _check_files(path: str) -> None:
         for holder in beside.values():
             if holder.filename and Path(holder.filename).exists():
                 check_regular(holder.filename)
-    if is_packed(path):
-        with open_content(Path(path)) as file:
-            start = _first_voxel(file.read(352))
-        if start > MAX_TEXT_BYTES:
-            raise BadVolume(f"{path}: its header says that {start:,} bytes come before the voxels: damaged", "damaged")
-
-
-def _first_voxel(header: bytes) -> float:
-    """Where the voxels of a NIfTI file begin, by its first bytes; 0 of anything else."""
-    for order in "<>":
-        if header[:4] == struct.pack(order + "i", 348) and len(header) >= 112:
-            return struct.unpack_from(order + "f", header, 108)[0]
-        if header[:4] == struct.pack(order + "i", 540) and len(header) >= 176:
-            return struct.unpack_from(order + "q", header, 168)[0]
-    return 0
 
 
 def _checked_voxels(image: Any, data: Path, num_bytes: int) -> Callable[[], Any]:
