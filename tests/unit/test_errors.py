@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import errno
 import pickle
 from pathlib import Path
@@ -15,6 +16,7 @@ from dinov2.configs.errors import ConfigError
 from dinov2.data import read_datalist
 from dinov2.errors import EXIT_BAD_INPUT, BadInput, BadVolume
 from dinov2.program import run_program
+from tests.conftest import ROOT
 
 
 def test_what_would_break_a_line_or_a_terminal_is_an_escape() -> None:
@@ -54,3 +56,17 @@ def test_a_machine_without_memory_is_one_line(kind: str, capsys: pytest.CaptureF
 def test_another_error_of_torch_keeps_its_trace() -> None:
     with pytest.raises(RuntimeError, match="size of tensor"):
         run_program(lambda _: len(torch.ones(2) + torch.ones(3)), argparse.ArgumentParser(), [])
+
+
+def test_every_exception_is_caught_at_the_borders_that_the_architecture_names_and_nowhere_else() -> None:
+    found = set()
+    for path in (ROOT / "dinov2").rglob("*.py"):
+        tree = ast.parse(path.read_text())
+        for function in (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)):
+            for handler in (node for node in ast.walk(function) if isinstance(node, ast.ExceptHandler)):
+                caught = {node.id for node in ast.walk(handler.type) if isinstance(node, ast.Name)} if handler.type else {"all"}
+                if caught & {"all", "Exception", "BaseException"}:
+                    found.add(f"{path.stem}.{function.name}")
+    assert found == {"bounded.foreign", "examine.examine_unit", "pool.attempt", "files.replacing"}
+    text = (ROOT / "docs" / "architecture.md").read_text().partition("## Errors")[2].partition("## Ranks")[0]
+    assert all(f"{name}`" in text for name in found)
