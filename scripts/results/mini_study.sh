@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The small study of docs/mini_study.md, step by step: pretraining, learning rates, study, tables. Start it again to continue; what
 # is finished is not repeated.
-# Usage: scripts/results/mini_study.sh DATA_FOLDER OUTPUT_FOLDER lists|pretrain|rates|run|report...
+# Usage: scripts/results/mini_study.sh DATA_FOLDER OUTPUT_FOLDER lists|pretrain|rates|run|probe|report...
 # DATA_FOLDER holds splits.json, hippocampus/{images,labels} and brain_t1/{images,participants.csv}.
 set -euo pipefail
 data=$(realpath "${1:?data folder}") out=$(realpath -m "${2:?output folder}")
@@ -15,9 +15,9 @@ lists() { # the study's; one for the learning rates, tested on half of the valid
   local d=$out/lists/MSD-Hippocampus-single_100_datalist.json
   [ -f "$d" ] || python -m dinov2 split --images "$data/hippocampus/images" --labels "$data/hippocampus/labels" \
     --output "$d" --parts "$data/splits.json" --parts-key hippocampus
-  for task in sex age_group age; do
+  for task in sex age; do
     d=$out/lists/brain_t1_${task}_cls_datalist.json
-    [ -f "$d" ] || python -m dinov2 split --table "$data/brain_t1/participants.csv" --label-column "${task%_group}" \
+    [ -f "$d" ] || python -m dinov2 split --table "$data/brain_t1/participants.csv" --label-column "$task" \
       --output "$d" --parts "$data/splits.json" --parts-key brain_t1
   done
   python - "$out" <<'P'
@@ -45,6 +45,20 @@ study() { # COMMAND OUTPUT LISTS [WORD...]
     "methods.3DINO-linear.weights=$dino" "methods.MONAI-ViT.weights=$monai" "methods.MONAI-ViT-linear.weights=$monai" "$@"
 }
 
+probe() { # sex and age of all 53 people from their whole scans, cross-validated
+  local d=$out/probe name target
+  [ -f "$d/list.json" ] || python -m dinov2 index "$data/brain_t1/images" --output "$d/list.json"
+  python -m dinov2 embed "$d/list.json" --weights "$dino" --output "$d/3DINO.parquet"
+  python -m dinov2 embed "$d/list.json" --weights "$monai" --output "$d/MONAI-ViT.parquet"
+  python -m dinov2 embed "$d/list.json" --weights "$dino" --untrained 0 --output "$d/untrained.parquet"
+  for name in 3DINO MONAI-ViT; do
+    for target in sex age; do
+      python -m dinov2 probe "$d/$name.parquet" --table "$data/brain_t1/participants.csv" --target "$target" \
+        --untrained "$d/untrained.parquet" --covariates volume --output "$d/${name}_$target"
+    done
+  done
+}
+
 for step in "$@"; do
   case $step in
     lists) lists ;;
@@ -55,15 +69,15 @@ for step in "$@"; do
         names=$(printf 'MSD-Hippocampus/%s/13.8/100,' "${methods[@]}")
         rates=("${methods[@]/#/methods.}")
         study run "$out/rates/$rate" "$out/rates" --jobs 2 --cells "${names%,}" "seeds=[100]" \
-          "${rates[@]/%/.budget.learning_rate=$rate}" "datasets.brain_t1_sex.base_data_dir=$out/lists" \
-          "datasets.brain_t1_age_group.base_data_dir=$out/lists" "cache_dir=$out/cases"
+          "${rates[@]/%/.budget.learning_rate=$rate}" "datasets.brain_t1_sex.base_data_dir=$out/lists" "cache_dir=$out/cases"
       done
       ;;
     run) study run "$out/study" "$out/lists" --jobs 2 "cache_dir=$out/cases" ;;
+    probe) probe ;;
     report)
       study collect "$out/study" "$out/lists" "cache_dir=$out/cases"
       study report "$out/study" "$out/lists" "cache_dir=$out/cases"
       ;;
-    *) echo "no step $step: lists, pretrain, rates, run, report" >&2 && exit 2 ;;
+    *) echo "no step $step: lists, pretrain, rates, run, probe, report" >&2 && exit 2 ;;
   esac
 done

@@ -1,6 +1,7 @@
-"""The tables and curves of docs/results.md from the folders of hippocampus.sh and brain_t1.sh.
+"""The tables and curves of docs/results.md from the folders of hippocampus.sh, brain_t1.sh and mini_study.sh.
 
     python scripts/results/tables.py hippocampus|brain_t1 FOLDER [--picture FILE.png]
+    python scripts/results/tables.py study FOLDER          # of `dinov2 study report`: its comparison.csv
 
 Prints Markdown. Intervals are of 2,000 bootstrap draws of test cases (people); differences are paired by case.
 """
@@ -117,13 +118,43 @@ def brain_t1(folder: Path) -> list[str]:
     return lines
 
 
+def study(folder: Path) -> list[str]:
+    """Of each data set and metric: means of all methods, then the subject's differences, a column for each share of labels."""
+    table = pd.read_csv(folder / "comparison.csv").fillna({"minus": ""})
+    table = table[table["class"].isin(["mean of classes", "all"])]
+    lines: list[str] = []
+    for (dataset, metric), rows in table[table.metric.isin(["dice", "hd95_mm", "auc"])].groupby(
+        ["dataset", "metric"], sort=False
+    ):
+        percents = sorted(rows.percent.unique())
+        lines += [f"{dataset}, {metric}", "", "| | " + " | ".join(f"{p:g} %" for p in percents) + " |"]
+        lines.append("| --- " * (len(percents) + 1) + "|")
+        for (run, minus), own in rows.groupby(["run", "minus"], sort=False):
+            cells = []
+            for percent in percents:
+                found = own[own.percent == percent].to_dict("records")
+                cells.append(_study_cell(found[0]) if found else "")
+            lines.append(f"| {run}{f' - {minus}' if minus else ''} | " + " | ".join(cells) + " |")
+        lines.append("")
+    return lines
+
+
+def _study_cell(row: dict) -> str:
+    sign = "+" if row["minus"] else ""
+    digits = 2 if row["metric"] == "hd95_mm" else 3
+    text = f"{row['mean']:{sign}.{digits}f}"
+    if row["bootstrap_low"] == row["bootstrap_low"]:
+        text += f" ({row['bootstrap_low']:{sign}.{digits}f} to {row['bootstrap_high']:{sign}.{digits}f})"
+    return text + (f", p = {row['p_holm']:.2g}" if row["minus"] and row["p_holm"] == row["p_holm"] else "")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("table", choices=("hippocampus", "brain_t1"))
+    parser.add_argument("table", choices=("hippocampus", "brain_t1", "study"))
     parser.add_argument("folder", type=Path)
     parser.add_argument("--picture", type=Path)
     args = parser.parse_args()
-    print("\n".join((hippocampus if args.table == "hippocampus" else brain_t1)(args.folder)))
+    print("\n".join({"hippocampus": hippocampus, "brain_t1": brain_t1, "study": study}[args.table](args.folder)))
     if args.picture and args.table == "hippocampus":
         draw_hippocampus(args.folder, args.picture)
     return 0
