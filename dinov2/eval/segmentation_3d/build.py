@@ -92,7 +92,7 @@ def build_segmentation(
         BadInput: A head that does not fit.
     """
     torch.manual_seed(torch_seed(cfg.train.seed, Kind.INIT, 1))
-    model = placed(build_head(backbone, cfg, task), runtime)
+    model = build_head(backbone, cfg, task).to(runtime.device)
     choose_trained(model, train_backbone)
     if runtime.world_size > 1 and runtime.device.type == "cuda":
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
@@ -101,13 +101,6 @@ def build_segmentation(
     total = sum(p.numel() for p in model.parameters())
     logger.info("%s: %.2f M parameters trained of %.2f M", task.head, trainable / 1e6, total / 1e6)
     return model
-
-
-def placed(model: SegmentationNetwork, runtime: Runtime) -> SegmentationNetwork:
-    """On its device; on a CPU with the channels of 3D kernels last: convolutions take less time there (docs/performance.md)."""
-    if runtime.device.type == "cpu":
-        return model.to(memory_format=torch.channels_last_3d)
-    return model.to(runtime.device)
 
 
 def choose_trained(model: SegmentationNetwork, train_backbone: bool) -> None:
@@ -188,7 +181,7 @@ def load_segmentation(
         model.load_state_dict(state)
     except RuntimeError as err:
         raise BadInput(f"weights {path}: do not fit the network that they name ({str(err).splitlines()[0][:120]})") from err
-    return placed(model, runtime).eval(), cfg, task
+    return model.to(runtime.device).eval(), cfg, task
 
 
 def _saved_task(meta: dict[str, Any], path: str | Path) -> Task:
