@@ -2,6 +2,8 @@
 
 A process has a pipe and nothing else: no lock that one which is killed could take with it, and no named semaphore, which would
 stay in /dev/shm where the whole group is killed at once. What happened to an item is known by the pipe that it went through.
+
+An error that nobody foresaw ends its process, which prints where; so does a library's crash, and both cost one item.
 """
 
 from __future__ import annotations
@@ -12,7 +14,6 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Generator, Iterable, Iterator
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
@@ -21,7 +22,15 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from typing import Any
 
+from dinov2.errors import BadInput, is_out_of_memory
 from dinov2.signals import die_with_parent
+
+
+def how_it_ended(code: int | None) -> str:
+    """How a process ended before it answered, by its exit code: a predicate, the same in every run."""
+    if code is not None and code < 0:
+        return f"was ended by {signal.Signals(-code).name}"
+    return "ended with an error that nobody foresaw; it stands above" if code == 1 else f"ended with code {code}"
 
 
 def default_workers() -> int:
@@ -35,7 +44,7 @@ class _Answer:
 
     value: Any = None
     error: Exception | None = None
-    died: str = ""  # how its process ended before it answered
+    died: str = ""  # how its process ended before it answered, as `how_it_ended` says it
 
     def result(self) -> Any:
         if self.error is not None:
@@ -57,14 +66,15 @@ class _Worker:
             return _Answer(*pickle.loads(self.connection.recv_bytes()))
         except (EOFError, OSError):  # in the message, or before it
             self.process.join()
-            return _Answer(died=f"process {self.process.pid} ended with code {self.process.exitcode}")
+            return _Answer(died=how_it_ended(self.process.exitcode))
 
 
 def unordered(
     work: Callable[[Any], Any],
     items: Iterable[Any],
     num_workers: int,
-    on_death: Callable[[Any], Any] | None = None,
+    on_death: Callable[[Any, str], Any],
+    parts: Callable[[Any], Iterable[Any]] = lambda item: [item],
 ) -> Generator[Any, None, None]:
     """Results of `work` for every item, in any order; 0 workers: in this process.
 
@@ -72,27 +82,24 @@ def unordered(
         work: A function that can be pickled, of an item.
         items: Taken as they are needed, one per process.
         num_workers: Processes.
-        on_death: Makes the result of an item whose process died (out of memory, a crash of a library); it is tried once more
-            alone before, after all others. None lets the error through.
+        on_death: Makes the result of an item whose process died, from the item and how (`how_it_ended`); it is tried once more
+            alone before, after all others.
+        parts: Of such an item, each of which is tried by itself then.
 
     Raises:
-        BrokenProcessPool: A process died and there is no `on_death`.
-        Exception: What `work` raised, with the traceback from there as a note.
+        Exception: What `attempt` hands on, with the traceback from there as a note.
     """
     if num_workers == 0:
         yield from map(work, items)
         return
     suspects: list[Any] = []
     for item, answer in _run(work, iter(items), num_workers):
-        if not answer.died:
-            yield answer.result()
-        elif on_death is None:
-            raise BrokenProcessPool(answer.died)
+        if answer.died:
+            suspects += parts(item)
         else:
-            suspects.append(item)
-    for item in suspects:
-        [(_, answer)] = _run(work, iter([item]), 1)
-        yield on_death(item) if answer.died and on_death else answer.result()
+            yield answer.result()
+    for item, answer in _run(work, iter(suspects), 1):
+        yield on_death(item, answer.died) if answer.died else answer.result()
 
 
 def _run(work: Callable[[Any], Any], todo: Iterator[Any], num_workers: int) -> Iterator[tuple[Any, _Answer]]:
@@ -152,6 +159,8 @@ def _serve(connection: Connection) -> None:
 def attempt(work: Callable[[Any], Any], item: Any, kind: str) -> tuple[Any, Exception | None]:
     """What a process sends back: the result, or what was raised, with its traceback as a note, for the main process to raise.
 
+    That is what a user can mend and what the system refused, memory among it. Any other error ends the process.
+
     Args:
         work: Called with the item.
         item: Its argument.
@@ -159,6 +168,8 @@ def attempt(work: Callable[[Any], Any], item: Any, kind: str) -> tuple[Any, Exce
     """
     try:
         return work(item), None
-    except Exception as err:  # noqa: BLE001 - raised again in the main process
+    except (BadInput, OSError, MemoryError, RuntimeError) as err:
+        if isinstance(err, RuntimeError) and not is_out_of_memory(err):
+            raise
         err.add_note(f"in a {kind} process:\n{traceback.format_exc()}")
         return None, err

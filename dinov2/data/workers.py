@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from dinov2.data.pool import attempt
+from dinov2.data.pool import attempt, how_it_ended
 from dinov2.errors import BadInput
 from dinov2.signals import SIGNALS, die_with_parent
 
@@ -52,7 +52,8 @@ class Worker:
 
         Raises:
             BadInput: The process was killed.
-            Exception: What `compute` raised there.
+            RuntimeError: An error that nobody foresaw ended it; its traceback was printed there.
+            Exception: What `compute` raised there, as far as `attempt` hands it on.
         """
         try:
             value, error = pickle.loads(self.connection.recv_bytes())
@@ -87,7 +88,7 @@ def compute_in_order(compute: Compute, requests: Iterable[Any], num_workers: int
 
     Raises:
         BadInput: A process was killed.
-        Exception: What `compute` raised in a process, with the traceback from there as a note.
+        Exception: As of `Worker.receive`, with the traceback from there as a note.
     """
     if num_workers == 0:
         yield from map(compute, requests)
@@ -130,12 +131,12 @@ def _serve(compute: Compute, connection: Connection, inherited: list[Connection]
             connection.send_bytes(pickle.dumps(attempt(compute, connection.recv(), "loader")))
 
 
-def _died(process: BaseProcess) -> BadInput:
+def _died(process: BaseProcess) -> BadInput | RuntimeError:
     process.join(GRACE_S)
     code = process.exitcode
-    how = "no longer answers" if code is None else f"ended with code {code}"
-    if code is not None and code < 0:
-        how = f"was ended by {signal.Signals(-code).name}"
+    how = "no longer answers" if code is None else how_it_ended(code)
+    if code == 1:
+        return RuntimeError(f"loader process {process.pid} {how}: `dinov2 index` sets aside by name a file that does so")
     why = "most likely memory ran out: use fewer train.num_workers or volumes"
     if code == -signal.SIGBUS:  # of a mapped file
         why = "a file of the cache folder was cut short while it was read, or its disk failed: start the same command again"

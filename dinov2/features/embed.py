@@ -22,7 +22,7 @@ import torch
 from dinov2.configs.loader import without_path_keys
 from dinov2.data.corpus.domain import kind_of
 from dinov2.data.corpus.index.command import IndexRequest, index
-from dinov2.data.corpus.index.examine import content_sha, problem
+from dinov2.data.corpus.index.examine import content_sha, died_reading, problem
 from dinov2.data.corpus.index.quality import Limits
 from dinov2.data.datalist import Datalist, Entry, read_datalist
 from dinov2.data.pool import unordered
@@ -296,9 +296,8 @@ def _load(load: Loader, spacing_mm: Spacing | None, item: tuple[int, Entry]) -> 
     return place, scan, {"sha": sha, "spacing": spacing}
 
 
-def _died(item: tuple[int, Entry]) -> Stored:
-    what = "reading it ended the process: out of memory, or a crash of the library that reads it"
-    return item[0], None, problem(item[1].image, "unreadable", what)
+def _died(item: tuple[int, Entry], how: str) -> Stored:
+    return item[0], None, died_reading(item[1].image, how)
 
 
 def _row(

@@ -58,7 +58,7 @@ def test_another_error_of_torch_keeps_its_trace() -> None:
         run_program(lambda _: len(torch.ones(2) + torch.ones(3)), argparse.ArgumentParser(), [])
 
 
-def test_every_exception_is_caught_at_the_borders_that_the_architecture_names_and_nowhere_else() -> None:
+def test_every_exception_is_caught_in_the_one_place_that_the_architecture_names() -> None:
     found = set()
     for path in (ROOT / "dinov2").rglob("*.py"):
         tree = ast.parse(path.read_text())
@@ -67,6 +67,6 @@ def test_every_exception_is_caught_at_the_borders_that_the_architecture_names_an
                 caught = {node.id for node in ast.walk(handler.type) if isinstance(node, ast.Name)} if handler.type else {"all"}
                 if caught & {"all", "Exception", "BaseException"}:
                     found.add(f"{path.stem}.{function.name}")
-    assert found == {"bounded.foreign", "examine.examine_unit", "pool.attempt", "files.replacing"}
+    assert found == {"files.replacing"}
     text = (ROOT / "docs" / "architecture.md").read_text().partition("## Errors")[2].partition("## Ranks")[0]
     assert all(f"{name}`" in text for name in found)

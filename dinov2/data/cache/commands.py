@@ -6,9 +6,10 @@ import logging
 import math
 import shutil
 from collections import Counter
-from collections.abc import Iterator
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Generator, Iterator
+from contextlib import closing
 from functools import lru_cache, partial
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,6 +34,7 @@ class Built(NamedTuple):
     made: int  # cached volumes
     there: int  # were cached already
     bytes: int  # of both
+    raw: int  # bytes of the entry at 16 bits
     problem: str | None  # why the entry cannot be used
     refusal: str | None  # why the cache is not written any more
 
@@ -79,28 +81,29 @@ def build(datalist: Datalist, folder: Path, max_gb: float | None, num_workers: i
 def _build_in_order(cache: VolumeCache, entries: list[Entry], num_workers: int, say: Say) -> Iterator[Built]:
     """A few entries from all over the list, the forecast that they allow, then the rest, with progress."""
     step = max(1, len(entries) // NUM_SAMPLED)
-    sampled = set(range(0, len(entries), step)[:NUM_SAMPLED])
-    first = [_build_entry(cache, entries[i]) for i in sorted(sampled)]
-    yield from first
-    say(forecast(entries, [entries[i] for i in sorted(sampled)], first, cache.folder, cache.max_bytes))
-    size, bad = sum(b.bytes for b in first), sum(bool(b.problem) for b in first)
+    sampled = range(0, len(entries), step)[:NUM_SAMPLED]
     rest = [e for i, e in enumerate(entries) if i not in sampled]
-    with Progress(len(entries), "volumes", done=len(first)) as progress:
-        for built in _build_all(cache, rest, num_workers):
-            size, bad = size + built.bytes, bad + bool(built.problem)
-            progress.update(note=f"{size / GIB:.3g} GiB, {bad} bad")
-            yield built
+    with closing(_build_all(cache, [entries[i] for i in sampled] + rest, num_workers)) as results:  # ends the processes
+        first = list(islice(results, len(sampled)))
+        yield from first
+        say(forecast(entries, first, cache.folder, cache.max_bytes))
+        size, bad = sum(b.bytes for b in first), sum(bool(b.problem) for b in first)
+        with Progress(len(entries), "volumes", done=len(first)) as progress:
+            for built in results:
+                size, bad = size + built.bytes, bad + bool(built.problem)
+                progress.update(note=f"{size / GIB:.3g} GiB, {bad} bad")
+                yield built
 
 
-def forecast(entries: list[Entry], sampled: list[Entry], first: list[Built], folder: Path, max_bytes: int | None) -> str:
+def forecast(entries: list[Entry], first: list[Built], folder: Path, max_bytes: int | None) -> str:
     """One line on the size to expect.
 
     Raises:
         BadInput: More than the disk has free.
     """
     whole = sum(_raw_bytes(e) for e in entries)
-    measured = [(b, e) for b, e in zip(first, sampled, strict=True) if b.made + b.there and not b.problem]
-    share = sum(b.bytes for b, _ in measured) / max(1, sum(_raw_bytes(e) for _, e in measured)) if measured else 1.0
+    measured = [b for b in first if b.made + b.there and not b.problem]
+    share = sum(b.bytes for b in measured) / max(1, sum(b.raw for b in measured)) if measured else 1.0
     expected, free = whole * share, shutil.disk_usage(folder).free
     limit = math.inf if max_bytes is None else max_bytes
     if not any(b.there for b in first) and min(expected, limit) > free:
@@ -181,6 +184,7 @@ def _raw_bytes(entry: Entry) -> int:
 
 def _build_entry(cache: VolumeCache, entry: Entry) -> Built:
     made = there = size = 0
+    raw = _raw_bytes(entry)
     try:
         for t in range(count_times(entry, cache)):
             path = cache.path(cache.key(entry, t) or "")
@@ -190,13 +194,13 @@ def _build_entry(cache: VolumeCache, entry: Entry) -> Built:
                 continue
             load_volume(entry, t, cache)
             if cache.why_not_written:
-                return Built(made, there, size, None, cache.why_not_written)
+                return Built(made, there, size, raw, None, cache.why_not_written)
             if path.exists():
                 made += 1
                 size += path.stat().st_size
     except BadVolume as err:
-        return Built(made, there, size, str(err), None)
-    return Built(made, there, size, None, None)
+        return Built(made, there, size, raw, str(err), None)
+    return Built(made, there, size, raw, None, None)
 
 
 @lru_cache(maxsize=1)
@@ -209,14 +213,15 @@ def _build_in_worker(folder: Path, max_gb: float | None, entry: Entry) -> Built:
     return _build_entry(_open_cache(folder, max_gb), entry)
 
 
-def _build_all(cache: VolumeCache, entries: list[Entry], num_workers: int) -> Iterator[Built]:
-    """Entries in any order."""
+def _died(entry: Entry, how: str) -> Built:
+    why = f"{entry.image}: the process that read it {how}: if memory ran out, use fewer --workers; the same command tries again"
+    return Built(0, 0, 0, _raw_bytes(entry), why, None)
+
+
+def _build_all(cache: VolumeCache, entries: list[Entry], num_workers: int) -> Generator[Built, None, None]:
+    """Entries in any order; several processes begin with the first ones."""
     if num_workers == 0:
         yield from (_build_entry(cache, e) for e in entries)
         return
     work = partial(_build_in_worker, cache.folder, None if cache.max_bytes is None else cache.max_bytes / GIB)
-    try:
-        yield from unordered(work, entries, num_workers)
-    except BrokenProcessPool as err:
-        what = "a worker died, most likely memory ran out: use fewer --workers; the same command goes on"
-        raise BadInput(f"{cache.folder}: {what}") from err
+    yield from unordered(work, entries, num_workers, _died)

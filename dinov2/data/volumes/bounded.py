@@ -7,16 +7,24 @@ from __future__ import annotations
 
 import bz2
 import errno
+import lzma
 import os
 import re
 import stat
+import struct
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tokenize import TokenError
 from typing import BinaryIO
+from zipfile import BadZipFile
 
+from nibabel.filebasedimages import ImageFileError
+from nibabel.freesurfer.mghformat import MGHError
 from nibabel.openers import Opener
+from nibabel.spatialimages import HeaderDataError, HeaderTypeError, ImageDataError
+from nibabel.wrapstruct import WrapStructError
 
 from dinov2.errors import BadVolume, is_out_of_memory
 
@@ -28,6 +36,13 @@ _PACKED_CHUNK = 2**16  # so that what is left of one, which zlib copies, is litt
 _GZIP_OR_ZLIB = 32 + zlib.MAX_WBITS
 _GZIP = b"\x1f\x8b"
 _PACKED = (_GZIP, b"BZh", b"\x28\xb5\x2f\xfd")  # gzip, bzip2, zstandard
+_UNPACKING = (zlib.error, lzma.LZMAError, BadZipFile, struct.error, TokenError)  # the last: NumPy's, of a header
+_NIBABEL = (ImageFileError, HeaderDataError, HeaderTypeError, ImageDataError, WrapStructError, MGHError)  # without a root
+_ODD_VALUES = (ValueError, LookupError, ArithmeticError, TypeError, AttributeError)  # as a list where a header has a number
+PARSERS_RAISE: tuple[type[Exception], ...] = (  # on bytes that they do not expect; RuntimeError: SimpleITK whatever it is
+    *(OSError, EOFError, MemoryError, RuntimeError),
+    *(*_ODD_VALUES, *_UNPACKING, *_NIBABEL),
+)
 _KINDS = {stat.S_IFIFO: "pipe", stat.S_IFSOCK: "socket", stat.S_IFCHR: "device", stat.S_IFBLK: "device", stat.S_IFDIR: "folder"}
 
 
@@ -55,12 +70,14 @@ def open_regular(path: str | Path) -> BinaryIO:
 
 
 @contextmanager
-def foreign(path: str, doing: str) -> Iterator[None]:
-    """Turn whatever a library raises on a file that anyone may have written into a `BadVolume` that names it.
+def foreign(path: str, doing: str, also: tuple[type[Exception], ...] = ()) -> Iterator[None]:
+    """Turn what a library raises on a file that anyone may have written into a `BadVolume` that names it.
 
     Args:
         path: Named in the message.
         doing: As in "cannot be opened".
+        also: What a library raises beside `PARSERS_RAISE`. What is in neither is raised as it is: an index sets such a file
+            aside, because its process ends alone (`corpus/index/examine.died`).
     """
     try:
         yield
@@ -74,7 +91,7 @@ def foreign(path: str, doing: str) -> Iterator[None]:
     except NotAFile as err:
         named = "" if err.filename == path else f"{err.filename} "
         raise BadVolume(f"{path}: {named}{err.strerror}", "not_a_file") from err
-    except Exception as err:  # all of them: what a parser raises on bytes it does not expect is in no list
+    except (*PARSERS_RAISE, *also) as err:
         if "CRC" in str(err):  # the gzip module's words, and the zipfile module's
             raise BadVolume(f"{path}: damaged: its gzip checksum does not match", "damaged") from err
         reason = "truncated" if isinstance(err, EOFError) else "memory" if is_out_of_memory(err) else "unreadable"

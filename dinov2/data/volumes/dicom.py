@@ -143,8 +143,8 @@ def read_slice(path: str) -> Slice | None:
     """
     with needed_for(f"{path}: DICOM", READER_MISSING):
         import pydicom
-        from pydicom.errors import InvalidDicomError
-    with foreign(path, "read as DICOM"), open_regular(path) as file:
+        from pydicom.errors import BytesLengthException, InvalidDicomError
+    with foreign(path, "read as DICOM", (BytesLengthException,)), open_regular(path) as file:
         is_bare = _is_bare(file.read(132))
         is_deflated = _check_deflated(path)
         file.seek(0)
@@ -349,11 +349,12 @@ def stack(slices: list[Slice]) -> ImageFile:
 def _values(one: Slice) -> np.ndarray:
     """[columns, rows] float32: stored x slope + intercept, each slice's own, in which those of a PET differ."""
     import pydicom
+    from pydicom.errors import BytesLengthException
 
-    with open_regular(one.path) as file:
-        header = pydicom.dcmread(file, specific_tags=[*_DECODING, "PixelData"], force=True)  # force: without preamble too
     pixels = one.pixels
-    words = _native(one, header) if pixels.is_native else _decoded(header)  # [rows, columns]
+    with foreign(one.path, "read", (BytesLengthException,)), open_regular(one.path) as file:
+        header = pydicom.dcmread(file, specific_tags=[*_DECODING, "PixelData"], force=True)  # force: without preamble too
+        words = _native(one, header) if pixels.is_native else _decoded(header)  # [rows, columns]
     if pixels.bits_stored != pixels.bits:  # what is above or below these is something else
         words = (words << (pixels.bits - 1 - pixels.high_bit)) >> (pixels.bits - pixels.bits_stored)  # which keeps a sign
     return (words.T * pixels.slope + pixels.intercept).astype(np.float32)
@@ -428,8 +429,7 @@ def _are_copies(one: Slice, other: Slice) -> bool:
     if filecmp.cmp(one.path, other.path, shallow=False):
         return True
     try:
-        with foreign(one.path, "read"):
-            return np.array_equal(_values(one), _values(other))
+        return np.array_equal(_values(one), _values(other))
     except BadVolume:
         return False
 

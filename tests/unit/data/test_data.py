@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import nibabel as nib
@@ -445,18 +446,27 @@ def test_a_loader_process_without_memory_for_an_answer_ends_without_a_trace(capf
     assert capfd.readouterr().err == ""
 
 
-def _third_fails(request: int) -> int:
+def _third_fails(error: Exception, request: int) -> int:
     if request == 3:
-        raise KeyError("the third")
+        raise error
     return request * request
 
 
-def test_what_a_loader_process_raises_is_raised_here_with_its_place() -> None:
-    answers = compute_in_order(_third_fails, itertools.count(), num_workers=2)
+def test_what_a_user_can_mend_is_raised_here_with_its_place() -> None:
+    answers = compute_in_order(partial(_third_fails, BadInput("the third")), itertools.count(), num_workers=2)
     assert [next(answers) for _ in range(3)] == [0, 1, 4]
-    with pytest.raises(KeyError, match="the third") as caught:
+    with pytest.raises(BadInput, match="the third") as caught:
         next(answers)
     assert "in _third_fails" in caught.value.__notes__[0]
+
+
+def test_an_error_that_nobody_foresaw_ends_the_loader_and_is_printed(capfd: pytest.CaptureFixture[str]) -> None:
+    answers = compute_in_order(partial(_third_fails, KeyError("the third")), itertools.count(), num_workers=2)
+    assert [next(answers) for _ in range(3)] == [0, 1, 4]
+    with pytest.raises(RuntimeError, match=r"process \d+ ended with an error that nobody foresaw; it stands above: `dinov2"):
+        next(answers)
+    said = capfd.readouterr().err
+    assert "in _third_fails" in said and "KeyError: 'the third'" in said
 
 
 def test_a_loader_process_that_ignores_signals_ends_with_the_program() -> None:

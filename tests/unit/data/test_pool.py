@@ -13,37 +13,54 @@ import os, sys
 from dinov2.data.pool import unordered
 
 def work(item):
-    if item == 13:
-        os._exit(1)
-    if item == 17:
-        raise ValueError("seventeen")
-    return item
+    for number in item:
+        if number == 13:
+            os.kill(os.getpid(), 9)
+        if number == 17:
+            raise OSError("seventeen")
+        if number == 19:
+            raise KeyError("nineteen")
+    return list(item)
+
+def alone(item):
+    return [(number,) for number in item]
+
+def died(item, how):
+    return [-number for number in item] + [how]
 
 if __name__ == "__main__":
-    on_death = (lambda item: -item) if sys.argv[1] == "goes on" else None
-    for answer in unordered(work, range(int(sys.argv[2])), int(sys.argv[3]), on_death):
-        print(answer, flush=True)
+    first, last, num_workers, size = map(int, sys.argv[1:])
+    items = [tuple(range(i, min(i + size, last))) for i in range(first, last, size)]
+    for answer in unordered(work, items, num_workers, died, alone):
+        print(*answer, flush=True)
 """
 
 
-def answers(folder: Path, *words: str) -> tuple[list[int], str]:
-    """What the program printed before it ended, and its last word where that was an error."""
+def answers(folder: Path, *numbers: int) -> tuple[list[str], str]:
+    """What the program printed before it ended, sorted, and its last words where those were of an error."""
     (folder / "program.py").write_text(PROGRAM)
-    done = subprocess.run([sys.executable, str(folder / "program.py"), *words], capture_output=True, text=True, timeout=100)
-    return [int(word) for word in done.stdout.split()], done.stderr
+    words = [sys.executable, str(folder / "program.py"), *map(str, numbers)]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=100)
+    return sorted(done.stdout.splitlines()), done.stderr
 
 
-@pytest.mark.parametrize("num_workers", ["1", "2", "5"])
-def test_an_item_that_kills_its_process_costs_only_itself(tmp_path: Path, num_workers: str) -> None:
-    found, error = answers(tmp_path, "goes on", "16", num_workers)
-    assert sorted(found) == [-13, *(i for i in range(16) if i != 13)] and not error
+@pytest.mark.parametrize("num_workers", [1, 2, 5])
+def test_an_item_that_kills_its_process_costs_only_itself(tmp_path: Path, num_workers: int) -> None:
+    found, error = answers(tmp_path, 0, 16, num_workers, 1)
+    assert found == sorted(["-13 was ended by SIGKILL", *(str(i) for i in range(16) if i != 13)]) and not error
 
 
-def test_without_a_remedy_a_process_that_died_is_an_error(tmp_path: Path) -> None:
-    found, error = answers(tmp_path, "ends", "16", "2")
-    assert 13 not in found and "BrokenProcessPool: process" in error and "ended with code 1" in error
+def test_the_parts_of_an_item_that_kills_its_process_are_tried_alone(tmp_path: Path) -> None:
+    found, error = answers(tmp_path, 0, 16, 2, 4)
+    assert found == sorted(["0 1 2 3", "4 5 6 7", "8 9 10 11", "12", "14", "15", "-13 was ended by SIGKILL"]) and not error
 
 
-def test_what_an_item_raises_is_raised_with_where(tmp_path: Path) -> None:
-    found, error = answers(tmp_path, "goes on", "30", "2")
-    assert 17 not in found and "ValueError: seventeen" in error and "in a worker process" in error and "in work" in error
+def test_an_error_that_nobody_foresaw_costs_its_item_and_is_printed(tmp_path: Path) -> None:
+    found, error = answers(tmp_path, 18, 21, 2, 1)
+    assert found == ["-19 ended with an error that nobody foresaw; it stands above", "18", "20"]
+    assert "KeyError: 'nineteen'" in error and "in work" in error
+
+
+def test_what_the_system_refuses_is_raised_with_where(tmp_path: Path) -> None:
+    found, error = answers(tmp_path, 15, 30, 2, 1)
+    assert "17" not in found and "OSError: seventeen" in error and "in a worker process" in error and "in work" in error

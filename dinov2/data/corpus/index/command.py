@@ -30,7 +30,6 @@ from dinov2.signals import stop_requests
 logger = logging.getLogger(__name__)
 
 UNITS_PER_BATCH = 8  # handed to a process at a time
-FEW_UNITS = 16  # are done in this process: others take seconds to start
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,7 @@ class IndexRequest:
         limits: Of what is listed.
         examine: How files are read.
         shard: (which, of how many), from 1; (1, 1) is everything.
-        num_workers: Processes; 0: this one.
+        num_workers: Processes; 0: this one, which a file that ends it ends.
     """
 
     output: Path
@@ -176,15 +175,17 @@ def _is_of_shard(unit: Unit, shard: tuple[int, int]) -> bool:
 
 def _examine(todo: list[Unit], journal: Journal, request: IndexRequest) -> bool:
     """Whether all of it was done before a signal; finished units are in the journal either way."""
-    may_crash = any(journal.doubts(unit.path) for unit in todo)  # the process that reads it
-    num_workers = 0 if len(todo) <= FEW_UNITS and not may_crash else request.num_workers
+
+    def one_by_one(batch: tuple[Unit, ...]) -> list[tuple[Unit]]:
+        return [(unit,) for unit in batch]
+
     work = partial(examine, request.examine)
     batches = (tuple(todo[i : i + UNITS_PER_BATCH]) for i in range(0, len(todo), UNITS_PER_BATCH))
     bad = 0
     with (
         stop_requests() as stop_asked,
         Progress(len(todo), "files and series") as progress,
-        closing(unordered(work, batches, num_workers, died)) as results,  # ends the processes
+        closing(unordered(work, batches, request.num_workers, died, parts=one_by_one)) as results,  # ends the processes
     ):
         for done in results:
             for unit, rows in done:

@@ -65,10 +65,15 @@ def examine(options: ExamineOptions, units: tuple[Unit, ...]) -> list[tuple[Unit
     return [(unit, examine_unit(unit, options)) for unit in units]
 
 
-def died(units: tuple[Unit, ...]) -> list[tuple[Unit, list[Row]]]:
+def died(units: tuple[Unit, ...], how: str) -> list[tuple[Unit, list[Row]]]:
     """The rows of units whose process did not survive them."""
-    what = "reading it ended the process: out of memory, or a crash of the library that reads it"
-    return [(unit, [problem(unit.path, "unreadable", what)]) for unit in units]
+    return [(unit, [died_reading(unit.path, how)]) for unit in units]
+
+
+def died_reading(path: str, how: str) -> Row:
+    """The row of a file whose process did not survive it: a signal is for want of memory or a crash of a library."""
+    logger.warning("%s: the process that read it %s: please report it, unless memory ran out", path, how)
+    return problem(path, "unreadable", f"the process that read it {how}")
 
 
 def problem(path: str, reason: str, detail: str) -> Row:
@@ -77,19 +82,18 @@ def problem(path: str, reason: str, detail: str) -> Row:
 
 
 def examine_unit(unit: Unit, options: ExamineOptions) -> list[Row]:
-    """A row per volume: of a file, of each of its channels, or of each series of a folder; whatever happens, a row."""
+    """A row per volume: of a file, of each of its channels, or of each series of a folder.
+
+    An error that is neither the system's nor a lack of memory is none that a file may cause: it ends the process, and `died`
+    makes the row.
+    """
     try:
         return _examine_unit(unit, options)
-    # All that there is, MemoryError and RecursionError included: an index of a hundred thousand files ends with none of them.
-    # What a reader raises was named there; this is for what nobody foresaw of facts and values that anyone may have written.
-    except Exception as err:
-        detail = f"cannot be examined: {describe_error(err)}"
-        logger.debug("%s", unit.path, exc_info=True)
-        if is_out_of_memory(err):  # of this machine, not of the file
-            return [problem(unit.path, "memory", detail)]
-        what = "%s: cannot be examined, for a reason that no reader has named (%s): please report it"
-        logger.warning(what, unit.path, describe_error(err))
-        return [problem(unit.path, "unreadable", detail)]
+    except (OSError, MemoryError, RuntimeError) as err:
+        lacks_memory = is_out_of_memory(err)
+        if not (lacks_memory or isinstance(err, OSError)):
+            raise
+        return [problem(unit.path, "memory" if lacks_memory else "unreadable", f"cannot be examined: {describe_error(err)}")]
 
 
 def _examine_unit(unit: Unit, options: ExamineOptions) -> list[Row]:

@@ -462,11 +462,8 @@ def test_what_ended_a_process_is_tried_again_in_one_of_its_own(
         save_nifti(tmp_path / "data" / f"{name}.nii", scan(seed))
     words = ["index", str(tmp_path / "data"), "--output", str(tmp_path / "list.json"), "--workers", "1"]
     with monkeypatch.context() as deadly:
-        deadly.setattr(index_command, "FEW_UNITS", 0)
-        deadly.setattr(index_command, "UNITS_PER_BATCH", 1)
         deadly.setattr(index_command, "examine", examine_until_a)
         assert main(words) == 0
-        deadly.setattr(index_command, "FEW_UNITS", 16)  # few enough for this process, and it would not survive it
         assert main(words) == 0
     assert capsys.readouterr().out.count("1 set aside: 1 unreadable") == 2
     assert main(words) == 0 and "2 volumes" in capsys.readouterr().out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import json
 import os
@@ -9,7 +10,7 @@ import socket
 import subprocess
 import sys
 import zlib
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import nibabel as nib
@@ -18,13 +19,14 @@ import pytest
 
 from dinov2.cli import main
 from dinov2.data.cache.commands import build
-from dinov2.data.corpus.index import examine as examine_module
+from dinov2.data.corpus.index import command as index_command
 from dinov2.data.datalist import Entry, read_datalist, write_datalist
 from dinov2.data.volumes import bounded
 from dinov2.data.volumes.bounded import check_expansion, expanded
 from dinov2.data.volumes.formats import scans_in
 from dinov2.data.volumes.opening import open_volume
 from dinov2.errors import BadInput, BadVolume
+from tests.unit.data.corpus.deadly import examine_with_a_fault
 from tests.unit.data.corpus.test_index import SPACING, compress_dicom, run, save_dicom, save_itk, save_nifti, scan
 
 # ---------------------------------------------------------------------- flipped bits
@@ -366,35 +368,47 @@ def test_a_slice_takes_no_memory_for_lengths_that_are_not_there(tmp_path: Path, 
     assert int(size) == scan(5).size and int(kib) < 200 * 1024
 
 
-@pytest.mark.parametrize("error", [MemoryError, RecursionError, KeyError("x"), ZeroDivisionError("x"), AssertionError])
+FORESEEN_BY_NOBODY = "the process that read it ended with an error that nobody foresaw; it stands above"
+
+
 @pytest.mark.parametrize("where", ["describe_place", "describe_voxels"])
+@pytest.mark.parametrize(
+    ("error", "reason", "detail"),
+    [
+        (MemoryError(), "memory", "cannot be examined: it takes more memory than there is"),
+        (OSError(errno.EIO, "Input/output error"), "unreadable", "cannot be examined: [Errno 5] Input/output error"),
+        *((e, "unreadable", FORESEEN_BY_NOBODY) for e in (RecursionError("x"), KeyError("x"), AssertionError())),
+    ],
+    ids=lambda value: type(value).__name__,
+)
 def test_whatever_happens_to_one_unit_is_its_row(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: BaseException, where: str
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    error: Exception,
+    reason: str,
+    detail: str,
+    where: str,
 ) -> None:
-    for name in ("a", "b"):
+    """Of a process of its own, if it must be, as a first index of a few files has it too."""
+    for name in ("a", "b", "c"):
         save_nifti(tmp_path / "data" / f"{name}.nii", scan(ord(name)))
-    right: Callable[..., object] = getattr(examine_module, where)
-
-    def wrong(*args: object, **kwargs: object) -> object:
-        if "a.nii" in str(args[0]):
-            raise error
-        return right(*args, **kwargs)
-
-    monkeypatch.setattr(examine_module, where, wrong)
-    listed, quarantine = run(tmp_path / "data", tmp_path / "list.json")
-    assert [Path(e["image"]).name for e in listed] == ["b.nii"]
-    lacks_memory = error is MemoryError
-    assert quarantine["a.nii"][0] == ("memory" if lacks_memory else "unreadable")
-    assert "cannot be examined" in quarantine["a.nii"][1]
-    asks = "a.nii: cannot be examined, for a reason that no reader has named" in capsys.readouterr().err
-    assert asks != lacks_memory, "a machine without memory is no fault to report"
+    monkeypatch.setattr(index_command, "examine", partial(examine_with_a_fault, where, error))
+    listed, quarantine = run(tmp_path / "data", tmp_path / "list.json", "--workers", "1")
+    assert [Path(e["image"]).name for e in listed] == ["b.nii", "c.nii"], "tried alone, they do not share its fate"
+    assert quarantine == {"a.nii": (reason, detail)}
+    said = capfd.readouterr().err
+    if detail is FORESEEN_BY_NOBODY:
+        assert f"a.nii: {detail}: please report it" in said and "Traceback" in said and type(error).__name__ in said
+    else:
+        assert "report" not in said and "Traceback" not in said, "a fault of the machine"
     monkeypatch.undo()  # memory is back, or a fault of ours is mended; the file is the same
     listed, quarantine = run(tmp_path / "data", tmp_path / "list.json")
-    said = capsys.readouterr().out
-    assert len(listed) == 2 and not quarantine
+    said = capfd.readouterr().out
+    assert len(listed) == 3 and not quarantine
     assert "; 0 new or changed, 1 set aside before that are looked at again" in said
     run(tmp_path / "data", tmp_path / "list.json")
-    assert "; 0 new or changed\n" in capsys.readouterr().out
+    assert "; 0 new or changed\n" in capfd.readouterr().out
 
 
 def test_a_description_of_any_kind_does_not_end_the_index(tmp_path: Path) -> None:
