@@ -25,6 +25,7 @@ from dinov2.data.dataset import PretrainDataset, Sample
 from dinov2.data.samplers import PositionSampler
 from dinov2.data.slots import HELD, slot_queue
 from dinov2.data.swin_views import NUM_VIEWS, SwinViews
+from dinov2.data.workers import one_thread
 from dinov2.distributed.precision import crop_dtype
 from dinov2.errors import BadInput, replaced
 
@@ -112,7 +113,9 @@ class TrainLoader:
 
     def _alone(self, positions: Sequence[int]) -> Batch:
         memory = np.empty(self._layout.nbytes, np.uint8)
-        return self._batch(memory, positions, [self._write(memory, positions, range(len(positions)))])
+        with one_thread():
+            written = [self._write(memory, positions, range(len(positions)))]
+        return self._batch(memory, positions, written)
 
     def _write(self, memory: np.ndarray, positions: Sequence[int], volumes: Sequence[int]) -> tuple[dict[int, Sample], int]:
         """Fill the rows of some volumes of a batch; who has the first one fills the masks."""

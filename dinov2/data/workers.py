@@ -91,7 +91,10 @@ def compute_in_order(compute: Compute, requests: Iterable[Any], num_workers: int
         Exception: As of `Worker.receive`, with the traceback from there as a note.
     """
     if num_workers == 0:
-        yield from map(compute, requests)
+        for request in requests:
+            with one_thread():
+                answer = compute(request)
+            yield answer
         return
     with loader_processes(compute, num_workers) as workers:
         todo = iter(requests)
@@ -102,6 +105,17 @@ def compute_in_order(compute: Compute, requests: Iterable[Any], num_workers: int
             answer = worker.receive()
             worker.send(next(todo))
             yield answer
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """What this process computes by itself is what loader processes would: a Fourier transform rounds by how many share it."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _start(compute: Compute, others: list[Connection]) -> Worker:
