@@ -17,14 +17,14 @@ figure,.table,details{margin:14px 0 0;padding:20px;background:#fff;border:1px so
 .grid figure{margin:0;padding:12px}.grid figcaption{margin-top:6px;font-size:13px;line-height:1.4}
 img{display:block;max-width:100%;height:auto;margin:0 auto}figcaption{margin-top:12px}table{border-collapse:collapse;width:100%}
 th{text-align:left;font-weight:600;vertical-align:bottom}td,th{padding:5px 14px 5px 0;border-bottom:1px solid #e3e7ec}
-td{font-variant-numeric:tabular-nums;vertical-align:top;min-width:4.2em;overflow-wrap:anywhere}.best{font-weight:700}
-@media(min-width:600px){td:not(:last-child){overflow-wrap:break-word;max-width:22em}}
+td{font-variant-numeric:tabular-nums;vertical-align:top;min-width:4.2em;max-width:22em;overflow-wrap:break-word}
+@media(min-width:600px){td:last-child{overflow-wrap:anywhere;max-width:none}}.best{font-weight:700}
 code{font-size:13px;color:#66717f}nav{display:flex;flex-wrap:wrap;gap:2px 16px;margin-top:8px}
 .tiles{display:grid;grid-template-columns:repeat(auto-fill,minmax(130px,1fr));gap:12px;margin-top:16px}
 .tiles div{padding:12px 14px;background:#fff;border:1px solid #e3e7ec;border-radius:10px;line-height:1.3}
 .tiles b{display:block;font-size:21px;font-variant-numeric:tabular-nums}.tiles span{color:#4d5966;font-size:13px}
 .warning{color:#8a3a00}summary{cursor:pointer}pre{margin:12px 0 0;font-size:12px;white-space:pre-wrap;overflow-wrap:anywhere}
-@media (max-width:600px){main{padding:18px 12px}h1{font-size:21px}figure,.table,details{padding:12px}}
+@media (max-width:600px){main{padding:18px 12px}h1{font-size:21px}figure,.table,details{padding:12px}td{max-width:60vw}}
 @media print{body{background:#fff;font-size:12px}main{max-width:none;padding:0}nav{display:none}
 figure,.table tr,.tiles div{break-inside:avoid}h2{break-after:avoid}figure,.table,details{border-radius:0;padding:8px}}
 </style></head><body><main><h1>{{ title }}</h1>{% for line in lead %}<p>{{ line }}</p>{% endfor %}
@@ -40,12 +40,14 @@ figure,.table tr,.tiles div{break-inside:avoid}h2{break-after:avoid}figure,.tabl
 {% endfor %}</table>{% if table.caption %}<p>{{ table.caption }}</p>{% endif %}</div>{% endfor %}
 {% if chapter.is_grid %}<div class="grid">{% endif %}
 {% for picture in chapter.pictures %}<figure>
-<img alt="{{ picture.alt or picture.caption }}" src="data:image/png;base64,{{ picture.data }}">
+<img alt="{{ picture.alt or picture.caption }}" src="data:image/png;base64,{{ picture.data }}"{{ picture.size }}>
 <figcaption>{{ picture.caption }}{% if picture.file %} <code>{{ picture.file }}</code>{% endif %}</figcaption></figure>
 {% endfor %}{% if chapter.is_grid %}</div>{% endif %}
 {% for name, text in chapter.folded %}<details><summary>{{ name }}</summary><pre>{{ text }}</pre></details>{% endfor %}
 {% endfor %}</main></body></html>
 """
+
+_ENLARGED = 1.4  # 7 inches of a printed page fill that of a screen
 
 
 @dataclass(frozen=True)
@@ -63,9 +65,24 @@ class Picture:
     alt: str = ""
 
     @property
+    def content(self) -> bytes:
+        return self.source if isinstance(self.source, bytes) else self.source.read_bytes()
+
+    @property
     def data(self) -> str:
-        content = self.source if isinstance(self.source, bytes) else self.source.read_bytes()
-        return base64.b64encode(content).decode()
+        return base64.b64encode(self.content).decode()
+
+    @property
+    def size(self) -> str:
+        """An attribute that shows it in proportion to its size in print, so that the words of all pictures are of one size."""
+        from markupsafe import Markup
+
+        content = self.content
+        at = content.find(b"pHYs", 0, 1024)  # PNG's dots per metre; Matplotlib writes them
+        if at < 0:
+            return ""
+        inches = int.from_bytes(content[16:20], "big") / int.from_bytes(content[at + 4 : at + 8], "big") / 0.0254
+        return Markup(' style="width:{:.2f}in"').format(_ENLARGED * inches)
 
     @property
     def file(self) -> str:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
+import re
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from dinov2.cli import main
+from dinov2.visual.figure_page import Chapter, Picture, figure_page
 from dinov2.visual.figures.style import looks
 
 
@@ -51,3 +55,19 @@ def test_octants_are_those_of_the_network(tmp_path: Path) -> None:
     assert (np.abs(places) == np.array([1, 2])[None, :, None]).all()
     assert len({tuple(np.sign(p)) for p in places[:, 0]}) == 8 and (np.sign(places[:, 0]) == np.sign(places[:, 1])).all()
     assert len([r for r in rows(tmp_path / "octants.csv") if r["panel"] == "2D"]) == 16
+
+
+def test_pictures_of_a_page_stand_in_proportion_to_their_size_in_print() -> None:
+    def drawn(inches: float, dpi: int) -> bytes:
+        written = io.BytesIO()
+        Figure(figsize=(inches, 1)).savefig(written, format="png", dpi=dpi)
+        return written.getvalue()
+
+    pictures = [Picture(drawn(3, 300), "a"), Picture(drawn(6, 100), "b"), Picture(b"without a size", "c")]
+    page = figure_page("t", [], [Chapter("one", pictures)])
+    found = re.findall(r'<img alt="(\w)"[^>]*?(?: style="width:([\d.]+)in")?>', page)
+    assert found == [
+        ("a", "4.20"),
+        ("b", "8.40"),
+        ("c", ""),
+    ]
