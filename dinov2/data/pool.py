@@ -20,7 +20,7 @@ from itertools import islice
 from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
-from typing import Any
+from typing import Any, NoReturn
 
 from dinov2.errors import BadInput, is_out_of_memory
 from dinov2.signals import die_with_parent
@@ -69,11 +69,15 @@ class _Worker:
             return _Answer(died=how_it_ended(self.process.exitcode))
 
 
+def _no_remedy(_item: Any, how: str) -> NoReturn:
+    raise RuntimeError(f"a worker process {how}")
+
+
 def unordered(
     work: Callable[[Any], Any],
     items: Iterable[Any],
     num_workers: int,
-    on_death: Callable[[Any, str], Any],
+    on_death: Callable[[Any, str], Any] = _no_remedy,
     parts: Callable[[Any], Iterable[Any]] = lambda item: [item],
 ) -> Generator[Any, None, None]:
     """Results of `work` for every item, in any order; 0 workers: in this process.
@@ -83,10 +87,11 @@ def unordered(
         items: Taken as they are needed, one per process.
         num_workers: Processes.
         on_death: Makes the result of an item whose process died, from the item and how (`how_it_ended`); it is tried once more
-            alone before, after all others.
+            alone before, after all others. By default that is an error.
         parts: Of such an item, each of which is tried by itself then.
 
     Raises:
+        RuntimeError: A process died, without an `on_death`.
         Exception: What `attempt` hands on, with the traceback from there as a note.
     """
     if num_workers == 0:

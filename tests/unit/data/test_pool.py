@@ -31,7 +31,8 @@ def died(item, how):
 if __name__ == "__main__":
     first, last, num_workers, size = map(int, sys.argv[1:])
     items = [tuple(range(i, min(i + size, last))) for i in range(first, last, size)]
-    for answer in unordered(work, items, num_workers, died, alone):
+    remedy = () if size == 3 else (died, alone)
+    for answer in unordered(work, items, num_workers, *remedy):
         print(*answer, flush=True)
 """
 
@@ -53,6 +54,11 @@ def test_an_item_that_kills_its_process_costs_only_itself(tmp_path: Path, num_wo
 def test_the_parts_of_an_item_that_kills_its_process_are_tried_alone(tmp_path: Path) -> None:
     found, error = answers(tmp_path, 0, 16, 2, 4)
     assert found == sorted(["0 1 2 3", "4 5 6 7", "8 9 10 11", "12", "14", "15", "-13 was ended by SIGKILL"]) and not error
+
+
+def test_without_a_remedy_a_process_that_died_is_an_error(tmp_path: Path) -> None:
+    found, error = answers(tmp_path, 0, 15, 2, 3)
+    assert "12 13 14" not in found and "RuntimeError: a worker process was ended by SIGKILL" in error
 
 
 def test_an_error_that_nobody_foresaw_costs_its_item_and_is_printed(tmp_path: Path) -> None:
