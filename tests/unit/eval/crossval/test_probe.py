@@ -14,7 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from sklearn.metrics import roc_auc_score
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import get_scorer, roc_auc_score
 
 from dinov2.cli import main
 from dinov2.data import write_datalist
@@ -28,6 +29,7 @@ from dinov2.eval.crossval.models import (
     cross_validate,
     inner_splits,
     linear_model,
+    log_likelihood,
     predict,
     splits_of,
 )
@@ -174,6 +176,16 @@ def test_people_are_never_on_both_sides_of_a_fold(classes: list[str]) -> None:
         assert not set(groups[fitted]) & set(groups[tested])
         for inner_fitted, inner_tested in inner_splits(target, fitted, 0):
             assert not set(groups[fitted[inner_fitted]]) & set(groups[fitted[inner_tested]])
+
+
+def test_the_log_likelihood_is_that_of_scikit_learn() -> None:
+    rng = np.random.default_rng(0)
+    x = 30 * rng.normal(size=(40, 3))  # so that some probabilities are 0 and 1 to rounding
+    values = np.where(x[:, 0] > 0, 4, np.where(x[:, 1] > 0, 2, 1))
+    for taken in (values != 2, values > 0):
+        model = LogisticRegression(C=100).fit(x[taken], values[taken])
+        asked = x[taken], values[taken][::-1]  # surely wrong ones among them
+        assert log_likelihood(model, *asked) == pytest.approx(get_scorer("neg_log_loss")(model, *asked), rel=1e-12)
 
 
 def test_the_penalty_is_chosen_without_the_test_fold() -> None:
