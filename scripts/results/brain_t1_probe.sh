@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # Sex and age in docs/results.md: cross-validated probes of the demo encoder's features of 53 brains, and what the earlier
 # protocol did to them.
-# Usage: scripts/results/brain_t1_probe.sh DATA_FOLDER OUTPUT_FOLDER [SEEDS of untrained networks; default: 0]
+# Usage: scripts/results/brain_t1_probe.sh DATA_FOLDER OUTPUT_FOLDER [SEEDS of untrained networks; default: 0 1 2]
 # DATA_FOLDER holds splits.json and brain_t1/{images,participants.csv}. Start it again to continue.
 set -euo pipefail
 data=$(realpath "${1:?data folder}") out=$(realpath -m "${2:?output folder}")
-seeds=${3:-0}
+seeds=${3:-0 1 2}
 cd "$(dirname "$0")/../.."
 [ -d .venv ] && source .venv/bin/activate
 mkdir -p "$out"
