@@ -217,6 +217,25 @@ def test_the_number_of_threads_changes_no_bit() -> None:
 
 
 @needs_compiled
+def test_values_larger_than_a_cache_have_the_references_gradients_on_any_number_of_threads() -> None:
+    """Of a head after the other, from copies of its rows."""
+    before = torch.get_num_threads()
+    args = make_arguments(2, [(24, 20, 18), (9, 8, 7)], 600, 2, 21, 4)
+    expected = gradients(ms_deform_attn_3d_reference(*args), args)
+    results = []
+    try:
+        for threads in (1, 2, 9):
+            torch.set_num_threads(threads)
+            results.append(gradients(ms_deform_attn_3d(*args), args))
+    finally:
+        torch.set_num_threads(before)
+    for found in results:
+        for a, b, c in zip(found, expected, results[0], strict=True):
+            torch.testing.assert_close(a, b)
+            assert torch.equal(a, c)
+
+
+@needs_compiled
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_opcheck(dtype: torch.dtype) -> None:
     value, shapes, locations, weights = make_arguments(dtype=dtype)

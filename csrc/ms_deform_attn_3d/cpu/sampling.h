@@ -1,5 +1,6 @@
 // Deformable attention on the CPU: the corners of up to GROUP points are listed first (trilinear.h), then all channels of a
-// head go through the list, in vectors of 32 bytes.
+// head go through the list, in vectors of 32 bytes. Where values are many, the backward pass takes a head after the other and
+// copies its rows side by side: an eighth of the memory at a time, and of its pages.
 #pragma once
 
 #define INLINE inline __attribute__((always_inline))
@@ -9,7 +10,9 @@ namespace dinov2::msda::KERNELS {
 namespace {
 
 constexpr int64_t GROUP = 16;
-constexpr int64_t CACHE_LINE = 64;  // bytes
+constexpr int64_t CACHE_LINE = 64;   // bytes
+constexpr int64_t PACKED_FROM = 4;   // uses of a row on average, from which copying a head's rows costs less than it saves
+constexpr int64_t CACHED = 2 << 20;  // bytes of values and their gradients that stay in a core's caches anyway
 
 template <typename T>
 struct Vector {
@@ -60,10 +63,11 @@ struct Item {
   const T *value, *locations, *weights, *grad_output;
   int64_t points, row_stride;
 
-  INLINE Item(const Layout& x, const Operands<T>& in, int64_t query, int64_t head)
-      : points(x.num_levels * x.points), row_stride(x.heads * x.channels) {
+  // With the head's rows as they lie in the operand, or as they were copied.
+  INLINE Item(const Layout& x, const Operands<T>& in, int64_t query, int64_t head, const T* copied = nullptr)
+      : points(x.num_levels * x.points), row_stride(copied ? x.channels : x.heads * x.channels) {
     const int64_t item = query * x.heads + head;
-    value = in.value + (query / x.queries * x.rows * x.heads + head) * x.channels;
+    value = copied ? copied : in.value + (query / x.queries * x.rows * x.heads + head) * x.channels;
     locations = in.locations + item * points * 3;
     weights = in.weights + item * points;
     grad_output = in.grad_output + item * x.channels;
@@ -175,6 +179,18 @@ INLINE void differentiate(const Layout& x, const Item<T>& item, const Located<T>
   }
 }
 
+// All gradients by the points of one query and head; `grad_value` is laid out as the item's values.
+template <typename T>
+INLINE void add_item(const Layout& x, const Item<T>& item, int64_t query, int64_t head, const Part& part,
+                     const Gradients<T>& out, T* grad_value) {
+  const int64_t point = (query * x.heads + head) * item.points, first = part.first_channel;
+  for (int64_t p = 0; p < item.points; p += GROUP) {
+    const Located<T> located(x, item, p, std::min(p + GROUP, item.points), grad_value + first);
+    if (first == 0) differentiate(x, item, located, {nullptr, out.locations + 3 * point, out.weights + point});
+    add_back(item.grad_output + first, located.corners, 8 * located.count, part.last_channel - first, grad_value + first);
+  }
+}
+
 }  // namespace
 
 template <typename T>
@@ -194,17 +210,28 @@ void sample(const Layout& x, const Operands<T>& in, int64_t begin, int64_t end, 
 
 template <typename T>
 void differentiate(const Layout& x, const Operands<T>& in, int64_t volume, const Part& part, const Gradients<T>& out) {
-  const int64_t first = part.first_channel, channels = part.last_channel - first;
-  for (int64_t query = volume * x.queries; query < (volume + 1) * x.queries; ++query) {
-    for (int64_t head = part.first_head; head < part.last_head; ++head) {
-      const Item<T> item(x, in, query, head);
-      const int64_t point = (query * x.heads + head) * item.points;
-      T* grad_value = out.value + (volume * x.rows * x.heads + head) * x.channels + first;
-      for (int64_t p = 0; p < item.points; p += GROUP) {
-        const Located<T> located(x, item, p, std::min(p + GROUP, item.points), grad_value);
-        if (first == 0) differentiate(x, item, located, {nullptr, out.locations + 3 * point, out.weights + point});
-        add_back(item.grad_output + first, located.corners, 8 * located.count, channels, grad_value);
+  const int64_t stride = x.heads * x.channels, start = volume * x.rows * stride;
+  const int64_t first_query = volume * x.queries, last_query = first_query + x.queries;
+  const bool is_large = 2 * x.rows * stride * static_cast<int64_t>(sizeof(T)) > CACHED;
+  if (!is_large || x.queries * x.num_levels * x.points * 8 < PACKED_FROM * x.rows) {
+    for (int64_t query = first_query; query < last_query; ++query) {
+      for (int64_t head = part.first_head; head < part.last_head; ++head) {
+        add_item(x, Item<T>(x, in, query, head), query, head, part, out, out.value + start + head * x.channels);
       }
+    }
+    return;
+  }
+  const int64_t first = part.first_channel, channels = part.last_channel - first;
+  std::vector<T> rows(x.rows * x.channels), sums(rows.size());  // of a head: values, gradients
+  for (int64_t head = part.first_head; head < part.last_head; ++head) {
+    const int64_t offset = start + head * x.channels;
+    for (int64_t r = 0; r < x.rows; ++r) std::copy_n(in.value + offset + r * stride, x.channels, &rows[r * x.channels]);
+    std::fill(sums.begin(), sums.end(), T(0));
+    for (int64_t query = first_query; query < last_query; ++query) {
+      add_item(x, Item<T>(x, in, query, head, rows.data()), query, head, part, out, sums.data());
+    }
+    for (int64_t r = 0; r < x.rows; ++r) {
+      std::copy_n(&sums[r * x.channels + first], channels, out.value + offset + r * stride + first);
     }
   }
 }
