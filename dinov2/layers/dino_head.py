@@ -23,7 +23,8 @@ class WeightNormLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out]."""
-        return F.linear(x, self.weight_g * F.normalize(self.weight_v, dim=-1))
+        weight = torch._weight_norm(self.weight_v, self.weight_g, 0)  # of nn.utils.weight_norm: one pass each way, not ten
+        return F.linear(x, weight)
 
 
 class DINOHead(nn.Module):
