@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.patches import Patch
 
 from dinov2.geometry import Spacing
-from dinov2.visual.figures.style import DOUBLE_MM, PAPER, SMALLEST, inches, new_figure, notes_below, publish
+from dinov2.visual.figures.style import DOUBLE_MM, PAPER, SMALLEST, inches, new_figure, notes_below, publish, wrapped
 
 IMAGE, TRUTH = "image", "truth"
 CLASS_COLOURS = (
@@ -67,15 +67,19 @@ def draw_planes(
     heights = [min(1.6, max(0.5, _height(row))) for row in rows]
     colours = {name: CLASS_COLOURS[i % len(CLASS_COLOURS)] for i, name in enumerate(classes)}
     with matplotlib.rc_context(PAPER):
-        figure = new_figure(DOUBLE_MM, sum(edge_mm * h + 5 for h in heights) + 12)
+        titles = {head: wrapped(head, edge_mm, 6.5) for head in heads}
+        lines = max(title.count("\n") for title in titles.values())
+        figure = new_figure(DOUBLE_MM, sum(edge_mm * h + 5 for h in heights) + 12 + 3 * lines)
         grid = figure.subplots(len(rows), len(heads), squeeze=False, gridspec_kw={"height_ratios": heights})
         figure.set_layout_engine("constrained", w_pad=inches(0.4), h_pad=inches(0.4), wspace=0, hspace=0)
         for place, (axes, row) in enumerate(zip(grid, rows, strict=True)):
             for axis, head in zip(axes, heads, strict=True):
                 _plane(axis, row, head, colours)
                 score = _score(row, head)
-                axis.set_title("\n".join([*([head] if place == 0 else []), score]).strip("\n") or " ", fontsize=6.5, pad=2)
-            axes[0].set_ylabel(row.label, fontsize=6.5)
+                axis.set_title(
+                    "\n".join([*([titles[head]] if place == 0 else []), score]).strip("\n") or " ", fontsize=6.5, pad=2
+                )
+            axes[0].set_ylabel(wrapped(row.label, edge_mm * heights[place] + 3, 6.5), fontsize=6.5)
         drawn = [name for name in classes if any(name in m for row in rows for m in row.masks.values())]
         handles = [Patch(facecolor=colours[name], label=name) for name in drawn]
         if len(handles) > 1:

@@ -113,6 +113,13 @@ def _letters(figure: Figure, points: float) -> int:
     return int(figure.get_figwidth() * 72 / (0.53 * points))
 
 
+def wrapped(text: str, mm: float, points: float) -> str:
+    """In lines of at most that width, broken at spaces, hyphens and underscores where there are some."""
+    letters = max(4, int(inches(mm) * 72 / (0.6 * points)))  # wider ones than of running text: names
+    lines = [textwrap.fill(line.replace("_", "_\0 "), letters) for line in text.splitlines()]
+    return "\n".join(lines).replace("\0 ", "").replace("\0", "")
+
+
 def notes_below(figure: Figure, notes: Sequence[str]) -> None:
     """What a figure cannot show, on the figure."""
     if notes:

@@ -15,6 +15,8 @@ from matplotlib.figure import Figure
 
 from dinov2.cli import main
 from dinov2.visual.figure_page import Chapter, Picture, figure_page
+from dinov2.visual.figures import planes
+from dinov2.visual.figures.planes import TRUTH, Shown, draw_planes
 from dinov2.visual.figures.style import looks
 
 
@@ -71,3 +73,33 @@ def test_pictures_of_a_page_stand_in_proportion_to_their_size_in_print() -> None
         ("b", "8.40"),
         ("c", ""),
     ]
+
+
+def test_words_beside_many_predictions_do_not_lie_on_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    methods = [
+        "3DINO",
+        "MONAI-ViT",
+        "SwinRandom",
+        "3DINO-linear",
+        "MONAI-ViT-linear",
+        "Random-linear",
+        "Untrained",
+        "UNet",
+        "a" * 20,
+    ]
+    inside = np.zeros((34, 40, 8), bool)
+    inside[10:20, 10:20] = True
+    masks = {column: {"anterior": inside} for column in (TRUTH, *methods)}
+    rows = [
+        Shown(f"hippocampus_{i:03d} (middle)\n3.45 %", np.zeros(inside.shape), (1, 1, 1), masks, dict.fromkeys(methods, 0.5))
+        for i in range(4)
+    ]
+    drawn: list[Figure] = []
+    monkeypatch.setattr(planes, "publish", lambda figure, *_: drawn.append(figure))
+    draw_planes(rows, methods, ["anterior"], tmp_path / "panels")
+    drawn[0].draw_without_rendering()
+    first = drawn[0].axes[: len(methods) + 2]
+    boxes = [axis.title.get_window_extent() for axis in first]
+    assert all(a.x1 < b.x0 for a, b in pairwise(boxes))
+    boxes = [axis.yaxis.label.get_window_extent() for axis in drawn[0].axes[:: len(first)]]
+    assert len(boxes) == 4 and all(a.y0 > b.y1 for a, b in pairwise(boxes))
