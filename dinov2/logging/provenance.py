@@ -14,12 +14,13 @@ import torch
 from dinov2.version import __version__
 
 RUN_FILE = "run.json"
-_PACKAGES = ("torch", "monai", "numpy", "nibabel", "omegaconf")
+_PACKAGES = ("monai", "numpy", "nibabel", "omegaconf")
 
 
 def versions() -> dict[str, str]:
     """Versions of this package, Python and the libraries that numbers depend on."""
-    found = {"dinov2-3d": __version__, "python": platform.python_version()}
+    # torch's own word says which build it is, as +cu130; the package's metadata do so for some builds only
+    found = {"dinov2-3d": __version__, "python": platform.python_version(), "torch": str(torch.__version__)}
     for name in _PACKAGES:
         try:
             found[name] = importlib.metadata.version(name)
