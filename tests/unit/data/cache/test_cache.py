@@ -21,6 +21,7 @@ import pytest
 import torch
 
 from dinov2.data import read_datalist, write_datalist
+from dinov2.data.cache import commands
 from dinov2.data.cache import file as file_module
 from dinov2.data.cache import folder as cache_module
 from dinov2.data.cache import store as store_module
@@ -30,10 +31,11 @@ from dinov2.data.cache.folder import MANIFEST, VolumeCache
 from dinov2.data.cache.store import VolumeStore, load_volume
 from dinov2.data.datalist import Datalist, Entry
 from dinov2.data.preprocess import Volume
-from dinov2.data.volumes.opening import RawVolume, open_volume
+from dinov2.data.volumes.opening import RawVolume, describe, open_volume
 from dinov2.errors import BadInput, BadVolume
 from dinov2.streams import Kind, stream
 from tests.conftest import ROOT
+from tests.unit.data.cache.deadly import build_but_a
 
 Lines = list[str]
 
@@ -429,6 +431,19 @@ def test_two_builders_at_once_make_one_whole_cache(many: Datalist, tmp_path: Pat
 
 
 @pytest.mark.slow
+def test_a_volume_that_ends_the_process_that_reads_it_is_named_and_the_others_are_cached(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in "abcd":
+        save(tmp_path / f"{name}.nii", smooth_voxels(20, 18, 16, seed=ord(name)))
+    write_datalist(tmp_path / "list.json", [describe(str(tmp_path / f"{name}.nii")) for name in "abcd"])
+    monkeypatch.setattr(commands, "_build_in_worker", build_but_a)
+    lines: Lines = []
+    assert build(read_datalist(tmp_path / "list.json"), tmp_path / "cache", None, 2, lines.append) == 0
+    assert any("a.nii: the process that read it was ended by SIGKILL: if memory ran out, use fewer" in line for line in lines)
+    assert "3 volumes cached" in lines[-1] and "1 entries cannot be used" in lines[-1]
+
+
 @pytest.mark.parametrize("number, returncode", [(signal.SIGKILL, -9), (signal.SIGINT, 75)])
 def test_a_build_that_is_ended_anywhere_goes_on_where_it_was(
     many: Datalist, tmp_path: Path, number: int, returncode: int
