@@ -25,6 +25,7 @@ from dinov2.models.vision_transformer import vit_tiny_3d
 from dinov2.run.eval.embed import main as submit
 from dinov2.run.eval.embed import shard_commands
 from tests.unit.data.corpus.test_index import save_dicom, scan
+from tests.unit.features.deadly import store_but_11
 
 NUM_SCANS = 40  # three parts
 BAD = {3: "truncated", 17: "constant", 39: "missing"}
@@ -96,6 +97,17 @@ def test_a_row_is_what_the_encoder_gives_in_the_lists_order_and_bad_scans_are_li
     assert said[-1].endswith("3 set aside: 1 truncated, 1 constant, 1 missing") and not (tmp_path / "f.parts").exists()
     code, said = run(scans, encoder, tmp_path / "f.parquet")
     assert code == 0 and "is there already" in said[0]
+
+
+def test_a_scan_that_ends_the_process_that_reads_it_is_listed_and_the_others_have_rows(
+    scans: Path, encoder: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(embed_module, "_store", store_but_11)
+    assert run(scans, encoder, tmp_path / "f.parquet", num_workers=2)[0] == 0
+    rows = json.loads((tmp_path / "f.quarantine.json").read_text())
+    (row,) = [row for row in rows if row["path"].endswith("11.nii")]
+    assert (row["reason"], row["detail"]) == ("unreadable", "the process that read it was ended by SIGKILL")
+    assert len(rows) == 4 and pq.read_metadata(tmp_path / "f.parquet").num_rows == NUM_SCANS - 4
 
 
 def test_shards_in_any_order_make_the_bytes_of_one_run(scans: Path, encoder: Encoder, tmp_path: Path) -> None:
