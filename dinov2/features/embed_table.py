@@ -52,6 +52,17 @@ def _checksum(content: bytes) -> bytes:
     return f"{zlib.crc32(content):08x}".encode()
 
 
+def _raise_the_machines(err: Exception, path: Path) -> None:
+    """Raise again what is no fault of a file's content: no memory, or what the system refused. Nobody is to remove the file.
+
+    pyarrow's lack of memory is an ArrowException too; its OSErrors of content have no number.
+    """
+    if isinstance(err, MemoryError):
+        raise err
+    if isinstance(err, OSError) and err.errno:
+        raise BadInput(f"{path}: {err.strerror}: nothing is lost, the same command continues") from err
+
+
 def _checked(content: bytes) -> bytes:
     """What a part was before its checksum was added.
 
@@ -127,6 +138,7 @@ class EmbeddingTable:
         try:
             found = about_table(pq.read_schema(self.output).metadata)
         except (OSError, ValueError, pa.ArrowException) as err:
+            _raise_the_machines(err, self.output)
             raise BadInput(f"--output {self.output}: is there and no Parquet file: choose another or remove it") from err
         self._require_same(found.get("key"), self.output)
         return True
@@ -265,5 +277,6 @@ class EmbeddingTable:
                     tables.append(pq.read_table(content, schema=self._schema))
                     set_aside += json.loads(pq.read_schema(content).metadata[META])["set_aside"]
                 except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as err:
+                    _raise_the_machines(err, path)
                     raise BadInput(f"{path}: is damaged: remove it and start the same command again") from err
             yield pa.concat_tables(tables).combine_chunks(), set_aside

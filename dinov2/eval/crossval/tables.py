@@ -75,6 +75,8 @@ def read_embeddings(path: Path) -> Embeddings:
         about = about_table(table.schema.metadata)
     except OSError as err:
         raise BadInput(f"{path}: {err.strerror or 'no Parquet file'}: give the table of `dinov2 embed`") from err
+    except MemoryError:  # pyarrow's is an ArrowException too, and no fault of the file
+        raise
     except (ValueError, pa.ArrowException) as err:
         raise BadInput(f"{path}: no Parquet file: give the table of `dinov2 embed`") from err
     names = ["id", "path", "channel", "patient", "sha", *PARTS]

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -141,6 +142,24 @@ def test_a_run_continues_after_the_parts_that_are_there(
     assert run(scans, encoder, tmp_path / "f.parquet")[0] == 0
     assert loaded == list(range(16, 32))
     assert pq.read_metadata(tmp_path / "f.parquet").num_rows == NUM_SCANS - 3
+
+
+@pytest.mark.parametrize("error", [pa.ArrowMemoryError("malloc of size 9 failed"), PermissionError(13, "Permission denied")])
+def test_a_part_that_the_machine_cannot_read_is_not_called_damaged(
+    scans: Path, encoder: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    """Or somebody would remove it."""
+    run(scans, encoder, tmp_path / "f.parquet", shard=(1, 3))
+
+    def refused(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(pq, "read_table", refused)
+    with pytest.raises((BadInput, MemoryError)) as caught:
+        run(scans, encoder, tmp_path / "f.parquet")
+    assert "damaged" not in str(caught.value) and "remove" not in str(caught.value)
+    monkeypatch.undo()
+    assert run(scans, encoder, tmp_path / "f.parquet")[0] == 0
 
 
 def test_columns_of_what_the_list_knows_with_paths_from_the_lists_folder(encoder: Encoder, tmp_path: Path) -> None:
