@@ -81,6 +81,8 @@ def _xformers_attention(qkv: Tensor, segments: list[Segment]) -> Tensor:
 class Attention(nn.Module):
     """Multi-head self-attention with DINOv2's parameter names (`qkv`, `proj`)."""
 
+    ends = ("qkv", "proj")  # see layers/folding.py
+
     def __init__(self, dim: int, num_heads: int, qkv_bias: bool = True, proj_bias: bool = True, kind: str = "sdpa") -> None:
         super().__init__()
         self.num_heads = num_heads

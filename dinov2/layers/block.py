@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dinov2.layers.attention import Attention, MemEffAttention, Segment
+from dinov2.layers.folding import run_branch
 from dinov2.layers.layer_scale import LayerScale
 from dinov2.layers.mlp import Mlp
 from dinov2.layers.stochastic_depth import Draw, add_rows, draw_subset, drop_mask, kept_rows, mean_keeping_scale, take_rows
@@ -56,8 +57,8 @@ class Block(nn.Module):
         if segments is None:
             return self.forward(x.flatten(0, 1), [Segment(*x.shape[:2])], draws).view(x.shape)
         for_attention, for_mlp = self.draw(x, segments) if draws is None else draws
-        x = self._add_residual(x, segments, for_attention, lambda t, segs: self.ls1(self.attn(self.norm1(t), segs)))
-        return self._add_residual(x, segments, for_mlp, lambda t, _: self.ls2(self.mlp(self.norm2(t))))
+        x = self._add_residual(x, segments, for_attention, lambda t, segs: run_branch(self.attn, self.norm1, self.ls1, t, segs))
+        return self._add_residual(x, segments, for_mlp, lambda t, _: run_branch(self.mlp, self.norm2, self.ls2, t))
 
     def draw(self, x: Tensor, segments: list[Segment]) -> tuple[Draw, Draw]:
         """What the attention and the MLP branch of one pass are computed for; draws from torch's generator."""

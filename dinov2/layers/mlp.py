@@ -8,6 +8,8 @@ from torch import Tensor, nn
 class Mlp(nn.Module):
     """Linear, GELU, linear; parameter names `fc1`, `fc2` as DINOv2's."""
 
+    ends = ("fc1", "fc2")  # see layers/folding.py
+
     def __init__(self, in_features: int, hidden_features: int, bias: bool = True) -> None:
         super().__init__()
         self.fc1 = nn.Linear(in_features, hidden_features, bias=bias)

@@ -13,6 +13,8 @@ class SwiGLUFFN(nn.Module):
     near that of a plain MLP.
     """
 
+    ends = ("w12", "w3")  # see layers/folding.py
+
     def __init__(self, in_features: int, hidden_features: int, bias: bool = True) -> None:
         super().__init__()
         hidden = (int(hidden_features * 2 / 3) + 7) // 8 * 8

@@ -9,10 +9,10 @@ from benchmarks.step_bytes import block_bytes, head_bytes
 
 @pytest.mark.slow
 def test_a_block_moves_and_keeps_what_it_should() -> None:
-    """Layer norms and reductions are joined less in kernels for a CPU than in a GPU's: 185 bytes, 171 without a budget."""
+    """Without a budget 139.2 and 30.5; of what moves 9 are weights, 18 sums for biases, 12 joins of gradients of q, k, v."""
     found = block_bytes(budget=0.8)
-    assert found.kept <= 25.5  # 25.4, of which 0.5 are indices and statistics that a row has once
-    assert found.moved <= 187
+    assert found.kept <= 23  # 22.5
+    assert found.moved <= 150  # 149.1
 
 
 @pytest.mark.slow

@@ -1,0 +1,69 @@
+"""A branch of a compiled block: its layer norm and its LayerScale become part of its products' weights.
+
+With x' the normalised rows, W and c of the first linear layer, V and d of the last:
+
+    (x' * w + b) Wt + c = x' (W * w)t + (c + W b),        g * (a Vt + d) = a (g * V)t + g * d
+
+so that gradients of w, b and g come from those of weights and no pass over all rows is made for them. What goes back through
+the norm needs its result only, which the first product keeps anyway: rows are neither kept nor read again for the norm.
+
+Shapes: R rows, E embedding.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from dinov2.distributed.precision import at_least_fp32
+from dinov2.layers.layer_scale import LayerScale
+
+
+def run_branch(layer: nn.Module, norm: nn.Module, scale: nn.Module, x: Tensor, *args: Any) -> Tensor:
+    """`scale(layer(norm(x), *args))`, [R, E] -> [R, E]; folded where a training compiles it and the modules are the usual ones.
+
+    `layer.ends` names the linear layers that its input and its result go through. The numbers are the same to rounding. Folding
+    multiplies whole weights, which costs more than it saves where every operation is one by itself.
+    """
+    ends = getattr(layer, "ends", None)
+    if not (layer.training and torch.compiler.is_compiling() and ends and type(norm) is nn.LayerNorm):
+        return scale(layer(norm(x), *args))
+    first, last = (layer.get_submodule(name) for name in ends)
+    if not type(first) is type(last) is nn.Linear or first.bias is None or norm.bias is None:
+        return scale(layer(norm(x), *args))
+    dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+    weights = {
+        f"{ends[0]}.weight": first.weight * norm.weight,
+        f"{ends[0]}.bias": first.bias + (first.weight * norm.bias).sum(1),
+    }
+    # LayerScale begins near 1e-5, and so small a weight is no normal number in float16
+    if isinstance(scale, LayerScale) and dtype != torch.float16:
+        weights[f"{ends[1]}.weight"] = last.weight * scale.gamma[:, None]
+        if last.bias is not None:
+            weights[f"{ends[1]}.bias"] = last.bias * scale.gamma
+        scale = nn.Identity()
+    return scale(functional_call(layer, weights, (_Normalise.apply(x, norm.eps, dtype), *args)))
+
+
+class _Normalise(torch.autograd.Function):
+    """Layer norm without weights, in `dtype`; its backward pass needs the result and a number for each row."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+        rows = at_least_fp32(x)
+        variance, mean = torch.var_mean(rows, -1, correction=0, keepdim=True)
+        rstd = torch.rsqrt(variance + eps)  # [R, 1]
+        y = ((rows - mean) * rstd).to(dtype)
+        ctx.save_for_backward(y, rstd)
+        ctx.x_dtype = x.dtype
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        y, rstd = ctx.saved_tensors
+        rows, grad = at_least_fp32(y), at_least_fp32(grad)
+        along = (grad * rows).mean(-1, keepdim=True)  # [R, 1]
+        return ((grad - grad.mean(-1, keepdim=True) - rows * along) * rstd).to(ctx.x_dtype), None, None
