@@ -56,7 +56,9 @@ class _Normalise(torch.autograd.Function):
         rows = at_least_fp32(x)
         variance, mean = torch.var_mean(rows, -1, correction=0, keepdim=True)
         rstd = torch.rsqrt(variance + eps)  # [R, 1]
-        y = ((rows - mean) * rstd).to(dtype)
+        y = (rows - mean) * rstd
+        if y.dtype != dtype:  # torch 2.11 compiles wrong gradients where a result is converted to the dtype that it has
+            y = y.to(dtype)
         ctx.save_for_backward(y, rstd)
         ctx.x_dtype = x.dtype
         return y

@@ -59,8 +59,8 @@ def kept_rows(subset: Subset, segments: list[Segment]) -> tuple[Tensor, Tensor, 
         token = torch.arange(seg.length, device=order.device)
         rows.append((start + order[:count, None] * seg.length + token).flatten())
         places.append(torch.where(place[:, None] < count, start_kept + place[:, None] * seg.length + token, -1).flatten())
-        kept.append(seg._replace(num_sequences=count))
-        start += seg.num_rows
+        kept.append(Segment(count, seg.length, seg.rotary))
+        start += seg.num_sequences * seg.length
         start_kept += count * seg.length
     return torch.cat(rows), torch.cat(places), kept
 
