@@ -54,15 +54,13 @@ def packed_attention(qkv: Tensor, segments: list[Segment], kind: str = "sdpa") -
     """
     if kind == "xformers":
         return _xformers_attention(qkv, segments)
-    out, start = [], 0
-    for seg in segments:
-        num_rows = seg.num_sequences * seg.length  # where a table is beside them, torch 2.6 compiles no property
-        rows = qkv[start : start + num_rows]
-        start += num_rows
+    num_rows = [seg.num_sequences * seg.length for seg in segments]  # torch 2.6 compiles no property of what holds a table
+    out = []
+    for seg, rows in zip(segments, qkv.split(num_rows), strict=True):
         q, k, v = rows.view(seg.num_sequences, seg.length, *qkv.shape[1:]).permute(2, 0, 3, 1, 4)  # 3 x [n, h, N, d]
         q, k = rotate(q, seg.rotary), rotate(k, seg.rotary)
         attended = F.scaled_dot_product_attention(q, k, v)  # [n, h, N, d]
-        out.append(attended.transpose(1, 2).reshape(num_rows, *qkv.shape[2:]))
+        out.append(attended.transpose(1, 2).reshape(rows.shape[0], *qkv.shape[2:]))
     return torch.cat(out) if len(out) > 1 else out[0]
 
 
