@@ -30,6 +30,7 @@ from benchmarks import gpu_sections as sections
 SECTIONS = {  # the most valuable first, with the seconds that each may take and what must be left for it to start
     "machine": (sections.machine, 60, 0),
     "train": (sections.train_compiled, 200, 60),
+    "unfolded": (sections.train_unfolded, 80, 50),
     "attention": (sections.attention, 60, 20),
     "end_to_end": (sections.end_to_end, 200, 60),
     "segmentation": (sections.segmentation, 150, 40),

@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -50,6 +51,7 @@ from dinov2.eval.segmentation_3d.build import Task, build_segmentation
 from dinov2.eval.segmentation_3d.inference import predict_masks
 from dinov2.eval.segmentation_3d.losses import build_loss
 from dinov2.features.setup import build_model_for_eval
+from dinov2.layers import folding
 from dinov2.models.vision_transformer import vit_tiny_3d
 from dinov2.ops import cuda_kernels
 from dinov2.signals import die_with_parent
@@ -156,6 +158,12 @@ def train_small_batch(report: Any, args: Args) -> None:
     train(report, args, "bf16", [16], ["train.compile=true"])
 
 
+def train_unfolded(report: Any, args: Args) -> None:
+    """What folding norms and LayerScales into weights is worth: the step without it."""
+    with patch.object(folding, "modules_to_fold", lambda layer, norm: None):
+        train(report, args, "bf16", batches_of(args)[:1], ["train.compile=true"], note=", not folded")
+
+
 def train_budget(report: Any, args: Args) -> None:
     """Less is kept for the backward pass: what the compiler computes again by its budget, or whole blocks."""
     keys = ["train.compile=true", "train.activation_checkpointing=budget:0.8"]
@@ -166,7 +174,9 @@ def train_budget(report: Any, args: Args) -> None:
     train(report, args, "bf16", batches_of(args)[-1:], keys)
 
 
-def train(report: Any, args: Args, precision: str, batches: list[int], keys: list[str], profiled: bool = False) -> None:
+def train(
+    report: Any, args: Args, precision: str, batches: list[int], keys: list[str], profiled: bool = False, note: str = ""
+) -> None:
     """Steps of each batch size with one network."""
     setup = make_setup(args, precision, batches[0], keys)
     cfg = load_and_merge_config_3d(None, [*train_step.BASE, *overrides(args, precision), *keys])
@@ -177,7 +187,7 @@ def train(report: Any, args: Args, precision: str, batches: list[int], keys: lis
         dynamo.utils.counters.clear()
         setup.state.optimizer.zero_grad(set_to_none=True)
         setup.batch = None
-        what = f"step, {precision}, {how}, {batch} volumes"
+        what = f"step, {precision}, {how}{note}, {batch} volumes"
         try:
             setup.batch = {
                 k: v.to(args.device) if isinstance(v, Tensor) else v for k, v in train_step.random_batch(cfg, batch).items()

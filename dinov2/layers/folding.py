@@ -23,21 +23,16 @@ from dinov2.layers.layer_scale import LayerScale
 
 
 def run_branch(layer: nn.Module, norm: nn.Module, scale: nn.Module, x: Tensor, *args: Any) -> Tensor:
-    """`scale(layer(norm(x), *args))`, [R, E] -> [R, E]; folded where a training compiles it and the modules are the usual ones.
-
-    `layer.ends` names the linear layers that its input and its result go through. The numbers are the same to rounding. Folding
-    multiplies whole weights, which costs more than it saves where every operation is one by itself.
-    """
-    ends = getattr(layer, "ends", None)
-    if not (layer.training and torch.compiler.is_compiling() and ends and type(norm) is nn.LayerNorm):
+    """`scale(layer(norm(x), *args))`, [R, E] -> [R, E]; folded where it pays and can be, the same to rounding."""
+    usual = modules_to_fold(layer, norm)
+    if usual is None:
         return scale(layer(norm(x), *args))
-    first, last = (layer.get_submodule(name) for name in ends)
-    if not type(first) is type(last) is nn.Linear or first.bias is None or norm.bias is None:
-        return scale(layer(norm(x), *args))
+    layer_norm, first, last = usual
+    ends: Any = layer.ends
     dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
     weights = {
-        f"{ends[0]}.weight": first.weight * norm.weight,
-        f"{ends[0]}.bias": first.bias + (first.weight * norm.bias).sum(1),
+        f"{ends[0]}.weight": first.weight * layer_norm.weight,
+        f"{ends[0]}.bias": first.bias + (first.weight * layer_norm.bias).sum(1),
     }
     # LayerScale begins near 1e-5, and so small a weight is no normal number in float16
     if isinstance(scale, LayerScale) and dtype != torch.float16:
@@ -45,7 +40,21 @@ def run_branch(layer: nn.Module, norm: nn.Module, scale: nn.Module, x: Tensor, *
         if last.bias is not None:
             weights[f"{ends[1]}.bias"] = last.bias * scale.gamma
         scale = nn.Identity()
-    return scale(functional_call(layer, weights, (_Normalise.apply(x, norm.eps, dtype), *args)))
+    return scale(functional_call(layer, weights, (_Normalise.apply(x, layer_norm.eps, dtype), *args)))
+
+
+def modules_to_fold(layer: nn.Module, norm: nn.Module) -> tuple[nn.LayerNorm, nn.Linear, nn.Linear] | None:
+    """The norm and the first and last linear layer, `layer.ends`, where a training is compiled and they are the usual ones.
+
+    Folding multiplies whole weights, which costs more than it saves where every operation is one by itself.
+    """
+    ends: Any = getattr(layer, "ends", None)
+    if not (layer.training and torch.compiler.is_compiling() and ends):
+        return None
+    first, last = (layer.get_submodule(name) for name in ends)
+    if type(norm) is nn.LayerNorm and type(first) is nn.Linear and type(last) is nn.Linear:
+        return (norm, first, last) if norm.bias is not None and first.bias is not None else None
+    return None
 
 
 class _Normalise(torch.autograd.Function):

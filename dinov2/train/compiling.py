@@ -101,7 +101,10 @@ def _can_compile(cfg: DictConfig, runtime: Runtime) -> bool:
     device = runtime.device
     asked = resolve_compile(cfg.train.compile, device.type)
     dtype = training_dtype(cfg.compute_precision.student.backbone, device.type)
+    start = time.perf_counter()
     problem = trial(device, dtype) if asked else "not asked for, or without a compiler"
+    if asked:
+        logger.info("compiled a small block to see: %.0f s", time.perf_counter() - start)
     somewhere = any_rank(bool(problem), device)
     if asked and somewhere:
         logger.warning("train.compile has no effect: compiling failed (%s)", problem or "on another rank")

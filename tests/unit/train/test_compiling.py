@@ -143,6 +143,13 @@ def test_a_trial_sees_wrong_gradients_and_no_others(dtype: torch.dtype, monkeypa
     assert re.match("its gradients are off by (9|1[01])[0-9].[0-9]%", compiling.trial(torch.device("cpu"), dtype))
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_inductors_kernels_for_a_gpu_compute_the_same(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiling, "BACKEND", "inductor")
+    assert compiling.trial(torch.device("cuda"), dtype) == ""
+
+
 def test_auto_is_on_for_gpus_with_triton_only(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     for has_triton in (True, False):
         monkeypatch.setattr(compiling.importlib.util, "find_spec", lambda name, found=has_triton: found or None)
