@@ -1,4 +1,4 @@
-"""A branch of a compiled block: its layer norm and its LayerScale become part of its products' weights.
+"""Layer norms and LayerScales that become part of the weights of the products beside them.
 
 With x' the normalised rows, W and c of the first linear layer, V and d of the last:
 
@@ -29,18 +29,15 @@ def run_branch(layer: nn.Module, norm: nn.Module, scale: nn.Module, x: Tensor, *
         return scale(layer(norm(x), *args))
     layer_norm, first, last = usual
     ends: Any = layer.ends
-    dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
-    weights = {
-        f"{ends[0]}.weight": first.weight * layer_norm.weight,
-        f"{ends[0]}.bias": first.bias + (first.weight * layer_norm.bias).sum(1),
-    }
+    weights = norm_in_weights(layer_norm, ends[0], first)
+    y = normalised(x, layer_norm.eps)
     # LayerScale begins near 1e-5, and so small a weight is no normal number in float16
-    if isinstance(scale, LayerScale) and dtype != torch.float16:
+    if isinstance(scale, LayerScale) and y.dtype != torch.float16:
         weights[f"{ends[1]}.weight"] = last.weight * scale.gamma[:, None]
         if last.bias is not None:
             weights[f"{ends[1]}.bias"] = last.bias * scale.gamma
         scale = nn.Identity()
-    return scale(functional_call(layer, weights, (_Normalise.apply(x, layer_norm.eps, dtype), *args)))
+    return scale(functional_call(layer, weights, (y, *args)))
 
 
 def modules_to_fold(layer: nn.Module, norm: nn.Module) -> tuple[nn.LayerNorm, nn.Linear, nn.Linear] | None:
@@ -57,15 +54,27 @@ def modules_to_fold(layer: nn.Module, norm: nn.Module) -> tuple[nn.LayerNorm, nn
     return None
 
 
+def norm_in_weights(norm: nn.LayerNorm, name: str, linear: nn.Linear) -> dict[str, Tensor]:
+    """Weight and bias for `functional_call` of a linear layer, `name`, that gets normalised rows instead of the norm's."""
+    folded = {"weight": linear.weight * norm.weight, "bias": linear.bias + (linear.weight * norm.bias).sum(1)}
+    return {f"{name}.{key}": value for key, value in folded.items()}
+
+
+def normalised(x: Tensor, eps: float) -> Tensor:
+    """Layer norm without weights, [..., E] -> [..., E], computed in fp32 and rounded to autocast's dtype; `x` is not kept."""
+    device = x.device.type
+    return _Normalise.apply(x, eps, torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype)
+
+
 class _Normalise(torch.autograd.Function):
-    """Layer norm without weights, in `dtype`; its backward pass needs the result and a number for each row."""
+    """`normalised`; its backward pass needs the result and a number for each row."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
-        rows = at_least_fp32(x)
-        variance, mean = torch.var_mean(rows, -1, correction=0, keepdim=True)
-        rstd = torch.rsqrt(variance + eps)  # [R, 1]
-        y = (rows - mean) * rstd
+        ctx.kernel_is_fp32 = x.is_cuda and not torch.compiler.is_compiling()  # inside, whatever it reads and writes
+        y, _, rstd = torch.native_layer_norm(
+            x if ctx.kernel_is_fp32 else at_least_fp32(x), x.shape[-1:], None, None, eps
+        )  # rstd [..., 1]
         if y.dtype != dtype:  # torch 2.11 compiles wrong gradients where a result is converted to the dtype that it has
             y = y.to(dtype)
         ctx.save_for_backward(y, rstd)
@@ -75,6 +84,9 @@ class _Normalise(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         y, rstd = ctx.saved_tensors
-        rows, grad = at_least_fp32(y), at_least_fp32(grad)
-        along = (grad * rows).mean(-1, keepdim=True)  # [R, 1]
-        return ((grad - grad.mean(-1, keepdim=True) - rows * along) * rstd).to(ctx.x_dtype), None, None
+        if not ctx.kernel_is_fp32:
+            y, grad = at_least_fp32(y), at_least_fp32(grad)
+        # the gradient of normalising rows that are normal, one kernel; then what the rows were divided by
+        none, one = torch.zeros_like(rstd), torch.ones_like(rstd)
+        to_x = torch.ops.aten.native_layer_norm_backward(grad, y, y.shape[-1:], none, one, None, None, [True, False, False])[0]
+        return (to_x * rstd).to(ctx.x_dtype), None, None

@@ -1,5 +1,8 @@
 """How the adapter's pyramid and the transformer's tokens tell each other what they have seen.
 
+The norms of the pyramid, tens of thousands of rows, are folded into the products behind them (`layers/folding.py`): of each the
+normalised rows are kept for the backward pass, in the products' precision, and nothing else.
+
 # B batch, N patches, S voxels of the pyramid (1/4, 1/8 and 1/16 side by side), E width, K channels of an image
 """
 
@@ -9,8 +12,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from dinov2.eval.segmentation_3d.deformable import MSDeformAttn3d, Size3, cell_centres, in_compute_dtype
+from dinov2.layers.folding import norm_in_weights, normalised
 
 
 class Layout(NamedTuple):
@@ -92,8 +97,9 @@ class Injector(nn.Module):
 
     def forward(self, patches: Tensor, pyramid: Tensor, layout: Layout) -> Tensor:
         """[B, N, E], [B, S, E] -> what to add to the patches, [B, N, E]."""
-        query, values = in_compute_dtype(self.query_norm(patches)), in_compute_dtype(self.feat_norm(pyramid))
-        return self.gamma * self.attn(query, layout.patch_places, values, layout.levels)
+        query, values = in_compute_dtype(self.query_norm(patches)), normalised(pyramid, self.feat_norm.eps)
+        weights = norm_in_weights(self.feat_norm, "value_proj", self.attn.value_proj)
+        return self.gamma * functional_call(self.attn, weights, (query, layout.patch_places, values, layout.levels))
 
 
 class Extractor(nn.Module):
@@ -110,6 +116,10 @@ class Extractor(nn.Module):
 
     def forward(self, pyramid: Tensor, patches: Tensor, layout: Layout) -> Tensor:
         """[B, S, E], [B, N, E] -> the new pyramid [B, S, E]."""
-        query, values = in_compute_dtype(self.query_norm(pyramid)), in_compute_dtype(self.feat_norm(patches))
-        pyramid = pyramid + self.attn(query, layout.pyramid_places, values, [layout.grid])
-        return pyramid + self.drop_path(self.ffn(self.ffn_norm(pyramid), layout.levels))
+        query, values = normalised(pyramid, self.query_norm.eps), in_compute_dtype(self.feat_norm(patches))
+        weights = norm_in_weights(self.query_norm, "sampling_offsets", self.attn.sampling_offsets)
+        weights |= norm_in_weights(self.query_norm, "attention_weights", self.attn.attention_weights)
+        pyramid = pyramid + functional_call(self.attn, weights, (query, layout.pyramid_places, values, [layout.grid]))
+        weights = norm_in_weights(self.ffn_norm, "fc1", self.ffn.fc1)
+        mixed = functional_call(self.ffn, weights, (normalised(pyramid, self.ffn_norm.eps), layout.levels))
+        return pyramid + self.drop_path(mixed)
