@@ -275,8 +275,11 @@ class EmbeddingTable:
                 try:
                     content = pa.BufferReader(_checked(path.read_bytes()))
                     tables.append(pq.read_table(content, schema=self._schema))
-                    set_aside += json.loads(pq.read_schema(content).metadata[META])["set_aside"]
-                except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as err:
+                    about = about_table(pq.read_schema(content).metadata)
+                except (OSError, ValueError, pa.ArrowException) as err:
                     _raise_the_machines(err, path)
                     raise BadInput(f"{path}: is damaged: remove it and start the same command again") from err
+                if not isinstance(about.get("set_aside"), list):
+                    raise BadInput(f"{path}: is damaged: remove it and start the same command again")
+                set_aside += about["set_aside"]
             yield pa.concat_tables(tables).combine_chunks(), set_aside

@@ -7,10 +7,11 @@ import os
 import sys
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from dinov2.configs.errors import nearest
-from dinov2.errors import BadInput
+from dinov2.errors import BadInput, is_out_of_memory
 from dinov2.models.backbone import Backbone, BackboneModule
 from dinov2.models.weights import StateDict, refuse_non_finite
 
@@ -49,6 +50,8 @@ def build_encoder(name: str, state: StateDict, source: str | Path) -> BackboneMo
     except BadInput as err:
         raise BadInput(f"{name}: does not take weights {source}: {err}") from err
     except (RuntimeError, ValueError, KeyError, TypeError) as err:
+        if is_out_of_memory(err) or isinstance(err, torch.OutOfMemoryError):  # no fault of the weights
+            raise
         reason = " ".join(str(err).split())[:160]
         raise BadInput(f"{name}: does not take weights {source} ({type(err).__name__}: {reason})") from err
     if not isinstance(encoder, nn.Module):

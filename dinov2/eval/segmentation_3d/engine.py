@@ -26,7 +26,7 @@ from dinov2.data.downstream.check import draw_prepared
 from dinov2.distributed import any_rank, barrier, is_main_process, mean_over_ranks
 from dinov2.distributed.precision import autocast, evaluation_dtype, grad_scaler
 from dinov2.distributed.runtime import Runtime
-from dinov2.errors import EXIT_OK, EXIT_RESUMABLE, BadInput
+from dinov2.errors import EXIT_OK, EXIT_RESUMABLE, BadInput, is_out_of_memory
 from dinov2.eval.metrics.segmentation import Score, published_dice, summarise, write_per_case_csv
 from dinov2.eval.segmentation_3d.batches import CropBatches
 from dinov2.eval.segmentation_3d.build import Task, save_segmentation, set_training
@@ -101,6 +101,8 @@ class Run:
             self.optimizer.load_state_dict(saved["optimizer"])
             self.scaler.load_state_dict(saved["scaler"])
         except (RuntimeError, ValueError, KeyError) as err:
+            if is_out_of_memory(err) or isinstance(err, torch.OutOfMemoryError):  # no fault of the file
+                raise
             raise BadInput(f"{path}: of another network ({str(err).splitlines()[0][:120]}): use another --output-dir") from err
         self.iteration = saved["iteration"]
         self.best = saved["best"] if math.isfinite(saved["best"]) else NONE_YET

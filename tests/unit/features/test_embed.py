@@ -17,6 +17,7 @@ from dinov2.data import Entry, write_datalist
 from dinov2.data.corpus.index.examine import content_sha
 from dinov2.errors import BadInput
 from dinov2.features import embed as embed_module
+from dinov2.features import embed_table
 from dinov2.features.embed import EmbedRequest, embed, shard_of_rank
 from dinov2.features.embed_rows import file_names
 from dinov2.features.embed_table import EmbeddingTable
@@ -354,3 +355,29 @@ def test_a_torn_key_of_parts_is_named(content: str, scans: Path, encoder: Encode
     (tmp_path / "f.parts" / "key.json").write_text(content)
     with pytest.raises(BadInput, match=r"f\.parts.*(remove|choose another)"):
         run(scans, encoder, tmp_path / "f.parquet")
+
+
+def test_a_part_that_says_nothing_is_damaged_and_a_fault_of_ours_is_not(
+    scans: Path, encoder: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(scans, encoder, tmp_path / "f.parquet", shard=(1, 3))
+    part = tmp_path / "f.parts" / "000000.parquet"
+    table = EmbeddingTable(
+        tmp_path / "f.parquet", json.loads((part.parent / "key.json").read_text()), 16, encoder.embed_dim, False
+    )
+    body = part.read_bytes()[: -len(embed_table._checksum(b""))]
+    rows = pq.read_table(pa.BufferReader(body))
+    for metadata in ({}, {embed_table.META: b"[]"}, {embed_table.META: b'{"set_aside": 3}'}):
+        sink = pa.BufferOutputStream()
+        pq.write_table(rows.replace_schema_metadata(metadata), sink)
+        other = sink.getvalue().to_pybytes()
+        part.write_bytes(other + embed_table._checksum(other))
+        with pytest.raises(BadInput, match="000000.parquet: is damaged"):
+            list(table._groups())
+
+    def broken(content: bytes) -> bytes:
+        raise TypeError("of our own")
+
+    monkeypatch.setattr(embed_table, "_checked", broken)
+    with pytest.raises(TypeError, match="of our own"):
+        list(table._groups())

@@ -124,3 +124,16 @@ def test_every_method_says_what_it_is() -> None:
     assert list(METHODS) == ["3DINO", "MONAI-ViT", "Random", "SwinRandom", "SwinTransfer", "UNet"]
     help_text = " ".join(segmentation3d.get_args_parser().format_help().split())
     assert all(m.what in help_text for m in METHODS.values()) and "wins over the method's value" in help_text
+
+
+def test_an_encoders_lack_of_memory_is_no_fault_of_the_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    (tmp_path / "greedy_encoders.py").write_text(
+        'import torch\n\ndef cpu(state):\n    raise RuntimeError("DefaultCPUAllocator: can\'t allocate memory")\n\n'
+        "def gpu(state):\n    raise torch.OutOfMemoryError('CUDA out of memory')\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    for name, kind in (("cpu", RuntimeError), ("gpu", torch.OutOfMemoryError)):
+        with pytest.raises(kind, match="memory"):
+            build_encoder(f"greedy_encoders:{name}", {}, "w.pth")

@@ -84,3 +84,17 @@ def test_the_worst_cases_are_drawn_with_their_dice_in_the_planes_of_the_truth(
 def test_a_setting_without_a_score_is_chosen_last() -> None:
     assert choose({"a": NAN, "b": 0.1, "c": 0.4}) == "c" and choose({"a": 0.2, "b": NAN}) == "a"
     assert choose({"a": NAN, "b": NAN}) == "a"
+
+
+def test_a_resume_that_finds_no_memory_does_not_blame_the_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = torch.nn.Linear(1, 1)
+    run = engine.Run(model, torch.optim.AdamW(model.parameters()), torch.amp.GradScaler("cpu", enabled=False), tmp_path)
+    run.save()
+    for error in (torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("can't allocate memory: 8 bytes")):
+
+        def fails(*_: object, error: Exception = error) -> None:
+            raise error
+
+        monkeypatch.setattr(model, "load_state_dict", fails)
+        with pytest.raises(type(error), match="memory"):
+            run.resume()
