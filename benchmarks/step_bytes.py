@@ -2,9 +2,10 @@
 
     python benchmarks/step_bytes.py
 
-Per kept row, channel and block: what Inductor's kernels of one block read and write, forward and backward (matrix products and
-attention left out), and what the forward pass keeps for the backward pass, with and without an activation budget. Per (masked
-row, prototype): the same of targets and losses. bf16; the kernels are those for a CPU, a GPU's are joined a little differently.
+Moved, per row, channel and block: what Inductor's kernels of one block read and write, forward and backward (matrix products
+and attention left out). Kept, per row of the sequences that stochastic depth keeps: what the forward pass leaves for the
+backward pass. Both with and without an activation budget. Per (masked row, prototype): bytes moved by targets and losses.
+bf16; the kernels are those for a CPU, a GPU's are joined a little differently.
 """
 
 from __future__ import annotations
@@ -41,10 +42,10 @@ SCALING_PASS = 2 + 2  # of the kept gradient, in the backward pass
 
 
 class BlockBytes(NamedTuple):
-    """Bytes per kept row, channel and block."""
+    """Bytes per channel and block."""
 
-    moved: float
-    kept: float
+    moved: float  # of each row of the batch, whose sequences are dropped by 30 %
+    kept: float  # of each row that is not dropped
 
 
 class KernelBytes:
@@ -81,7 +82,7 @@ def block_bytes(budget: float) -> BlockBytes:
     block = Block(DIM, HEADS, drop_path=0.3, init_values=1e-5)
     x = torch.randn(sum(s.num_rows for s in SEGMENTS), DIM, dtype=torch.bfloat16, requires_grad=True)
     draws = block.draw(x, SEGMENTS)
-    unit = sum(count * s.length for s, count in zip(SEGMENTS, draws[0].num_kept, strict=True)) * DIM
+    kept_rows = sum(count * s.length for s, count in zip(SEGMENTS, draws[0].num_kept, strict=True))
     kept: dict[int, int] = {}
     weights = {tuple(p.shape[::order]) for p in block.parameters() for order in (1, -1)}
 
@@ -96,7 +97,7 @@ def block_bytes(budget: float) -> BlockBytes:
         with torch.autocast("cpu", torch.bfloat16), torch.autograd.graph.saved_tensors_hooks(note, lambda saved: saved):
             out = forward(x, SEGMENTS, draws)
         out.sum().backward()
-    return BlockBytes(sum(kernels.found) / unit, sum(kept.values()) / unit)
+    return BlockBytes(sum(kernels.found) / x.numel(), sum(kept.values()) / (kept_rows * DIM))
 
 
 def head_bytes() -> float:
@@ -113,7 +114,9 @@ def head_bytes() -> float:
 def main() -> int:
     for budget in (1.0, 0.8):
         moved, kept = block_bytes(budget)
-        print(f"block, activation budget {budget}: {moved:.1f} bytes moved, {kept:.1f} kept a kept row and channel")
+        print(
+            f"block, activation budget {budget}: {moved:.1f} bytes moved a row and channel, {kept:.1f} kept a row not dropped"
+        )
     print(f"heads: {head_bytes():.1f} bytes moved a masked row and prototype")
     return 0
 
