@@ -19,6 +19,7 @@ from dinov2.eval.segmentation_3d.deformable import MSDeformAttn3d
 from dinov2.eval.segmentation_3d.interaction import Extractor, Injector, Layout, make_layout
 from dinov2.eval.segmentation_3d.spatial_prior import SpatialPriorModule
 from dinov2.geometry import Size3, triple
+from dinov2.layers.plain_memory import in_plain_memory
 from dinov2.models import BlockBackbone
 
 NUM_STAGES = 4
@@ -135,6 +136,7 @@ class ViTAdapter3d(nn.Module):
         for name, part in self.named_children():
             if name != "backbone":
                 init_weights(part)
+        in_plain_memory(self)
 
     def forward(self, x: Tensor) -> FourMaps:
         """[B, K, H, W, D] -> four [B, E, h, w, d] at 1/2, 1/4, 1/8 and 1/16 of the input (rounded up).

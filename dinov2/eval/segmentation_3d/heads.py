@@ -17,6 +17,7 @@ from dinov2.eval.segmentation_3d.adapter import PAPER, AdapterOptions, ChannelMe
 from dinov2.eval.segmentation_3d.swin import SwinUNETR3d
 from dinov2.eval.segmentation_3d.unet import UNet3d
 from dinov2.geometry import triple
+from dinov2.layers.plain_memory import in_plain_memory
 from dinov2.models import BackboneModule, BlockBackbone
 
 NUM_LAST_LAYERS = 4  # that the linear decoder reads
@@ -72,6 +73,7 @@ class ViTAdapterUNETR(nn.Module):
         inputs = [dim, *widths[:3]]
         self.up_blocks = nn.ModuleList(UpBlock(i, s, o) for i, s, o in zip(inputs, skips, widths, strict=True))
         self.out = nn.Conv3d(widths[3], num_outputs, 1)
+        in_plain_memory(self)
 
     @property
     def backbone(self) -> BlockBackbone:
@@ -122,6 +124,7 @@ class UNETR(nn.Module):
         skips[-1] += widths[-1]
         self.up_blocks = nn.ModuleList(UpBlock(i, s, o) for i, s, o in zip(inputs, skips, widths, strict=True))
         self.out = nn.Conv3d(widths[-1], num_outputs, 1)
+        in_plain_memory(self)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, K, H, W, D] -> logits [B, R, H, W, D]."""
@@ -164,6 +167,7 @@ class Linear(nn.Module):
         self.merge = ChannelMerge(num_channels, dim)
         self.norm = nn.BatchNorm3d(dim * len(self.layers)) if batch_norm else nn.Identity()
         self.out = nn.Conv3d(dim * len(self.layers), num_outputs, 1)
+        in_plain_memory(self)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, K, H, W, D] -> logits [B, R, H, W, D]."""

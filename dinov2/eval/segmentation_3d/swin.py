@@ -8,6 +8,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from dinov2.eval.segmentation_3d.adapter import ChannelMerge
+from dinov2.layers.plain_memory import in_plain_memory
 from dinov2.models.swin import DEPTHS, NUM_HEADS, SwinEncoder3d
 
 
@@ -50,6 +51,7 @@ class SwinUNETR3d(nn.Module):
             in_channels=num_channels, out_channels=num_outputs, depths=DEPTHS, num_heads=NUM_HEADS, feature_size=encoder.width
         )
         self.network.add_module("swinViT", ChannelwiseSwin(encoder, num_channels))  # in the place of MONAI's own
+        in_plain_memory(self)
 
     @property
     def backbone(self) -> SwinEncoder3d:

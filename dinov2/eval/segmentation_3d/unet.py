@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from dinov2.eval.methods.unet_plan import UNetPlan
+from dinov2.layers.plain_memory import in_plain_memory
 
 WIDEST = 10  # times the first width
 
@@ -28,6 +29,7 @@ class UNet3d(nn.Module):
 
         filters = [min(width * 2**i, WIDEST * width) for i in range(len(plan.strides))]
         self.network = DynUNet(3, num_channels, num_outputs, plan.kernels, plan.strides, plan.strides[1:], filters)
+        in_plain_memory(self)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, K, H, W, D], edges multiples of the plan's divisor -> logits [B, R, H, W, D]."""

@@ -9,12 +9,14 @@ from torch import Tensor
 from dinov2.configs.schema import SegmentationConfig
 from dinov2.distributed.runtime import Runtime
 from dinov2.errors import BadInput
+from dinov2.eval.methods.unet_plan import UNetPlan
 from dinov2.eval.segmentation_3d.adapter import AdapterOptions, ViTAdapter3d, resize_trilinear
 from dinov2.eval.segmentation_3d.build import choose_trained
 from dinov2.eval.segmentation_3d.deformable import MSDeformAttn3d, cell_centres, in_compute_dtype, octant_offsets
 from dinov2.eval.segmentation_3d.engine import Plan, build_optimizer
 from dinov2.eval.segmentation_3d.heads import UNETR, Linear, ViTAdapterUNETR
 from dinov2.eval.segmentation_3d.interaction import ConvFFN, Extractor, make_layout
+from dinov2.eval.segmentation_3d.unet import UNet3d
 from dinov2.models import BlockBackbone, DinoVisionTransformer3d
 
 CPU = Runtime(torch.device("cpu"))
@@ -103,6 +105,32 @@ def test_an_untrained_adapter_leaves_the_backbones_tokens_as_they_are() -> None:
         adapter.injectors[0].gamma.fill_(0.5)
     adapter(x)
     assert (seen[1] - expected).abs().max() > 1e-2
+
+
+def network(kind: str) -> torch.nn.Module:
+    if kind == "UNet":
+        return UNet3d(UNetPlan([(1, 1, 1), (2, 2, 2), (2, 2, 2)], [(3, 3, 3)] * 3), 4, 1, 3)
+    if kind == "ViTAdapterUNETR":
+        return ViTAdapterUNETR(backbone(), 1, 3, WIDTHS, OPTIONS._replace(drop_path=0.0))
+    return head(kind, backbone())
+
+
+@pytest.mark.parametrize("kind", ["Linear", "UNETR", "ViTAdapterUNETR", "UNet"])
+def test_one_crop_has_the_gradients_of_two_that_are_the_same(kind: str) -> None:
+    """torch's batch and instance norm may read the gradient of one crop in the wrong order; the adapter's was off by 400 %."""
+    torch.manual_seed(0)
+    net = network(kind).double().train().requires_grad_(True)
+    x, target = torch.randn(1, 1, 32, 32, 32, dtype=torch.float64), torch.randint(0, 3, (1, 32, 32, 32))
+    found = []
+    for count in (1, 2):
+        net.zero_grad()
+        logits = net(x.expand(count, -1, -1, -1, -1).clone())
+        torch.nn.functional.cross_entropy(logits, target.expand(count, -1, -1, -1)).backward()
+        found.append({name: p.grad.clone() for name, p in net.named_parameters() if p.grad is not None})
+    one, two = found
+    largest = max(float(g.norm()) for g in two.values())
+    for name, grad in two.items():
+        assert float((one[name] - grad).norm()) <= 1e-8 * float(grad.norm()) + 1e-12 * largest, name
 
 
 class OnlyItsWidth(torch.nn.Module):
