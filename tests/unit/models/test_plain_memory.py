@@ -17,16 +17,16 @@ def channels_last(x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])  # there torch's own are to be right
-@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("after", [nn.Identity(), nn.LeakyReLU(inplace=True)])
 @pytest.mark.parametrize("is_training", [True, False])
 @pytest.mark.parametrize("kind", [nn.BatchNorm3d, nn.InstanceNorm3d])
 def test_a_norm_of_one_crop_has_the_same_gradient_in_any_order_of_memory(
-    kind: type[nn.Module], is_training: bool, in_place: bool, device: str
+    kind: type[nn.Module], is_training: bool, after: nn.Module, device: str
 ) -> None:
     if device == "cuda" and not torch.cuda.is_available():
         pytest.skip("no NVIDIA GPU")
     torch.manual_seed(0)
-    norm = nn.Sequential(kind(4, affine=True), nn.LeakyReLU(inplace=in_place)).to(device, torch.float64).train(is_training)
+    norm = nn.Sequential(kind(4, affine=True), after).to(device, torch.float64).train(is_training)
     in_plain_memory(norm)
     in_plain_memory(norm)  # a network in a network: once is enough
     assert len(norm[0]._forward_hooks) == 1
