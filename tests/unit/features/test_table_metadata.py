@@ -30,3 +30,16 @@ def test_metadata_that_cannot_be_is_refused_in_a_line(read: object, says: bytes,
     with pytest.raises(BadInput, match="Parquet file") as err:
         read(path)  # type: ignore[operator]
     assert "\n" not in str(err.value)
+
+
+def test_a_lack_of_memory_is_no_fault_of_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """pyarrow's error for it is one of its own, as those for damaged files are, and Python's."""
+
+    def without_room(*_args: object) -> object:
+        raise pa.ArrowMemoryError("malloc of size 4294967296 failed")
+
+    path = tmp_path / "feats.parquet"
+    pq.write_table(pa.table({name: ["a"] for name in COLUMNS}), path)
+    monkeypatch.setattr(pq, "read_table", without_room)
+    with pytest.raises(MemoryError):
+        read_embeddings(path)
