@@ -63,15 +63,19 @@ def _raise_the_machines(err: Exception, path: Path) -> None:
         raise BadInput(f"{path}: {err.strerror}: nothing is lost, the same command continues") from err
 
 
+class UnreadableTable(ValueError):
+    """What a table of features says of itself cannot be, or its checksum is another; nothing else of ours is meant."""
+
+
 def _checked(content: bytes) -> bytes:
     """What a part was before its checksum was added.
 
     Raises:
-        ValueError: It does not match.
+        UnreadableTable: It does not match.
     """
     body, checksum = content[:-_CHECKSUM_BYTES], content[-_CHECKSUM_BYTES:]
     if _checksum(body) != checksum:
-        raise ValueError("does not match its checksum")
+        raise UnreadableTable("does not match its checksum")
     return body
 
 
@@ -79,14 +83,14 @@ def about_table(metadata: dict[bytes, bytes] | None) -> dict[str, Any]:
     """What a table says of itself, from the metadata of its file; empty where it says nothing.
 
     Raises:
-        ValueError: It cannot be read.
+        UnreadableTable: It cannot be read.
     """
     try:
         found = json.loads((metadata or {}).get(META, b"{}"))
-    except RecursionError as err:
-        raise ValueError("its metadata is nested too deeply") from err
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as err:
+        raise UnreadableTable("its metadata is no JSON, or nested too deeply") from err
     if not isinstance(found, dict):
-        raise ValueError("its metadata is no mapping")
+        raise UnreadableTable("its metadata is no mapping")
     return found
 
 
@@ -137,7 +141,7 @@ class EmbeddingTable:
             return False
         try:
             found = about_table(pq.read_schema(self.output).metadata)
-        except (OSError, ValueError, pa.ArrowException) as err:
+        except (OSError, UnreadableTable, UnicodeDecodeError, pa.ArrowException) as err:
             _raise_the_machines(err, self.output)
             raise BadInput(f"--output {self.output}: is there and no Parquet file: choose another or remove it") from err
         self._require_same(found.get("key"), self.output)
@@ -276,7 +280,7 @@ class EmbeddingTable:
                     content = pa.BufferReader(_checked(path.read_bytes()))
                     tables.append(pq.read_table(content, schema=self._schema))
                     about = about_table(pq.read_schema(content).metadata)
-                except (OSError, ValueError, pa.ArrowException) as err:
+                except (OSError, UnreadableTable, UnicodeDecodeError, pa.ArrowException) as err:
                     _raise_the_machines(err, path)
                     raise BadInput(f"{path}: is damaged: remove it and start the same command again") from err
                 if not isinstance(about.get("set_aside"), list):

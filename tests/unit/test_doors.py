@@ -525,8 +525,16 @@ def test_deformable_attention_takes_deformable_detrs_arguments() -> None:
     moved = places[None, :, None].repeat(1, 1, 2, 1)
     moved[:, :, 1] += 0.2  # places of its own in each level
     assert not torch.allclose(attention(query, moved, values, shapes), expected)
-    with pytest.raises(NotImplementedError, match="input_padding_mask"):
-        attention(query, moved, values, shapes, start, torch.zeros(2, 32, dtype=torch.bool))
+    padding = torch.zeros(2, 32, dtype=torch.bool)
+    torch.testing.assert_close(attention(query, moved, values, shapes, start, padding), attention(query, moved, values, shapes))
+    padding[0, ::2] = True
+    padded = attention(query, moved, values, shapes, start, padding)
+    assert not torch.allclose(padded[0], attention(query, moved, values, shapes)[0])
+    zeroed = attention.value_proj.register_forward_hook(lambda _m, _i, out: out * ~padding[..., None])
+    torch.testing.assert_close(padded, attention(query, moved, values, shapes))  # as zero, whatever the projection's bias
+    zeroed.remove()
+    values = values.masked_fill(padding[..., None], 1e6)
+    torch.testing.assert_close(attention(query, moved, values, shapes, start, padding), padded)
     with pytest.raises(NotImplementedError, match="n_heads=4"):
         MSDeformAttn(32, n_heads=4)
 

@@ -15,7 +15,7 @@ import numpy as np
 from dinov2.configs.errors import nearest
 from dinov2.data.downstream.split import is_empty_cell
 from dinov2.errors import BadInput
-from dinov2.features.embed_table import about_table, arrow
+from dinov2.features.embed_table import UnreadableTable, about_table, arrow
 from dinov2.files import path_in_list, read_text
 
 PARTS = ("cls", "pooled")  # of the features; with + side by side
@@ -62,6 +62,13 @@ class Embeddings:
         return np.concatenate([self.features[part] for part in parts.split("+")], axis=1)
 
 
+def _holds_numbers(kind: Any) -> bool:
+    """Whether a column's type is lists of floats, of one length or several."""
+    types = arrow()[0].types
+    is_list = types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind)
+    return bool(is_list and types.is_floating(kind.value_type))
+
+
 def read_embeddings(path: Path) -> Embeddings:
     """A table of features.
 
@@ -72,19 +79,28 @@ def read_embeddings(path: Path) -> Embeddings:
     try:
         content = path.read_bytes()
         table = pq.read_table(pa.BufferReader(content))
+        table.validate(full=True)  # of damaged text, too, which would be met below
+        found = set(table.column_names)
         about = about_table(table.schema.metadata)
     except OSError as err:
         raise BadInput(f"{path}: {err.strerror or 'no Parquet file'}: give the table of `dinov2 embed`") from err
     except MemoryError:  # pyarrow's is an ArrowException too, and no fault of the file
         raise
-    except (ValueError, pa.ArrowException) as err:
+    except (UnreadableTable, UnicodeDecodeError, pa.ArrowException) as err:
         raise BadInput(f"{path}: no Parquet file: give the table of `dinov2 embed`") from err
     names = ["id", "path", "channel", "patient", "sha", *PARTS]
-    if not isinstance(about.get("key"), dict) or not set(names) <= set(table.column_names):
+    if (
+        not isinstance(about.get("key"), dict)
+        or not set(names) <= found
+        or not all(_holds_numbers(table[p].type) for p in PARTS)
+    ):
         raise BadInput(f"{path}: a Parquet file of another kind: give the table of `dinov2 embed`")
     rows = table.select(names[:5]).to_pylist()
     order = sorted(range(len(rows)), key=lambda i: [str(rows[i][name]) for name in names[:3]])
-    features = {p: np.array(table[p].to_pylist(), float).reshape(len(rows), -1)[order] for p in PARTS}
+    vectors = {p: table[p].to_pylist() for p in PARTS}
+    if any(len({len(v) if isinstance(v, list) else -1 for v in each}) > 1 for each in vectors.values()):
+        raise BadInput(f"{path}: is damaged, its rows of features differ in length: embed again")
+    features = {p: np.array(each, float).reshape(len(rows), -1)[order] for p, each in vectors.items()}
     rows = [rows[i] for i in order]
     for part, values in features.items():
         bad = np.flatnonzero(~np.isfinite(values).all(1))

@@ -37,12 +37,10 @@ class MSDeformAttn(MSDeformAttn3d):
             input_flatten: [B, S, E].
             input_spatial_shapes: [L, 3].
             input_level_start_index: Not read, it follows from the shapes.
-            input_padding_mask: There is none here.
+            input_padding_mask: [B, S] bool, true where a voxel is padding: it counts as zero.
 
         Returns:
             [B, Q, E].
         """
-        if input_padding_mask is not None:
-            raise NotImplementedError("MSDeformAttn: input_padding_mask is not part of this package: crop or pad before")
         rows = input_spatial_shapes.tolist() if isinstance(input_spatial_shapes, Tensor) else input_spatial_shapes
-        return super().forward(query, reference_points, input_flatten, [(h, w, d) for h, w, d in rows])
+        return super().forward(query, reference_points, input_flatten, [(h, w, d) for h, w, d in rows], input_padding_mask)

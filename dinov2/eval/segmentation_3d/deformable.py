@@ -88,7 +88,9 @@ class MSDeformAttn3d(nn.Module):
             nn.init.xavier_uniform_(linear.weight)
             nn.init.zeros_(linear.bias)
 
-    def forward(self, query: Tensor, places: Tensor, values: Tensor, shapes: Sequence[Size3]) -> Tensor:
+    def forward(
+        self, query: Tensor, places: Tensor, values: Tensor, shapes: Sequence[Size3], padding: Tensor | None = None
+    ) -> Tensor:
         """Read `values` around the queries.
 
         Args:
@@ -96,13 +98,17 @@ class MSDeformAttn3d(nn.Module):
             places: [Q, 3] in [0, 1] along (h, w, d), of `cell_centres`; or [B or 1, Q, L or 1, 3].
             values: [B, S, E].
             shapes: (H, W, D) of each level of the values.
+            padding: [B, S] bool, true where a voxel is no part of the scan: it counts as zero, as what lies outside.
 
         Returns:
             [B, Q, E].
         """
         b, q, _ = query.shape
         layout = (b, q, NUM_HEADS, self.num_levels, self.num_points)
-        value = self.value_proj(values).unflatten(-1, (NUM_HEADS, -1))  # [B, S, M, V / M]
+        value = self.value_proj(values)
+        if padding is not None:
+            value = value.masked_fill(padding[..., None], 0.0)
+        value = value.unflatten(-1, (NUM_HEADS, -1))  # [B, S, M, V / M]
         dtype = torch.promote_types(query.dtype, torch.float32)  # half precision could not tell places apart
         offsets = self.sampling_offsets(query).view(*layout, 3).to(dtype)  # voxels
         weights = self.attention_weights(query).view(*layout[:3], -1).softmax(-1).view(layout)

@@ -15,7 +15,7 @@ from dinov2.configs.errors import nearest
 from dinov2.data.datalist import Entry
 from dinov2.data.preprocess import PERCENTILES
 from dinov2.errors import BadInput
-from dinov2.features.embed_table import about_table, arrow
+from dinov2.features.embed_table import UnreadableTable, about_table, arrow
 from dinov2.files import path_for_list, path_in_list, user_path
 from dinov2.geometry import triple
 
@@ -48,8 +48,11 @@ class FeatureTable:
         try:
             self._file = pq.ParquetFile(path)
             self.about = about_table(self._file.schema_arrow.metadata)
-        except (OSError, ValueError, pa.ArrowException) as err:
-            raise BadInput(f"{path}: is no Parquet file: give the one that `dinov2 embed` wrote") from err
+        except MemoryError:  # pyarrow's is an ArrowException too, and no fault of the file
+            raise
+        except (OSError, UnreadableTable, UnicodeDecodeError, pa.ArrowException) as err:  # names of columns are text
+            why = (isinstance(err, OSError) and err.errno and err.strerror) or "is no Parquet file"
+            raise BadInput(f"{path}: {why}: give the one that `dinov2 embed` wrote") from err
         names = self._file.schema_arrow.names
         missing = [name for name in ("id", "path") if name not in names]
         if missing:
